@@ -129,7 +129,8 @@ def results() -> str:
             "One row per cycle.\n",
             _columns_table(CycleRow),
             "## Table `requests`\n",
-            "One row per request of the measured window.\n",
+            "One row per request of the measured window. The times `start_s`, `end_s` and `arrived_s` are counted from "
+            "the opening of the window.\n",
             _columns_table(RequestRecord),
         ]
     )
@@ -155,8 +156,9 @@ def warnings() -> str:
     return "\n".join(
         [
             "# Warnings\n",
-            "A warning tells you when not to believe a number. It appears in the record, in the column `warnings` of "
-            "the row as `code: message`, and in the output of `lem results show`. Codes are stable.\n",
+            "A warning is a reason not to trust a number. It appears in the record, in the column `warnings` of the "
+            "row (as `code: message`), and in the output of `lem results show`. The codes are stable across "
+            "versions.\n",
             "| code | meaning | remedy |",
             "|---|---|---|",
             *rows,
@@ -169,8 +171,8 @@ def warnings() -> str:
 SEVERITIES = """\
 Before anything runs, `lem` checks the configuration against these rules and reports all violations at once. Each
 message begins with the path of an option and ends with the code of the rule, as in
-`decoder.temperature: it would have no effect … [no_effect_sampling]`. Codes are stable. In the tables, "this option"
-is the option that the message names.
+`decoder.temperature: it would have no effect … [no_effect_sampling]`. The codes are stable across versions. In the
+tables, "this option" is the option that the message names.
 
 | severity | effect |
 |---|---|
@@ -180,11 +182,11 @@ is the option that the message names.
 
 Each rule has a scope:
 
-| scope | the rule checks |
+| scope | what the rule checks |
 |---|---|
-| options | Only the configuration. |
-| machine | The configuration, and the machine's devices and packages. |
-| files | The configuration, and the model, the prompts, the results directory or the config file. |
+| options | The configuration only. |
+| machine | The configuration together with the machine's devices and packages. |
+| files | The configuration together with the model, the prompts, the results directory or the config file. |
 """
 
 
@@ -213,19 +215,19 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
 
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
-For each feature, `lem` asks each backend whether it would run an experiment with this feature on a machine with eight
-modern NVIDIA GPUs and all packages installed. The tables show the answers. If your machine lacks something that an
-experiment needs, `lem` tells you before the run.
+The tables show which features each backend would accept on a machine with eight modern NVIDIA GPUs and all packages
+installed, and how each feature was tested. If your machine lacks something that an experiment needs, `lem` reports this
+before the run.
 
 | answer | meaning |
 |---|---|
-| **tested** | Supported; a test runs it on a CPU and checks its effect. |
-| arrives | Supported; a test checks that the option reaches the engine's configuration, but does not run the engine. |
-| stand-in | Supported, according to the backend; a test runs it on a stand-in for the engine. |
-| not run | Supported, according to the backend; no test runs it. |
-| no: `rule` | Not supported; [this rule](rules.md) refuses it before anything runs. |
-| no effect: `rule` | The option is accepted, with this rule's warning, but has no effect. |
-| no | Not available from this engine, so the columns for it are null. |
+| **tested** | Supported; a test runs the feature on a CPU and checks its effect. |
+| configured | Supported; a test checks that the option reaches the engine's configuration; the engine is not run. |
+| stand-in | Supported, according to the backend; a test runs the feature on a stand-in for the engine. |
+| not run | Supported, according to the backend; no test runs the feature. |
+| no: `rule` | Not supported; the named [rule](rules.md) refuses the option before anything runs. |
+| no effect: `rule` | The option is accepted, with the named rule's warning, but has no effect. |
+| no | The backend does not provide this, and any columns for it are null. |
 | – | The backend has no such option. |
 
 All of these tests run on a CPU; no feature has been tested on a GPU.
@@ -287,6 +289,8 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 def _options_table(command: Any) -> str:
     rows = []
     for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
         if parameter.param_type_name == "argument":
             rows.append(f"| `{_cell(parameter.metavar or parameter.name)}` | {_cell(parameter.help or '')} |")
         else:

@@ -349,7 +349,9 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     ]
     input_truncated: Annotated[bool, "Whether the prompt was truncated to max_input_tokens."]
     finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
-    start_s: Annotated[float, units.SECOND, "When the request was handed to the engine or server."]
+    start_s: Annotated[
+        float, units.SECOND, "When the engine started the request, or when the request was sent to the server."
+    ]
     end_s: Annotated[float, units.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
         float | None,

@@ -72,12 +72,13 @@ class WarningKind:
 
 WARNINGS: dict[str, WarningKind] = {
     "short_window": WarningKind(
-        f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so sensor resolution and one-time costs dominate.",
+        f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so the sensor's limited resolution and "
+        "one-time costs may have a large effect on the numbers.",
         "Run more prompts, or generate longer outputs; 30 s or more is better.",
     ),
     "short_steady_state": WarningKind(
         f"The window was long enough, but all slots of the batch were taken for less than {SHORT_WINDOW_S:g} s of it. "
-        "The steady state's energy therefore rests on few readings, and each reading may be one tick old.",
+        "The steady state's energy is therefore based on few readings, each of which may be up to one tick old.",
         "Run more prompts, so that all slots are taken for most of the window.",
     ),
     "few_ticks": WarningKind(
@@ -87,14 +88,14 @@ WARNINGS: dict[str, WarningKind] = {
     "counter_trace_mismatch": WarningKind(
         f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus an "
         "allowance for the window's edges. The allowance is the maximum age of a power sample divided by the window's "
-        "length. The maximum age is 0.2 s (1.2 s if the driver averages power) plus one sampling period.",
+        "length; the maximum age is 0.2 s (1.2 s if the driver averages power) plus one sampling period.",
         "Check whether the trace shows a changing load, and repeat the run. On a module (GH200), the counter and the "
         "trace may cover different components.",
     ),
     "throttled": WarningKind(
         f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
         "its own counters or to samples taken during the window. If the driver reported nothing during the window, the "
-        "warning refers to throttling just before or after the window.",
+        "throttling occurred just before or just after the window.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
@@ -142,7 +143,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "window_cut": WarningKind(
         "The run was interrupted inside the measured window, so the window ends at the last finished request. The "
-        "message says how much time was lost between that request and the interruption; the loss is unknown if the "
+        "message states how much time was lost between that request and the interruption, which is unknown if the "
         "process was killed.",
         "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
@@ -151,14 +152,14 @@ WARNINGS: dict[str, WarningKind] = {
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "machine_changed": WarningKind(
-        "A run was resumed on another machine, another device or another version of the engine, so its numbers combine "
-        "both. MFU and idle-adjusted energy are null if the device changed.",
+        "A run was resumed on another machine, another device or another version of the engine, so its numbers come "
+        "from both. MFU and idle-adjusted energy are null if the device changed.",
         "Measure again on one machine (--fresh).",
     ),
     "work_repeated": WarningKind(
         "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
-        "and energy of both runs; the message gives an upper bound for the part spent twice. If that part exceeds 2 % "
-        "of the window (`repeated_share`), rates and energy per token are null.",
+        "and energy of both runs; the message gives an upper bound for the share of the window that the repeated work "
+        "took. If this share (`repeated_share`) exceeds 2 %, rates and energies per token and per request are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -189,7 +190,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a real backend and a real meter for real numbers.",
     ),
     "energy_missing": WarningKind(
-        "Some energy values are null; the message says why.", "Fix the cause given in the message."
+        "Some energy values are null; the message gives the reason.", "Fix the cause given in the message."
     ),
     "energy_without_gpu": WarningKind(
         "A GPU ran the model, but the meter did not read that GPU. The energy covers only the components named in the "
@@ -212,9 +213,9 @@ WARNINGS: dict[str, WarningKind] = {
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
-        "A GPU has no energy counter, so its energy is integrated from sampled power. Samples show power late. The "
-        "energy is off by up to that delay, which the message gives, times the difference between the power just "
-        "before the window and the power at its end.",
+        "A GPU has no energy counter, so its energy is integrated from sampled power. The samples lag behind the "
+        "actual power. The energy is off by up to this delay, which the message gives, times the difference between "
+        "the power just before the window and the power at its end.",
         "Use windows many times as long as the delay, and expect more uncertainty under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
@@ -238,8 +239,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Look at the processes' logs and at the machine's load, and measure again (--fresh).",
     ),
     "window_unfilled": WarningKind(
-        f"No request was running for more than {UNFILLED_SHARE:.0%} of the window. Without traffic, a request should "
-        "always be running, so part of the window's time and energy did not go into requests.",
+        f"For more than {UNFILLED_SHARE:.0%} of the window, no request was running. Without traffic, a request should "
+        "always be running, so part of the window's time and energy was not spent on requests.",
         "Check whether the machine was suspended or overloaded or has a slow disk. Generate longer outputs, or use "
         "larger batches.",
     ),
@@ -253,7 +254,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Report this with the raw record, and disregard all per-token numbers of this run.",
     ),
     "random_weights": WarningKind(
-        "Some or all of the model's weights are random, so its text is meaningless.",
+        "Some or all of the model's weights are random, so the generated text is meaningless.",
         "No action is needed if random weights are intended.",
     ),
     "unused_weights": WarningKind(
@@ -402,8 +403,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use --structure shuffled or latin.",
     ),
     "campaign_unbalanced": WarningKind(
-        "A latin campaign does not consist of whole squares, so positions and predecessors are not balanced across the "
-        "arms.",
+        "A latin campaign does not consist of complete Latin squares, so positions and predecessors are not balanced "
+        "across the arms.",
         "Run a multiple of the number of cycles given in the message.",
     ),
     "campaign_cells_missing": WarningKind(
@@ -411,7 +412,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Run the same command again to measure the missing cells.",
     ),
     "campaign_limit_reached": WarningKind(
-        "An adaptive campaign (until_ci) reached its largest number of cycles before its intervals were narrow enough. "
+        "An adaptive campaign (until_ci) reached its maximum number of cycles before its intervals were narrow enough. "
         "The intervals are valid nevertheless.",
         "Reduce the noise (longer runs, a warm-up, pauses), or start another campaign with a larger --max-cycles or a "
         "wider --until-ci.",
@@ -423,13 +424,13 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_cycle_moved": WarningKind(
         "On a Slurm cluster, some cells ran on another node or board than the baseline's cell of the same cycle, for "
-        "example because the job was requeued. Their ratio would compare nodes, so these pairs are left out.",
+        "example because the job was requeued. Their ratios would compare nodes, not arms, so they are left out.",
         "Measure more cycles, or keep jobs from being requeued (a longer hydra.launcher.timeout_min, another "
         "partition).",
     ),
     "campaign_nodes_interact": WarningKind(
         "The ratio of two arms differs between the nodes or boards of a cluster by more than the noise explains. The "
-        "answer is a mean over those that happened to run the cycles.",
+        "answer is a mean over the nodes or boards that happened to run the cycles.",
         "Read the ratios for each board, and measure a campaign for each board that matters "
         "(hydra.launcher.gpu_type, constraint or nodelist).",
     ),
@@ -456,15 +457,15 @@ WARNINGS: dict[str, WarningKind] = {
         "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "campaign_trend": WarningKind(
-        "The measure changed over the course of the campaign, independently of the arm: the machine drifts.",
+        "The metric changed over the course of the campaign, independently of the arm: the machine drifts.",
         "Warm up longer, wait between cells (--config-gap), or cool down before each cell (--cool-to).",
     ),
     "campaign_position": WarningKind(
-        "The measure depends on a cell's position within its cycle.",
+        "The metric depends on a cell's position within its cycle.",
         "Use --structure latin, which balances positions over the arms, and wait between cells (--config-gap).",
     ),
     "campaign_carry_over": WarningKind(
-        "The measure depends on which arm ran just before (first-order carry-over). The dependence is estimated "
+        "The metric depends on which arm ran just before (first-order carry-over). The dependence is estimated "
         "together with the effects of cycle, arm and position. Without any carry-over, one campaign in twenty still "
         "gives this warning. No arm follows itself within a cycle, so part of the effect remains in the comparison "
         "even if the order is balanced.",
@@ -475,7 +476,9 @@ WARNINGS: dict[str, WarningKind] = {
         "Some cells of the campaign have warnings.",
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
-    "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
+    "fewer_prompts": WarningKind(
+        "The dataset has fewer prompts than were requested.", "Lower --sample-size, or choose a larger dataset."
+    ),
 }
 
 

@@ -24,6 +24,11 @@ def test_generated_pages_are_fresh():
         assert path.read_text(encoding="utf-8") == content, f"{path.name} is stale: run `python docs/generate.py`"
 
 
+def test_every_option_on_the_reference_page_has_a_meaning():
+    rows = [line for line in (ROOT / "docs" / "reference" / "cli.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row for row in rows if re.search(r"\|\s*\|$", row)] == []
+
+
 def test_every_warning_that_is_made_is_in_the_catalogue_and_the_other_way_round():
     from lem.warning_codes import WARNINGS
 

@@ -32,7 +32,7 @@ def campaign(
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
         int | None,
-        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; latin: at least 4, in whole squares."),
+        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to whole squares."),
     ] = None,
     until_ci: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def campaign(
     ] = None,
     structure: Annotated[
         str | None,
-        typer.Option(help=_HELP["structure"] + " shuffled (default), latin, interleaved or grouped."),
+        typer.Option(help=_HELP["structure"].rstrip(".") + ": shuffled (default), latin, interleaved or grouped."),
     ] = None,
     warmup_prompts: flags.WarmupPrompts = None,
     warmup_timeout: flags.WarmupTimeout = None,
@@ -77,7 +77,8 @@ def campaign(
     launcher: flags.Launcher = None,
     per_job: Annotated[int | None, typer.Option(hidden=True)] = None,
     one_job: Annotated[
-        bool, typer.Option("--one-job", help="With --launcher slurm: one job for all cycles, not one for each.")
+        bool,
+        typer.Option("--one-job", help="With --launcher slurm: run all cycles in one job, not each in its own."),
     ] = False,
     across_nodes: Annotated[bool | None, typer.Option("--across-nodes", help=_HELP["across_nodes"])] = None,
     config_dir: ConfigDir = None,

@@ -53,7 +53,7 @@ def doctor(
     cycle_gap: flags.CycleGap = None,
     cool_to: flags.CoolTo = None,
     seed: flags.OrderSeed = None,
-    primary: Annotated[str | None, typer.Option(help="Report the noise of this measure.")] = None,
+    primary: Annotated[str | None, typer.Option(help="Report the noise of this metric.")] = None,
     difference: Annotated[
         str | None,
         typer.Option(

@@ -44,7 +44,7 @@ Preset = Annotated[
     str | None, typer.Option(help="Start from a preset; lem presets lists them.", autocompletion=complete.presets)
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help=leaf("model").description)]
-NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, no row in the tables.")]
+NoAggregate = Annotated[bool, typer.Option("--no-aggregate", help="Write only raw records, and no rows in the tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Run despite inadvisable options (but not impossible ones).")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over even if an identical experiment is unfinished.")]
 AllowCommand = Annotated[
@@ -66,7 +66,7 @@ Launcher = Annotated[
     typer.Option(
         "--launcher",
         metavar="NAME",
-        help="Where to run: basic (this machine, the default), slurm (jobs of a Slurm cluster), or a launcher of your "
+        help="Where to run: basic (this machine, the default), slurm (jobs on a Slurm cluster), or a launcher of your "
         "own in --config-dir. Short for hydra/launcher=NAME; options are hydra.launcher.… overrides.",
     ),
 ]

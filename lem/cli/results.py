@@ -27,7 +27,7 @@ def aggregate(
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Fail if a record is missing, or use the existing records.")
+        bool, typer.Option("--strict/--no-strict", help="If a record is missing, fail (--strict) or use the others.")
     ] = True,
     allow_mixed_backends: Annotated[
         bool, typer.Option("--allow-mixed-backends", help="Combine records from different backends (not recommended).")

@@ -29,12 +29,12 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     AFTER: ClassVar[dict[str, str]] = {}
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
-    status: Annotated[str, "How the run ended: completed, failed or interrupted."]
+    status: Annotated[str, "Outcome: completed, failed or interrupted."]
     # counted
-    requests_completed: Annotated[int, units.REQUEST, "Requests that were finished; each has its own row."]
+    requests_completed: Annotated[int, units.REQUEST, "Number of requests that finished; each has its own row."]
     input_tokens: Annotated[int, units.TOKEN, "Input tokens of the finished requests, without padding."]
     output_tokens: Annotated[
-        int, units.TOKEN, "Output tokens of finished requests, up to and including the first end token."
+        int, units.TOKEN, "Output tokens of the finished requests, up to and including the first end token."
     ]
     # timed
     duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
@@ -99,7 +99,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     requests_failed: Annotated[
         int | None,
         units.REQUEST,
-        "Failed requests; they enter no mean, total or rate, but the window's time and energy include them.",
+        "Number of failed requests; means, totals and rates exclude them, but the window's time and energy do not.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
     warnings: Annotated[list[str], "Reasons to doubt a number, each as `code: sentence`; see docs/warnings.md."] = []
@@ -138,16 +138,16 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     error: Annotated[str | None, "Reason why the experiment did not complete, or null."]
     started_at: Annotated[str, "Wall-clock start, ISO 8601 with UTC offset; a label, not a measurement."]
     lem_version: Annotated[str, "Version of lem that ran the experiment."]
-    hostname: Annotated[str | None, "Name of the machine on which it ran; null if no process ran."]
+    hostname: Annotated[str | None, "Name of the machine that ran the experiment; null if no process ran."]
     processes: Annotated[int, "Number of worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
-    cycles_completed: Annotated[int, "Cycles in which every prompt was finished."]
+    cycles_completed: Annotated[int, "Number of cycles in which every prompt was finished."]
     resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model, as configured."]
     random_weights: Annotated[bool | None, "Whether the weights are random, so that the output is meaningless."]
     parameters: Annotated[int | None, "Number of parameters of the loaded model, including any adapter's."]
-    backend: Annotated[str, "Backend that ran."]
+    backend: Annotated[str, "Backend used."]
     engine_version: Annotated[str | None, "Version of the engine behind the backend."]
     device: Annotated[str | None, "Name of the device on which the model ran."]
     dtype: Annotated[str | None, "Dtype of the loaded weights, and of the arithmetic unless they are quantized."]
@@ -165,7 +165,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
     max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
-    seed: Annotated[int, "Seed for sampling."]
+    seed: Annotated[int, "Seed for drawing prompts and for sampling tokens."]
     # counted
     requests_planned: Annotated[int, units.REQUEST, "Number of prompts of the experiment."]
     load_duration_s: Annotated[Seconds, "Time to load the model, which is outside the window."]
@@ -186,7 +186,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ]
     decode_energy_j: Annotated[
         Joules,
-        "energy_j minus prefill_energy_j; may be negative; null if the window has idle time, which has unknown energy.",
+        "energy_j minus prefill_energy_j; may be negative; null if the window has idle time, whose energy is unknown.",
     ]
     prefill_energy_uncertainty_j: Annotated[
         Joules,
@@ -215,38 +215,38 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]
     # over the cycles
     energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
-    energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j."] = None
-    energy_ci95_low_j: Annotated[Joules, "95 % t-interval of mean energy_j, lower end."] = None
-    energy_ci95_high_j: Annotated[Joules, "95 % t-interval of mean energy_j, upper end."] = None
-    output_tokens_per_s_mean: Annotated[
-        TokensPerSecond, "Mean of the cycles' own rates, the centre of the interval."
-    ] = None
-    output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation over the cycles."] = None
-    output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation over the cycles."] = None
-    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "95 % t-interval, lower end."] = None
-    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "95 % t-interval, upper end."] = None
+    energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j over the cycles."] = None
+    energy_ci95_low_j: Annotated[Joules, "Lower end of the 95 % t-interval of the mean of energy_j."] = None
+    energy_ci95_high_j: Annotated[Joules, "Upper end of the 95 % t-interval of the mean of energy_j."] = None
+    output_tokens_per_s_mean: Annotated[TokensPerSecond, "Mean of the cycles' rates, the interval's centre."] = None
+    output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation of the cycles' rates."] = None
+    output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation of the cycles' rates."] = None
+    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end of the mean's 95 % t-interval."] = None
+    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end of the mean's 95 % t-interval."] = None
     latency_mean_sd_s: Annotated[Seconds, "Standard deviation of latency_mean_s over the cycles."] = None
-    latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s."] = None
-    latency_mean_ci95_low_s: Annotated[Seconds, "95 % t-interval, lower end."] = None
-    latency_mean_ci95_high_s: Annotated[Seconds, "95 % t-interval, upper end."] = None
-    energy_per_output_token_mean_j: Annotated[
-        JoulesPerToken, "Mean of the cycles' own quotients, the centre of the interval."
-    ] = None
-    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation over the cycles."] = None
-    energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation."] = None
-    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "95 % t-interval, lower end."] = None
-    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "95 % t-interval, upper end."] = None
+    latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s over the cycles."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the mean's 95 % t-interval."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the mean's 95 % t-interval."] = None
+    energy_per_output_token_mean_j: Annotated[JoulesPerToken, "Mean of the cycles' values, the interval's centre."] = (
+        None
+    )
+    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation of the cycles' values."] = None
+    energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation of the cycles' values."] = None
+    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end of the mean's 95 % t-interval."] = None
+    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95 % t-interval."] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
     campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
     campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
     slurm_job_id: Annotated[
-        str | None, "Slurm job that ran it; several, joined by +, if it was resumed in another job; null without Slurm."
+        str | None,
+        "Slurm job that ran the experiment; several, joined by +, if it was resumed in another job; null without "
+        "Slurm.",
     ] = None
     slurm_node: Annotated[
         str | None,
-        "Slurm's name of the node on which it ran; several, joined by +, if it was resumed on another node; null "
-        "without Slurm, or if no process ran.",
+        "Slurm's name of the node that ran the experiment; several, joined by +, if it was resumed on another node; "
+        "null without Slurm, or if no process ran.",
     ] = None
     overrides: Annotated[list[str], "Overrides given on the command line, in order."] = []
     config_json: Annotated[str, "The complete resolved configuration, as JSON."] = ""

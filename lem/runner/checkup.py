@@ -180,11 +180,11 @@ def _scheduler() -> Finding:
     job = os.environ.get("SLURM_JOB_ID")
     values = {"slurm_job_id": job, "slurm_is_installed": shutil.which("sbatch") is not None}
     if job:
-        return Finding("scheduler", "ok", f"inside SLURM job {job}.", values=values)
+        return Finding("scheduler", "ok", f"inside Slurm job {job}.", values=values)
     if not values["slurm_is_installed"]:
         return Finding("scheduler", "ok", "none: runs start directly on this machine.", values=values)
     remedy = "Measure in a job that has its node to itself: srun --exclusive lem …"
-    return Finding("scheduler", "limited", "SLURM is installed, but this shell is not in a job.", remedy, values=values)
+    return Finding("scheduler", "limited", "Slurm is installed, but this shell is not in a job.", remedy, values=values)
 
 
 # ------------------------------------------------------------------ engines

@@ -96,7 +96,7 @@ class Campaign:
         Field(
             ge=FEWEST_ADAPTIVE_CYCLES + 1,
             le=MOST_ADAPTIVE_CYCLES,
-            description="With until_ci: the largest number of cycles; null: 30, or 100 if cycles is 30 or more.",
+            description="With until_ci: the maximum number of cycles; null: 30, or 100 if cycles is 30 or more.",
         ),
     ] = None
     structure: Annotated[Structure, Field(description="Order in which the cells run.")] = "shuffled"
@@ -133,7 +133,7 @@ class Campaign:
         str | None, Field(min_length=1, description="Arm that the others are compared with; null: the first arm.")
     ] = None
     primary: Annotated[
-        Measure, Field(description="Measure that decides the comparison; choose it before seeing the data.")
+        Measure, Field(description="Metric that decides the comparison; choose it before seeing the data.")
     ] = "energy_per_output_token_j"
     margin: Annotated[
         Share,
@@ -145,8 +145,8 @@ class Campaign:
     across_nodes: Annotated[
         bool,
         Field(
-            description="On a Slurm cluster: let cycles run on nodes of different types, and report how far the nodes "
-            "differ."
+            description="On a Slurm cluster: let cycles run on nodes of different types, and report how much the "
+            "nodes differ."
         ),
     ] = False
     retries: Annotated[

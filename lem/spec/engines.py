@@ -362,9 +362,7 @@ class OpenaiBackend:
     ] = 900.0
     timeout_s: Annotated[
         float,
-        Field(
-            gt=0, le=86_400, description="Seconds that the server may go without sending anything during a response."
-        ),
+        Field(gt=0, le=86_400, description="Seconds that the server may go without sending output during a response."),
     ] = 600.0
     max_errors: Annotated[
         float,

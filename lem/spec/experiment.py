@@ -61,7 +61,11 @@ class Decoder:
     ] = 1.0
     min_p: Annotated[
         float,
-        Field(ge=0, le=1, description="Drop tokens less likely than this fraction of the most likely token; 0: off."),
+        Field(
+            ge=0,
+            le=1,
+            description="Drop tokens less likely than this fraction of the most likely token's probability; 0: off.",
+        ),
     ] = 0.0
     repetition_penalty: Annotated[
         float, Field(gt=0, le=10, description="Penalty on tokens that are already present; 1: off.")

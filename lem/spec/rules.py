@@ -59,12 +59,12 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "simulated_energy": (
-            "The simulated meter reads no sensor, so with a real engine, the energy would be made up.",
+            "The simulated meter reads no sensor, so with a real engine, the energy values would be fictitious.",
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
-            "With backend.sleep=false, the simulated backend does not really wait, but something in the configuration "
-            "needs real time: a sensor, another process, or a GPU.",
+            "With backend.sleep=false, the simulated backend does not actually wait, but something in the "
+            "configuration needs real time: a sensor, another process, or a GPU.",
             "Use one process, backend.gpus=0 and a meter without a sensor (energy=simulated, replay or none), or set "
             "backend.sleep=true.",
         ),
@@ -95,12 +95,12 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         # ------------------------------------------------------ engines
         "quantized_by_vllm": (
-            "bitsandbytes quantization belongs to the pytorch backend; vLLM has its own methods.",
+            "Only the pytorch backend quantizes with bitsandbytes; vLLM has its own methods.",
             "Set backend.quantization instead, for example to fp8; a quantized checkpoint needs neither option.",
         ),
         "quantized_by_tensorrt": (
-            "bitsandbytes quantization belongs to the pytorch backend; TensorRT-LLM runs quantized checkpoints.",
-            "Leave this option out, and name a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
+            "Only the pytorch backend quantizes with bitsandbytes; TensorRT-LLM runs quantized checkpoints.",
+            "Leave this option out, and choose a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
         "no_ngram_ban": (
             "decoder.no_repeat_ngram_size is set, but vLLM cannot ban repeated n-grams.",
@@ -133,11 +133,11 @@ OPTIONS_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ campaigns
         "primary_without_energy": (
             "A campaign compares its arms by energy or power, but an arm measures no energy.",
-            "Choose a meter (energy=auto), or compare by another measure, such as --primary output_tokens_per_s.",
+            "Choose a meter (energy=auto), or compare by another metric, such as --primary output_tokens_per_s.",
         ),
         "primary_without_ttft": (
             "A campaign compares its arms by the time to the first token, but an arm does not time tokens.",
-            "Set streaming.enabled=true for all arms, or compare by another measure, such as --primary latency_mean_s.",
+            "Set streaming.enabled=true for all arms, or compare by another metric, such as --primary latency_mean_s.",
         ),
         # ------------------------------------------------------ servers
         "no_server": (
@@ -145,7 +145,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set backend.url or backend.command.",
         ),
         "bad_server_url": (
-            "The server's address is not a URL, or contains more than scheme, host, port and path.",
+            "The server's address is not a URL, or contains more than a scheme, host, port and path.",
             "Write the address as http://host:port.",
         ),
         "bad_server_command": (
@@ -153,7 +153,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the command.",
         ),
         "server_not_told": (
-            "An option is meant for the server but would not reach the server: requests have no field for the option "
+            "An option is meant for the server but would not reach it: requests have no field for the option "
             "(at least in this dialect), and backend.command does not contain its placeholder.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
@@ -215,7 +215,7 @@ OPTIONS_INADVISABLE = _rules(
             "Choose a traffic.pattern that uses the value, or leave this option out.",
         ),
         "no_effect_cooldown_limit": (
-            "A limit on the wait for the GPUs to cool is set, but cooldown.to_c is not.",
+            "A time limit for cooling down is set, but cooldown.to_c is not.",
             "Set cooldown.to_c, or leave this option out.",
         ),
         "no_effect_trace": (
@@ -228,7 +228,7 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_speculation": (
             "An option for speculative decoding is set, but speculative decoding is off.",
-            "Choose how tokens are drafted, or leave this option out.",
+            "Choose a drafting method, or leave this option out.",
         ),
         "no_effect_start_limit": (
             "A time limit for starting a server is set, but lem does not start the server.",
@@ -240,7 +240,7 @@ OPTIONS_INADVISABLE = _rules(
             "Leave this option out, or choose another backend.",
         ),
         "no_effect_outside_campaign": (
-            "The simulated backend has a drift or a carry-over, which only cells of a campaign have.",
+            "The simulated backend is given a drift or a carry-over, which affects only the cells of a campaign.",
             "Use lem campaign, or leave this option out.",
         ),
         "seeds_of_batches": (
@@ -267,7 +267,7 @@ OPTIONS_WARNING = _rules(
         "no_effect_batching": (
             "Batching options are set, but with traffic, each request is sent to the server when it arrives. The "
             "result rows would still name the batching strategy. The value may come from a preset.",
-            "Leave out either the batching options or traffic.pattern.",
+            "Leave out the batching options, or leave out traffic.pattern.",
         ),
         "no_effect_strategy": (
             "A parallel strategy with degree 1 splits nothing.",
@@ -279,7 +279,7 @@ OPTIONS_WARNING = _rules(
         ),
         "no_effect_meter_option": (
             "An option is set, but the chosen meter does not use it. The value may come from a preset.",
-            "Choose a meter that uses this option, or leave the option out.",
+            "Choose a meter that uses the option, or leave the option out.",
         ),
         "no_effect_on_simulation": (
             "An option that affects how a model runs is set, but the simulated backend runs no model.",
@@ -304,7 +304,7 @@ MACHINE_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ GPUs
         "no_gpu": (
             "An option needs a GPU, but none is visible.",
-            "Run on a machine where lem gpus lists a GPU, or leave this option out.",
+            "Run on a machine with a visible GPU (lem gpus lists them), or leave this option out.",
         ),
         "no_gpu_in_use": (
             "The meter reads the GPUs in use, but the run uses no GPU.",
@@ -314,18 +314,18 @@ MACHINE_IMPOSSIBLE = _rules(
             "An entry of gpus matches no visible GPU, or more than one.",
             "See lem gpus: indices number the visible GPUs from 0, and UUIDs begin with GPU- or MIG-.",
         ),
-        "repeated_gpu": ("An entry of gpus is the same GPU as an earlier entry.", "Name each GPU once."),
+        "repeated_gpu": ("An entry of gpus names the same GPU as an earlier entry.", "Name each GPU once."),
         "too_few_gpus": (
             "More GPUs are needed than are visible, or than are named in gpus.",
             "Lower the number, or make more GPUs available.",
         ),
         "pipeline_needs_gpus": (
-            "A pipeline spreads the model's layers over GPUs, but the run is on the CPU.",
+            "Pipeline parallelism spreads the model's layers over GPUs, but the run uses the CPU.",
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
-            "The model would be split over processes on the CPU, but transformers uses GPUs if any are visible.",
-            "Hide the GPUs with CUDA_VISIBLE_DEVICES='', or run on them.",
+            "The model was to be split over processes on the CPU, but transformers uses GPUs if any are visible.",
+            "Hide the GPUs with CUDA_VISIBLE_DEVICES='', or run on the GPUs.",
         ),
         "attention_needs_gpu": (
             "The attention kernel runs on NVIDIA GPUs only.",
@@ -338,7 +338,7 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "compile_unsupported": (
             "The GPU is too old for torch.compile, which needs Volta (compute capability 7.0).",
-            "Leave this option off.",
+            "Turn this option off.",
         ),
         # ------------------------------------------------------ installed software
         "missing_package": (
@@ -351,7 +351,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Use static batching, or backend=vllm.",
         ),
         "missing_quantizer": (
-            "The checkpoint's quantization method needs a package that is not installed, or needs a GPU.",
+            "The checkpoint's quantization method needs a GPU, or a package that is not installed.",
             "Install the package, run on a GPU, or choose a checkpoint in another format.",
         ),
         "unknown_engine_arg": (
@@ -366,7 +366,10 @@ MACHINE_IMPOSSIBLE = _rules(
             "The installed version of TensorRT-LLM accepts the sampling option, but its sampler ignores it.",
             "Turn this option off, or install a version with a sampler that supports the option.",
         ),
-        "kv_cache_on_cpu": ("vLLM's CPU build has no key/value cache of this dtype.", "Use auto, float16 or bfloat16."),
+        "kv_cache_on_cpu": (
+            "vLLM's CPU build does not support this dtype for the key/value cache.",
+            "Use auto, float16 or bfloat16.",
+        ),
         "rapl_unreadable": (
             "The processor's energy counters are missing or cannot be read.",
             "Use energy=codecarbon for an estimate instead.",
@@ -459,7 +462,7 @@ FILES_IMPOSSIBLE = _rules(
             "Correct config.json, or download it again.",
         ),
         "weights_mismatched": (
-            "The shapes of weights in the model's files contradict its config.json.",
+            "The shapes of the weights in the model's files do not match its config.json.",
             "Correct config.json, or download the model again.",
         ),
         "model_unsupported": (
@@ -474,7 +477,7 @@ FILES_IMPOSSIBLE = _rules(
         "bad_chat_template": (
             "The model's chat template cannot wrap a prompt: it raises an error, leaves the prompt out, or is a "
             "set of templates without a default.",
-            "Leave the option off, or correct the template that comes with the tokenizer.",
+            "Turn the option off, or correct the template that comes with the tokenizer.",
         ),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
@@ -488,9 +491,9 @@ FILES_IMPOSSIBLE = _rules(
             "The given directory or hub id does not contain a LoRA adapter.",
             "Name a directory with an adapter_config.json, or the hub id of an adapter.",
         ),
-        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Leave the option off."),
+        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Turn the option off."),
         "no_room_for_prompts": (
-            "The output alone could fill all of the model's positions, so that no prompt would fit.",
+            "The output alone could fill all of the model's positions, leaving no room for a prompt.",
             "Lower max_output_tokens.",
         ),
         "too_few_positions": (
@@ -514,8 +517,8 @@ FILES_IMPOSSIBLE = _rules(
             "Use backend=pytorch, or run on a GPU.",
         ),
         "traffic_trace": (
-            "The arrival trace cannot be read, or has fewer arrivals than the run has requests, or one of its times is "
-            "infinite, NaN or more than 30 days after the first.",
+            "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time that "
+            "is infinite, NaN or more than 30 days after the first.",
             "Name a CSV file with a column t_s that gives each request's arrival in seconds.",
         ),
         "bad_trace": (
@@ -534,8 +537,8 @@ FILES_INADVISABLE = _rules(
     "files",
     {
         "weights_unscaled": (
-            "The model's weights are integers, and its config.json does not say how they were quantized. transformers "
-            "would use the integers themselves, without their scales.",
+            "The model's weights are integers, and its config.json does not state how they were quantized. "
+            "transformers would use the integers themselves, without their scales.",
             "Add quantization_config to config.json, or use the original weights.",
         ),
         "weights_missing": (
@@ -558,8 +561,8 @@ FILES_INADVISABLE = _rules(
             "Use batching.batch_size=1.",
         ),
         "no_effect_input_limit": (
-            "The limit on prompt length exceeds the number of tokens that the model can take.",
-            "Lower the limit so that the output also fits, or leave this option out.",
+            "The limit on prompt length exceeds the number of tokens that the model accepts.",
+            "Lower the limit, leaving room for the output, or leave this option out.",
         ),
         "no_effect_revision": (
             "A revision is named, but the model does not come from the hub.",
@@ -603,14 +606,14 @@ FILE_RULES: dict[str, Rule] = _rules(
         "too_large": (
             "A file exceeds a limit (on size, string length, nesting, aliases or inheritance) that no real "
             "configuration reaches.",
-            "Look for content that was pasted or generated by mistake.",
+            "Look for content that was pasted or generated by accident.",
         ),
         "several_documents": ("The file contains several YAML documents.", "Split the file, or remove the line ---."),
         "forbidden_tag": (
-            "A YAML tag (!…) asks for something other than plain data.",
+            "A YAML tag (!…) requests something other than plain data.",
             "Remove the tag: config files cannot run code.",
         ),
-        "duplicate_key": ("A mapping has the same key twice.", "Remove one of the two."),
+        "duplicate_key": ("A mapping contains the same key twice.", "Remove one of the two."),
         "bad_key": ("A key is not text (for example, it is a number).", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
@@ -619,23 +622,23 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         # ------------------------------------------------------ commands, code and keys named in files
         "command_not_agreed": (
-            "A file names a program that lem would start with your permissions, and you have not agreed to that.",
+            "A file names a program that lem would start with your permissions, and you have not agreed to this.",
             "Check the command. Then agree when lem asks on a terminal (it asks once), or pass --allow-command.",
         ),
         "code_not_agreed": (
             "A file makes lem run a model's or an engine's Python code with your permissions, and you have not agreed "
-            "to that.",
+            "to this.",
             "Check the code. Then agree when lem asks on a terminal (it asks once), or pass --allow-code.",
         ),
         "key_not_agreed": (
             "A file makes lem send an API key from an environment variable to another machine, and you have not agreed "
-            "to that.",
+            "to this.",
             "Check the address. Then agree when lem asks on a terminal (it asks once), or pass --allow-key.",
         ),
         # ------------------------------------------------------ inheritance
         "bad_defaults": (
-            "A file's `defaults` is not a list of files to inherit from and options to choose.",
-            "Write `defaults: [base]`, and write options such as `backend: pytorch` outside it.",
+            "A file's `defaults` is not a list of the files to inherit from and the options to choose.",
+            "Write `defaults: [base]`, and write options such as `backend: pytorch` outside this list.",
         ),
         "missing_parent": (
             "The file inherits from a file that does not exist.",
@@ -659,7 +662,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             'Correct the value; "4" is text, and 4 is a number.',
         ),
         "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
-        "missing_value": ("??? marks a value that must be set.", "Set the value, or remove the line."),
+        "missing_value": ("The value is ???, which means that it must be set.", "Set the value, or remove the line."),
         "bad_interpolation": (
             "An interpolation ${…} cannot be resolved: the key or variable does not exist, or the interpolation refers "
             "to itself.",
@@ -674,7 +677,7 @@ FILE_RULES: dict[str, Rule] = _rules(
     "warning",
     "files",
     {
-        "empty_file": ("The file sets no values, so every value has its default.", "Set a value."),
+        "empty_file": ("The file sets no values, so every value has its default.", "Set at least one value."),
         "no_model": (
             "No model is named: the file can serve as a base for other files, but not as an experiment.",
             "Set model, or give --model.",

@@ -78,7 +78,7 @@ ON_A_STAND_IN = {
         "test_it_gives_the_tokens_that_pytorch_gives": ("greedy", "minimum output", "maximum output"),
         "test_an_adapter_changes_tokens_and_flops_as_on_pytorch": ("LoRA adapter", "model FLOPs"),
         "test_continuous_batching_fills_places_as_they_become_free": ("continuous batching",),
-        "test_requests_that_arrive_while_others_run_are_taken_in": ("arrivals taken in while others run",),
+        "test_requests_that_arrive_while_others_run_are_taken_in": ("arrivals with continuous batching",),
         "test_a_fixed_concurrency_is_never_exceeded": ("fixed concurrency",),
         "test_each_token_is_timed_and_is_the_same_token": ("streaming", "streaming, continuous batching"),
         "test_run_with_poisson_arrivals_and_tokens_that_come_together": ("Poisson arrivals",),
@@ -87,7 +87,7 @@ ON_A_STAND_IN = {
     for name in names
 }  # fmt: skip
 
-Confirmation = Literal["tested", "arrives", "stand-in", "not run"]
+Confirmation = Literal["tested", "configured", "stand-in", "not run"]
 
 
 def confirmation(feature: Feature, backend: str) -> Confirmation:
@@ -95,7 +95,7 @@ def confirmation(feature: Feature, backend: str) -> Confirmation:
     if (backend, feature.name) in ELSEWHERE or is_checked(feature, backend):
         return "tested"
     if (backend, feature.name) in ARRIVES:
-        return "arrives"
+        return "configured"
     return "stand-in" if (backend, feature.name) in ON_A_STAND_IN else "not run"
 
 
@@ -547,7 +547,7 @@ CHECKS = {
     "Poisson arrivals": arrivals,
     "fixed concurrency": concurrency,
     "arrivals from a trace": arrivals,
-    "arrivals taken in while others run": taken_in,
+    "arrivals with continuous batching": taken_in,
     "float32": precision,
     "bfloat16": precision,
     "float16": precision,

@@ -151,13 +151,17 @@ def _drafts(**options: Any) -> Changes:
 
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "Choosing tokens": (
-        Feature("greedy", "Always chooses the most likely token.", tells="tokens"),
+        Feature("greedy", "The most likely token is always chosen.", tells="tokens"),
         Feature("sampling", "Tokens are drawn at random.", SAMPLED),
-        Feature("temperature", "Flattens or sharpens the distribution.", SAMPLED | {"decoder.temperature": 0.5}),
-        Feature("top-k", "Draws from the k most likely tokens.", SAMPLED | {"decoder.top_k": 5}),
-        Feature("top-p", "Draws from the fewest tokens with this total probability.", SAMPLED | {"decoder.top_p": 0.8}),
-        Feature("min-p", "Excludes tokens far less likely than the top token.", SAMPLED | {"decoder.min_p": 0.2}),
-        Feature("seed", "The same seed draws the same tokens.", SAMPLED | {"seed": 7}),
+        Feature("temperature", "The distribution is flattened or sharpened.", SAMPLED | {"decoder.temperature": 0.5}),
+        Feature("top-k", "Only the k most likely tokens can be drawn.", SAMPLED | {"decoder.top_k": 5}),
+        Feature("top-p", "Only the most likely tokens, up to this total probability, can be drawn.", SAMPLED | {
+            "decoder.top_p": 0.8,
+        }),
+        Feature("min-p", "Tokens far less likely than the most likely one are excluded.", SAMPLED | {
+            "decoder.min_p": 0.2,
+        }),
+        Feature("seed", "The same seed gives the same tokens.", SAMPLED | {"seed": 7}),
         Feature("repetition penalty", "Tokens that are already present become less likely.", {
             "decoder.repetition_penalty": 1.5,
         }),
@@ -166,40 +170,40 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Lengths and prompts": (
         Feature("maximum output", "The output is at most this long.", {"max_output_tokens": 5}),
         Feature("minimum output", "The end token is suppressed up to this length.", {"min_output_tokens": 9}),
-        Feature("maximum input", "Prompts are truncated, keeping their beginning.", {"max_input_tokens": 8}),
+        Feature("maximum input", "Prompts are truncated at the end.", {"max_input_tokens": 8}),
         Feature("chat template", "Prompts are wrapped as user turns.", {"chat_template": True}),
     ),
     "Batching": (
         Feature("static batches", "Batches of a fixed number of requests, in order.", {
             "batching.strategy": "static", "batching.batch_size": 4,
         }),
-        Feature("sorted static batches", "As static batches, but longest prompts first.", {
+        Feature("sorted static batches", "As static batches, but with the longest prompts first.", {
             "batching.strategy": "sorted_static", "batching.batch_size": 4,
         }),
         Feature("dynamic batches", "Batches of as many requests as a token budget allows.", {
             "batching.strategy": "dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
-        Feature("sorted dynamic batches", "As dynamic batches, but longest prompts first.", {
+        Feature("sorted dynamic batches", "As dynamic batches, but with the longest prompts first.", {
             "batching.strategy": "sorted_dynamic", "batching.batch_size": 4, "batching.max_tokens_per_batch": 30,
         }),
-        Feature("continuous batching", "The next request replaces each one that finishes.", CONTINUOUS),
+        Feature("continuous batching", "As soon as a request finishes, the next one starts.", CONTINUOUS),
     ),
     "Timed tokens": (
-        Feature("streaming", "Each token is timed: TTFT, inter-token latency.", STREAMED),
+        Feature("streaming", "Each token is timed, which gives TTFT and ITL.", STREAMED),
         Feature("streaming, continuous batching", "Tokens are timed with continuous batching.", STREAMED | CONTINUOUS),
     ),
     "Traffic": (
         Feature("constant arrivals", "Requests arrive at a fixed rate, evenly spaced.", {
             "traffic.pattern": "constant", "traffic.target_qps": 8.0,
         }),
-        Feature("Poisson arrivals", "Requests arrive at random times with a mean rate.", POISSON),
+        Feature("Poisson arrivals", "Requests arrive at random times, at a given mean rate.", POISSON),
         Feature("fixed concurrency", "The number of requests in the system is fixed.", {
             "traffic.pattern": "concurrency", "traffic.concurrency": 2,
         }),
         Feature("arrivals from a trace", "Requests arrive at the times listed in a file.", {
             "traffic.pattern": "trace", "traffic.trace": TRACE,
         }),
-        Feature("arrivals taken in while others run", "Poisson arrivals with continuous batching.", (
+        Feature("arrivals with continuous batching", "Arriving requests start while others are running.", (
             POISSON | CONTINUOUS
         )),
     ),
@@ -207,14 +211,14 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("float32", "32-bit weights and arithmetic.", {"fp_precision": "float32"}),
         Feature("bfloat16", "16-bit weights and arithmetic, with float32's range.", {"fp_precision": "bfloat16"}),
         Feature("float16", "16-bit weights and arithmetic, with a smaller range.", {"fp_precision": "float16"}),
-        Feature("LoRA adapter", "An adapter applied on top of the weights.", {"adapter": ADAPTER}),
-        Feature("bitsandbytes, 8 bits", "Weights quantized to 8 bits while loading.", {
+        Feature("LoRA adapter", "An adapter is applied on top of the weights.", {"adapter": ADAPTER}),
+        Feature("bitsandbytes, 8 bits", "Weights are quantized to 8 bits while loading.", {
             "quantization.quantization": True, "quantization.load_in_8bit": True,
         }),
-        Feature("bitsandbytes, 4 bits", "Weights quantized to 4 bits while loading.", {
+        Feature("bitsandbytes, 4 bits", "Weights are quantized to 4 bits while loading.", {
             "quantization.quantization": True, "quantization.load_in_4bit": True,
         }),
-        _of_vllm("the engine's own quantization", "The engine quantizes at load, or reads a quantized checkpoint.", {
+        _of_vllm("the engine's own quantization", "The engine quantizes the weights or reads quantized weights.", {
             "backend.quantization": "fp8",
         }),
         _of_vllm("random weights", "Weights are random instead of being read from the checkpoint.", {
@@ -231,12 +235,14 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("pipeline parallel", "The layers are spread over several GPUs.", _spread("pipeline")),
     ),
     "Attention and cache": (
-        _of_pytorch("eager attention", "Attention as matrix products.", {"backend.attn_implementation": "eager"}),
+        _of_pytorch("eager attention", "Attention is computed as plain matrix products.", {
+            "backend.attn_implementation": "eager",
+        }),
         _of_pytorch("SDPA", "PyTorch's fused attention.", {"backend.attn_implementation": "sdpa"}),
         _of_pytorch("flex attention", "PyTorch's compiled attention.", {
             "backend.attn_implementation": "flex_attention",
         }),
-        _of_pytorch("flash attention 2", "Attention by the package flash-attn, in half precision.", {
+        _of_pytorch("flash attention 2", "Attention from the package flash-attn, in half precision.", {
             "backend.attn_implementation": "flash_attention_2", "fp_precision": "bfloat16",
         }),
         _of_pytorch("flash attention 3", "Flash attention for Hopper GPUs.", {
@@ -261,19 +267,23 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         _of_vllm("cache in fp8", "Keys and values have 8 bits.", {"backend.kv_cache_dtype": "fp8"}, {
             "backend.kv_cache.dtype": "fp8",
         }),
-        _of_vllm("block size", "Number of tokens in a block of the cache.", {"backend.block_size": 64}, {
+        _of_vllm("block size", "The number of tokens in a block of the cache.", {"backend.block_size": 64}, {
             "backend.kv_cache.tokens_per_block": 64,
         }),
         _of_vllm("size of the cache", "The cache's size in bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
-        _of_vllm("share of a GPU's memory", "The share available for weights and cache.", {
+        _of_vllm("share of a GPU's memory", "The share that the engine may use.", {
             "backend.gpu_memory_utilization": 0.5,
         }, {
             "backend.kv_cache.free_gpu_memory_fraction": 0.5,
         }),
-        _of_vllm("length of a sequence", "Maximum of prompt and output together.", {"backend.max_model_len": 640}, {
+        _of_vllm("length of a sequence", "The maximum length of prompt and output together.", {
+            "backend.max_model_len": 640,
+        }, {
             "backend.max_seq_len": 640,
         }),
-        _of_vllm("tokens per step", "Maximum number of tokens in a step.", {"backend.max_num_batched_tokens": 5000}, {
+        _of_vllm("tokens per step", "The maximum number of tokens in a step.", {
+            "backend.max_num_batched_tokens": 5000,
+        }, {
             "backend.max_num_tokens": 5000,
         }),
     ),
@@ -295,11 +305,11 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "backend.engine_args": {"max_logprobs": 5},
         }, {"backend.extra_args": {"stream_interval": 4}}),
     ),
-    "What it reports": (
-        Feature("the model", "Its parameter count, size in bytes and dtype as loaded.", tells="model"),
+    "What the backend reports": (
+        Feature("the model", "Its parameter count, size in bytes and dtype, as loaded.", tells="model"),
         Feature("prefill", "The time at which a request's first token was ready.", tells="prefill"),
         Feature("model FLOPs", "FLOPs computed from the model's dimensions.", tells="flops"),
-        Feature("cache as allocated", "Size of the largest batch's keys and values, in bytes.", tells="kv_cache"),
+        Feature("cache as allocated", "The size of the largest batch's keys and values, in bytes.", tells="kv_cache"),
         Feature("the engine's counters", "Counts of tokens, cache hits, preemptions and drafts.", tells="counters"),
     ),
 }  # fmt: skip

@@ -260,7 +260,7 @@ def test_slurm(tmp_path, monkeypatch):
     outside = only(found(tmp_path), "scheduler")
     assert (outside.status, "srun --exclusive" in outside.remedy) == ("limited", True)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert only(found(tmp_path), "scheduler").fact == "inside SLURM job 77."
+    assert only(found(tmp_path), "scheduler").fact == "inside Slurm job 77."
 
 
 # ------------------------------------------------------------------ engines
