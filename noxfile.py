@@ -31,6 +31,7 @@ SLURM_PACKAGES = (
     "slurm-wlm", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "slurmdbd",
     "mariadb-server",
 )  # fmt: skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
 VLLM_TESTS = (
     "tests/backends/test_vllm.py",
@@ -85,7 +86,7 @@ def demo(session: nox.Session) -> None:
 @in_dev
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
-    _pytest(session, "-m", "not slow and not processes and not engines and not slurm")
+    _pytest(session, "-m", "not slow and not processes and not engines and not slurm and not browser")
 
 
 @in_dev
@@ -127,6 +128,14 @@ def slurm(session: nox.Session) -> None:
 
 
 @in_dev
+def browser(session: nox.Session) -> None:
+    """Open reports in Chromium, installing it by apt; skipped where that fails."""
+    if not any(map(shutil.which, BROWSERS)) and (reason := _install(session, "chromium")) is not None:
+        session.skip(f"browser: {reason}")
+    run_in_dev(session, "pytest", "-m", "browser", "tests/reports", *session.posargs)
+
+
+@in_dev
 def slurm_large(session: nox.Session) -> None:
     """Send 2,000 experiments through a private two-node Slurm cluster; takes ten minutes or more on two cores."""
     if (reason := _why_no_slurm(session)) is not None:
@@ -139,15 +148,21 @@ def _why_no_slurm(session: nox.Session) -> str | None:
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])
     if all(shutil.which(program, path=path) for program in SLURM_PROGRAMS):
         return None if os.geteuid() == 0 else "starting the cluster needs root"
+    problem = _install(session, *SLURM_PACKAGES)
+    return f"there is no Slurm ({', '.join(SLURM_PROGRAMS)}), and {problem}" if problem else None
+
+
+def _install(session: nox.Session, *packages: str) -> str | None:
+    """Install Debian packages; return why that is not possible, or None."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return f"there is no Slurm ({', '.join(SLURM_PROGRAMS)}), and installing it needs root and apt-get"
+        return f"installing {packages[0]} needs root and apt-get"
     apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in ([*apt, "update"], [*apt, "install", "--yes", "--no-install-recommends", *SLURM_PACKAGES]):
+    for command in ([*apt, "update"], [*apt, "install", "--yes", "--no-install-recommends", *packages]):
         try:
             session.run(*command, external=True, silent=True, env=quiet)
         except CommandFailed:
-            return f"{' '.join(command[:1] + command[4:5])} failed, so Slurm cannot be installed"
+            return f"{' '.join(command[:1] + command[4:5])} failed, so {packages[0]} cannot be installed"
     return None
 
 

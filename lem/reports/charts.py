@@ -23,7 +23,9 @@ MOST_BARS = 40
 MOST_CELLS = 2_500
 # A distribution is drawn through this many of its quantiles.
 QUANTILES = 200
-MOST_DISTRIBUTIONS = 12
+MOST_DISTRIBUTIONS = 8  # as many as there are colours
+# The space at the ends of a forest plot's scale, as a factor.
+FOREST_MARGIN = 1.03
 PRIMARY = "energy_per_output_token_j"
 COMPONENTS = {"gpu_energy_j": "GPU", "cpu_energy_j": "CPU", "dram_energy_j": "DRAM"}
 PHASES = {"load_energy_j": "loading", "warmup_energy_j": "warm-up", "energy_j": "window"}
@@ -51,9 +53,9 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
     found = []
     for heading, columns in (("Energy of the window by component", COMPONENTS), ("Energy by phase", PHASES)):
         values = [
-            {"name": names[row.experiment_id], "part": part, "joules": value, "kind": _kind(row)}
+            {"name": names[row.experiment_id], "part": part, "joules": value, "kind": _kind(row), "place": i}
             for row in rows
-            for column, part in columns.items()
+            for i, (column, part) in enumerate(columns.items())
             if (value := getattr(row, column)) is not None
         ]
         if not values:
@@ -65,7 +67,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
                 "y": _category("name", [names[row.experiment_id] for row in rows]),
                 "x": {"field": "joules", "type": "quantitative", "title": "energy (J)"},
                 "color": {"field": "part", "type": "nominal", "title": None, "sort": list(columns.values())},
-                "order": {"field": "part", "sort": "descending"},
+                "order": {"field": "place", "type": "quantitative"},
             },
         }
         total = sum(float(each["joules"]) for each in values)
@@ -266,14 +268,15 @@ def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
         return None
     means = {key: sum(own) / len(own) for key, own in cells.items()}
     values = [{"one": one, "two": two, "value": mean} for (one, two), mean in means.items()]
+    places = {
+        "x": {**_category("one", _ordered(one for one, _ in means)), "title": varying[0], "axis": {"labelAngle": 0}},
+        "y": {**_category("two", _ordered(two for _, two in means)), "title": varying[1]},
+    }
     spec = {
+        "height": {"step": 36},
         "data": {"values": values},
         "mark": {"type": "rect", "tooltip": True},
-        "encoding": {
-            "x": {**_category("one", _ordered(one for one, _ in means)), "title": varying[0]},
-            "y": {**_category("two", _ordered(two for _, two in means)), "title": varying[1]},
-            "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"},
-        },
+        "encoding": {**places, "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"}},
     }
     return Chart(
         f"{words.capitalize()} by {varying[0]} and {varying[1]}",
@@ -312,19 +315,33 @@ def forest(answer: Answer) -> Chart | None:
         return None
     words = MEASURES[answer.definition.campaign.primary][1]
     values = [{"arm": p.arm, "ratio": p.ratio, "low": p.ci_low, "high": p.ci_high, "verdict": p.verdict} for p in pairs]
+    ends = [1.0, *(end for p in pairs for end in (p.ratio, p.ci_low, p.ci_high) if end)]
     y = _category("arm", [pair.arm for pair in pairs])
-    x = {"type": "quantitative", "title": f"{words}, relative to {answer.definition.baseline}",
-         "scale": {"type": "log", "zero": False}}  # fmt: skip
+    x = {
+        "type": "quantitative",
+        "title": f"{words}, relative to {answer.definition.baseline}",
+        "scale": {"type": "log", "domain": [min(ends) / FOREST_MARGIN, max(ends) * FOREST_MARGIN], "nice": False},
+    }
     spec = {
+        "height": {"step": 30},
         "layer": [
-            {"data": {"values": [{"one": 1}]}, "mark": {"type": "rule", "strokeDash": [2, 2]},
-             "encoding": {"x": {"field": "one", **x}}},
-            {"data": {"values": values}, "mark": {"type": "rule", "strokeWidth": 3},
-             "encoding": {"y": y, "x": {"field": "low", **x}, "x2": {"field": "high"}}},
-            {"data": {"values": values}, "mark": {"type": "point", "filled": True, "size": 80, "tooltip": True},
-             "encoding": {"y": y, "x": {"field": "ratio", **x}}},
-        ]
-    }  # fmt: skip
+            {
+                "data": {"values": [{"one": 1}]},
+                "mark": {"type": "rule", "strokeDash": [2, 2]},
+                "encoding": {"x": {"field": "one", **x}},
+            },
+            {
+                "data": {"values": values},
+                "mark": {"type": "rule", "strokeWidth": 3},
+                "encoding": {"y": y, "x": {"field": "low", **x}, "x2": {"field": "high"}},
+            },
+            {
+                "data": {"values": values},
+                "mark": {"type": "point", "filled": True, "size": 80, "tooltip": True},
+                "encoding": {"y": y, "x": {"field": "ratio", **x}},
+            },
+        ],
+    }
     return Chart(
         f"{words.capitalize()} of each arm, relative to {answer.definition.baseline}",
         "; ".join(f"{p.arm}: {p.ratio:.4g} times ({p.verdict})" for p in pairs) + ".",
@@ -347,15 +364,15 @@ def over_the_campaign(answer: Answer) -> list[Chart]:
         for order, (cell, value) in enumerate(known, start=1)
     ]
     found = []
-    for heading, field, title in (
-        ("Position in the cycle", "position", "position in the cycle"),
-        ("Drift over the campaign", "order", "order of measurement"),
+    for heading, field, kind, title in (
+        ("Position in the cycle", "position", "ordinal", "position in the cycle"),
+        ("Drift over the campaign", "order", "quantitative", "order of measurement"),
     ):
         spec = {
             "data": {"values": values},
             "mark": {"type": "point", "filled": True, "tooltip": True},
             "encoding": {
-                "x": {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1}},
+                "x": {"field": field, "type": kind, "title": title, "axis": {"labelAngle": 0}},
                 "y": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})", "scale": {"zero": False}},
                 "color": {"field": "arm", "type": "nominal", "title": "arm"},
             },

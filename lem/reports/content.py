@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from lem.warning_codes import WARNINGS
 
 # Of more experiments, the requests are not read, because their distributions could not be told apart.
 MOST_TRACES = 4
+# Of more experiments, the plans are not read for their commands.
+MOST_COMMANDS = 500
 # A trace with more samples is thinned out to this number; the table says how many there were.
 MOST_SAMPLES = 3_000
 # Columns of the table of experiments, with their headers and units.
@@ -85,6 +88,8 @@ class Content:
     trust: Sequence[Trust]
     charts: Sequence[Chart]
     settings: Sequence[Setting]
+    # The command that runs each experiment again, by its id; only those whose files still exist.
+    commands: Mapping[str, str]
     answer: Answer | None = None
     sentences: Sequence[str] = ()
     problems: Sequence[str] = field(default=())
@@ -168,10 +173,23 @@ def _content(
         trust=list(_trust(rows, answer)),
         charts=list(_charts(store, completed, names, answer)),
         settings=_settings(rows),
+        commands=_commands(store, rows) if len(rows) <= MOST_COMMANDS else {},
         answer=answer,
         sentences=list(sentences(answer)) if answer else (),
         problems=problems,
     )
+
+
+def _commands(store: Store, rows: Sequence[ExperimentRow]) -> dict[str, str]:
+    found = {}
+    for row in rows:
+        try:
+            plan = store.directory(row.experiment_id).plan()
+        except ResultsError:
+            continue
+        file = [plan.config_file] if plan.config_file else []
+        found[row.experiment_id] = shlex.join(["lem", "experiment", *file, *plan.overrides])
+    return found
 
 
 def _names(rows: Sequence[ExperimentRow]) -> dict[str, str]:

@@ -90,21 +90,13 @@ def _data(content: Content) -> dict[str, Any]:
         "rows": [[_value(row, name) for name in COLUMNS] for row in content.rows],
         "estimated": [i for i, row in enumerate(content.rows) if is_estimated(row.energy_source)],
         "energy": [i for i, name in enumerate(COLUMNS) if name in ENERGY],
-        "commands": [command(row) for row in content.rows] if len(content.rows) <= MOST_ROWS else [],
+        "commands": [content.commands.get(row.experiment_id) for row in content.rows],
     }
 
 
 def _value(row: ExperimentRow, name: str) -> Any:
     value = getattr(row, name)
     return value[:16].replace("T", " ") if name == "started_at" else value
-
-
-def command(row: ExperimentRow) -> str:
-    """Return a command that runs an experiment with the same settings again, as a person would paste it."""
-    import shlex
-
-    given = " ".join(shlex.quote(text) for text in row.overrides)
-    return f"lem results show {row.experiment_id}" + (f"  # overrides: {given}" if given else "")
 
 
 # ------------------------------------------------------------------ sections

@@ -17,7 +17,7 @@
       background: null,
       font: "system-ui, sans-serif",
       axis: { labelColor: text, titleColor: text, domainColor: quiet, tickColor: quiet, gridColor: line },
-      legend: { labelColor: text, titleColor: text, labelLimit: 260, orient: "bottom", columns: 2 },
+      legend: { labelColor: text, titleColor: text, labelLimit: 260, titleLimit: 400, orient: "bottom", columns: 2 },
       title: { color: text },
       view: { stroke: line },
       rule: { color: quiet },
@@ -112,10 +112,12 @@
   if (more) more.addEventListener("click", () => { shownCount += SCREENFUL; refresh(); });
 
   content.commands.forEach((command, i) => {
+    if (command === null || !isStatic) return;
     const button = document.createElement("button");
     button.type = "button";
     button.className = "copy";
     button.textContent = "copy command";
+    button.setAttribute("aria-label", `Copy the command of ${content.rows[i][0]}`);
     button.title = command;
     button.addEventListener("click", () => {
       navigator.clipboard.writeText(command).then(

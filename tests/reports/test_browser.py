@@ -1,0 +1,110 @@
+"""Reports in a real browser: every chart is drawn, nothing is requested, and no error is logged.
+
+Run by `nox -s browser`, which installs Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lem.results.store import Store
+from tests.conftest import command
+from tests.records import finished, power, reading
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SIMULATED = (
+    "model=any", "backend=simulated", "backend.sleep=false", "backend.noise=0.02", "energy=simulated",
+    "dataset=sample", "dataset.sample_size=8",
+)  # fmt: skip
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page with the network off, and return Chromium's output."""
+    assert CHROMIUM is not None, "there is no Chromium; run the session browser, which installs it"
+    return subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+            "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+            "--virtual-time-budget=15000", f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+
+
+def lem(root: Path, *arguments: str) -> str:
+    """Run a command in a folder, and return its output."""
+    done = command(*arguments, cwd=root)
+    assert done.code == 0, done.err
+    return done.out
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Pages of every kind: experiments with a trace, a sweep with two settings, and a campaign."""
+    root = tmp_path_factory.mktemp("reports")
+    store = Store(root / "results")
+    power(finished(store, energy=(reading(energy_j=100.0),)))
+    finished(store, energy=(reading(energy_j=120.0, source="estimate"),))
+    lem(root, "aggregate", "--all", "-o", str(store.root))
+    grid = ("batching.batch_size=1,2", "max_output_tokens=16,32", "--multirun", "-y", "-o", str(root / "grid"))
+    lem(root, "experiment", *SIMULATED, *grid)
+    for number in (1, 2):
+        (root / f"arm{number}.yaml").write_text(f"model: any\nbatching: {{batch_size: {number}}}\n")
+    arms = ("arm1.yaml", "arm2.yaml", "--campaign-name", "two", "-y", "-o", str(root / "campaign"))
+    lem(root, "campaign", *arms, *SIMULATED[1:])
+    sweep = next((root / "multirun").iterdir())
+    for name, arguments in {
+        "experiments": ("--results-dir", str(store.root)),
+        "grid": ("--grid", str(sweep)),
+        "campaign": ("--campaign", "two", "--results-dir", str(root / "campaign")),
+    }.items():
+        lem(root, "results", "report", *arguments, "-o", str(root / f"{name}.html"))
+    return root
+
+
+KINDS = {"experiments": 5, "grid": 4, "campaign": 6}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [(), ("--blink-settings=preferredColorScheme=0",), ("--window-size=500,900",)])
+def test_every_chart_is_drawn_without_errors_or_requests(reports, tmp_path, kind, options):
+    log = tmp_path / "net.json"
+    done = browse(reports / f"{kind}.html", "--dump-dom", f"--log-net-log={log}", *options)
+    plots = re.findall(r'<div class="plot"[^>]*>.*?(?=</section>)', done.stdout, re.S)
+    assert len(plots) >= KINDS[kind]
+    for plot in plots:
+        assert 'data-drawn="yes"' in plot
+        assert re.search(r'<svg.*?aria-roledescription="(rect|symbol|line|rule|bar)[^"]* mark', plot, re.S), plot[:500]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert not re.findall(r'"url":\s*"(https?|wss?)://[^"]*"', log.read_text())
+
+
+def test_the_table_is_as_long_as_it_says_and_can_be_sorted(reports):
+    dom = browse(reports / "grid.html", "--dump-dom").stdout
+    assert "4 of 4 shown" in dom
+    table = re.search(r'<table id="table">(.*?)</table>', dom, re.S)[1]
+    assert table.count("<tr>") == 5  # the header, and a row for each experiment
+    assert table.count("copy command") == 4
+
+
+def test_the_page_prints(reports, tmp_path):
+    browse(reports / "campaign.html", f"--print-to-pdf={tmp_path / 'r.pdf'}")
+    content = (tmp_path / "r.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(content) > 20_000
+
+
+def test_the_numbers_of_the_page_are_those_of_the_json(reports):
+    dom = browse(reports / "grid.html", "--dump-dom").stdout
+    found = json.loads(re.search(r'id="content">(.*?)</script>', dom, re.S)[1])
+    listed = json.loads(lem(reports, "results", "list", "--json", "-o", str(reports / "grid")))
+    names = [head for head, _ in found["columns"]]
+    energies = {row[0]: row[names.index("energy")] for row in found["rows"]}
+    assert energies == {row["experiment_id"]: row["energy_j"] for row in listed}
