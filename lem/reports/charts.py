@@ -273,7 +273,6 @@ def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
         "y": {**_category("two", _ordered(two for _, two in means)), "title": varying[1]},
     }
     spec = {
-        "height": {"step": 36},
         "data": {"values": values},
         "mark": {"type": "rect", "tooltip": True},
         "encoding": {**places, "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"}},
@@ -323,7 +322,6 @@ def forest(answer: Answer) -> Chart | None:
         "scale": {"type": "log", "domain": [min(ends) / FOREST_MARGIN, max(ends) * FOREST_MARGIN], "nice": False},
     }
     spec = {
-        "height": {"step": 30},
         "layer": [
             {
                 "data": {"values": [{"one": 1}]},

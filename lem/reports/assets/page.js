@@ -32,20 +32,26 @@
     (spec.data && spec.data.values ? spec.data.values.length : 0) +
     (spec.layer || []).reduce((sum, layer) => sum + marksOf(layer), 0);
 
+  // How many categories the vertical axis has; 0 if it is a scale of numbers.
+  const categoriesOf = (spec) =>
+    Math.max(((spec.encoding || {}).y || {}).sort ? spec.encoding.y.sort.length : 0, ...(spec.layer || []).map(categoriesOf));
+
   const draw = (element) => {
     const { spec } = content.charts[Number(element.dataset.chart)];
-    const categories = spec.encoding && spec.encoding.y && spec.encoding.y.type === "nominal";
     const width = Math.max(240, element.clientWidth - 24);
+    const categories = categoriesOf(spec);
+    const height = categories ? categories * 24 + 12 : Math.min(360, Math.max(220, width * 0.5));
     const sized = {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
-      width: "container", height: categories ? { step: 22 } : Math.min(360, Math.max(220, width * 0.5)),
-      autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(),
+      height, autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(),
     };
     sized.width = width;
     const compiled = vegaLite.compile(sized).spec;
-    element.textContent = "";
+    // Vega names its container, so it gets one of its own within the element that has our description.
+    const container = document.createElement("div");
+    element.replaceChildren(container);
     const view = new vega.View(vega.parse(compiled), {
-      renderer: marksOf(spec) > MANY_MARKS ? "canvas" : "svg", container: element, hover: true,
+      renderer: marksOf(spec) > MANY_MARKS ? "canvas" : "svg", container, hover: true,
     });
     view.runAsync().then(() => element.setAttribute("data-drawn", "yes"));
   };
