@@ -69,7 +69,10 @@ def page(content: Content, created_at: str) -> str:
 
 def embedded(value: object) -> str:
     """Return plain data as JSON that can stand inside a script element, whatever its texts contain."""
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # some number is not finite
+        text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal
 
 from lem.errors import ResultsError, did_you_mean
@@ -494,7 +494,7 @@ def config_of(row: ExperimentRow) -> dict[str, Any]:
     return dict(_parsed(row.config_json))
 
 
-@cache
+@lru_cache(maxsize=256)  # thousands of experiments often share a configuration, or else have one each
 def _parsed(text: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(text) if text else {}
     return {key: value for key, value in values.items() if key not in NOT_COMPARED}
