@@ -65,6 +65,10 @@ class Problems(ConfigError):
         self.found = tuple(dict.fromkeys(found))
         super().__init__(*map(str, self.found))
 
+    def __reduce__(self) -> tuple[type[Problems], tuple[Any, ...]]:
+        """Return how to build the error again in another process."""
+        return type(self), (self.found,)
+
     @classmethod
     def one(cls, code: str, path: str, message: str, location: Location | None = None) -> Problems:
         """Return an error with a single problem."""
