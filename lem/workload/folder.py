@@ -200,7 +200,9 @@ def _numbered_split(folder: Path, path: Path) -> str | None:
 
 def _is_in_folder_of(name: PurePosixPath, split: str) -> bool:
     """Return whether a file is in a folder whose name has a keyword of the split, set off by separators."""
-    return any(re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]})({SEPARATOR}.*)?", each) for each in name.parent.parts)
+    return any(
+        re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]})({SEPARATOR}.*)?", each) for each in name.parent.parts
+    )
 
 
 def _is_named_after(name: PurePosixPath, split: str) -> bool:
