@@ -130,7 +130,9 @@ class Tables:
         import pyarrow.compute as pc
 
         found = read_file(self._store.root / name / at.file)
-        return parquet.records(found.filter(pc.equal(found["experiment_id"], experiment_id)), KINDS[name])
+        with parquet.without_pandas():
+            of_experiment = pc.equal(found["experiment_id"], experiment_id)
+        return parquet.records(found.filter(of_experiment), KINDS[name])
 
     def rows(self, names: Sequence[str] | None = None) -> tuple[list[ExperimentRow], list[str]]:
         """Return the rows of all experiments, and a message about each damaged file.
@@ -254,7 +256,8 @@ def _replace(file: Path, record_type: type[Any], ids: Sequence[str], rows: Seque
         import pyarrow.compute as pc
 
         before = read_file(file)
-        others = before.filter(pc.invert(pc.is_in(before["experiment_id"], pa.array(ids))))
+        with parquet.without_pandas():
+            others = before.filter(pc.invert(pc.is_in(before["experiment_id"], pa.array(ids))))
         rows = [parquet.aligned(others, record_type), *rows]
     parquet.write_table(file, pa.concat_tables(rows).combine_chunks())
 
