@@ -166,10 +166,15 @@ def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | No
         wanted = pa.schema([wanted.field(name) for name in wanted_names])
     with without_pandas():
         arrays = [
-            found[f.name].cast(f.type) if f.name in there else pa.array([fillers[f.name]] * len(found), f.type)
+            _cast(found[f.name], f.type) if f.name in there else _array([fillers[f.name]] * len(found), f.type)
             for f in wanted
         ]
     return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+def _cast(column: Any, arrow_type: Any) -> Any:
+    # To cast, pyarrow imports its compute functions, even if the type is the same.
+    return column if column.type == arrow_type else column.cast(arrow_type)
 
 
 def together(tables: Iterable[Any], record_type: type[Any]) -> Any:
