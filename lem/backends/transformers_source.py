@@ -135,19 +135,23 @@ def _names(file: str, name: str) -> frozenset[str]:
 
 
 def _assigned(file: str, name: str) -> ast.expr | None:
-    """Return the expression that a source file of the folder `auto` assigns to a name; None if it is not found."""
-    for node in _parsed(file):
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if [target.id for target in targets if isinstance(target, ast.Name)] == [name]:
-            return getattr(node, "value", None)
-    return None
+    """Return the expression that a source file of the folder `auto` assigns to a name; None if it is not found.
+
+    Only the lines of the assignment are parsed, up to the first line that begins with a closing bracket.
+    """
+    found = re.search(rf"^{name}\b[^\n]*=.*?^[)\]}}]+$", _text(file), re.MULTILINE | re.DOTALL)
+    try:
+        nodes = ast.parse(found[0]).body if found else []
+    except SyntaxError:  # an unknown layout
+        return None
+    return next((node.value for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)), None)
 
 
 @cache
-def _parsed(file: str) -> list[ast.stmt]:
+def _text(file: str) -> str:
     folder = _folder()
     path = None if folder is None else folder / AUTO / file
-    return ast.parse(path.read_text(encoding="utf-8")).body if path is not None and path.is_file() else []
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else ""
 
 
 def _pairs(node: ast.expr) -> dict[str, str]:
