@@ -55,7 +55,7 @@ COMMANDS = {
 
 
 def cost(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
-    """Return the CPU time in seconds, and the peak memory in MB, of one run of Python and the processes it waits for."""
+    """Return the CPU time in seconds, and the peak memory in MB, of one run of Python and its child processes."""
     # Bytecode is cached, as it would be for a command that is run often.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, *arguments]
