@@ -54,7 +54,7 @@ def test_an_error_with_several_problems_keeps_them(error):
 
 
 def test_an_unexpected_error_shows_where_it_was_raised():
-    with pytest.raises(Exception, match="(?s)Traceback.*ValueError: invalid literal"):
+    with pytest.raises(Exception, match=r"(?s)Traceback.*ValueError: invalid literal"):
         apart.call(NONE, int, "x")
 
 
