@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from lem.cli import app
+from lem.cli import all_commands
 from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
@@ -271,7 +271,7 @@ def _answer(feature: Feature) -> Callable[[str], str]:
 # ------------------------------------------------------------------ command line
 def command_line() -> str:
     """Return the page on the commands and their options."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(all_commands())
     parts = ["# Command line\n", f"{root.help}\n"]
     for path, command in _commands(root, ("lem",)):
         parts += [f"## {' '.join(path)}\n", f"{command.help}\n", _options_table(command)]

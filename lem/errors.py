@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from lem.units import one_line
 
@@ -36,6 +37,10 @@ class BadInput(LemError):
         """Store the problems. Each becomes one line of the message; line breaks inside a problem are escaped."""
         self.problems = tuple(map(one_line, problems))
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[BadInput], tuple[Any, ...]]:
+        """Return how to build the error again in another process: from its problems, not from the whole message."""
+        return type(self), self.problems
 
 
 class ConfigError(BadInput):

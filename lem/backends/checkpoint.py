@@ -1,18 +1,21 @@
 """The parts of a model other than its weights: tokenizer, end tokens, sizes, and an adapter's files.
 
-All of this is read through transformers, so it is the same for every engine that runs the model. This module knows
-nothing about engines.
+All of this is read through transformers, or as transformers would, so it is the same for every engine that runs the
+model. This module knows nothing about engines.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lem import apart
+from lem.backends import plain_tokenizer
 from lem.backends.base import Encoded
 from lem.backends.chat import rendered
 from lem.backends.engine import failing_as, reason_of
@@ -181,17 +184,47 @@ def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     return list(tokenizer(rendered(tokenizer, text), add_special_tokens=False)["input_ids"])
 
 
+def without_torch(*, trusted: bool) -> tuple[str, ...]:
+    """Return the libraries to hide from transformers in a process that only loads a tokenizer.
+
+    transformers imports torch if it is installed, which takes seconds. Its tokenizers do not need torch, but a model's
+    own code may.
+    """
+    return () if trusted else ("torch",)
+
+
+def tokenizer_of(path: str, **source: Any) -> Any:
+    """Load a tokenizer as transformers does; `source` has the arguments that `source_of` returns."""
+    # Without this variable, transformers prints on import that there is no torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoTokenizer.from_pretrained(path, **source)
+
+
 def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
     """Return each prompt as the model receives it: its tokens, and the text that they decode to. Loads no weights.
+
+    A tokenizer that only transformers can load is loaded in a process of its own.
 
     Raises:
         RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template drops a prompt.
     """
-    import transformers
+    is_plain = not (experiment.chat_template or experiment.trust_remote_code)
+    if is_plain and (tokenizer := plain_tokenizer.load(model)) is not None:
+        return _sent_by(tokenizer, experiment, texts)
+    hidden = without_torch(trusted=experiment.trust_remote_code)
+    return apart.call_without(hidden, "transformers", _as_sent, experiment, model, texts)
 
-    transformers.logging.set_verbosity_error()
+
+def _as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
     with failing_as(f"The tokenizer of {model.name} cannot be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, **source_of(model, experiment))
+        tokenizer = tokenizer_of(model.path, **source_of(model, experiment))
+    return _sent_by(tokenizer, experiment, texts)
+
+
+def _sent_by(tokenizer: Any, experiment: Experiment, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
     return [
         (each, tokenizer.decode(each.token_ids, clean_up_tokenization_spaces=False))
         for each in encode(tokenizer, texts, experiment, None)

@@ -1,6 +1,7 @@
 """Objections to a model's files (weights, tokenizer and chat template), found before loading.
 
-The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested.
+The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested. What
+needs transformers runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lem import apart
 from lem.backends import chat, fit, transformers_source
+from lem.backends.checkpoint import tokenizer_of, without_torch
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
 from lem.workload import weights
@@ -28,13 +31,13 @@ def values(model: Model) -> Iterator[Objection]:
     """Object to values in config.json whose types transformers rejects.
 
     The values are first compared with the types in transformers' source code, which is fast. Only if a value has a
-    different type is transformers imported, which takes seconds, to find out whether it really rejects the value.
+    different type is transformers asked, which takes seconds, whether it really rejects the value.
     """
     parts = [model.config] if model.text_config is model.config else [model.config, model.text_config]
     for part in parts:
         types = transformers_source.value_types(str(part.get("model_type")))
         odd = [name for name, kind in types.items() if name in part and not _is_of_type(part[name], kind)]
-        message = _rejection(model) if odd else ""
+        message = apart.call("transformers", _rejection, model.path, model.revision) if odd else ""
         for name in odd:
             if f"'{name}'" in message:  # the message names only one of the values
                 fact = f"{name} is {shown(part[name])}, but transformers expects {types[name]}"
@@ -50,12 +53,12 @@ def _is_of_type(value: Any, annotation: str) -> bool:
     return isinstance(value, list | dict) and any(kind not in plain for kind in kinds)
 
 
-def _rejection(model: Model) -> str:
+def _rejection(path: str, revision: str | None) -> str:
     """Return the message with which transformers rejects a model's config.json; empty if it accepts the file."""
     import transformers
 
     try:
-        transformers.AutoConfig.from_pretrained(model.path, revision=model.revision)
+        transformers.AutoConfig.from_pretrained(path, revision=revision)
     except Exception as error:  # the classes of transformers and huggingface_hub raise errors of many types
         return str(error)
     return ""
@@ -165,30 +168,41 @@ def _read(file: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ chat template
 def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
     """Yield an objection if the chat template is missing or cannot wrap a prompt."""
-    if not experiment.chat_template:
-        return
-    import transformers  # this takes seconds, so it is done only if a chat template is requested
+    if experiment.chat_template:
+        rows = model.text_config.get("vocab_size")
+        source = (model.path, model.revision, experiment.trust_remote_code)
+        for code, fact in _faults_of_template(model.name, *source, rows, _stamps(model)):
+            yield Objection(code, "chat_template", fact)
 
-    transformers.logging.set_verbosity_error()
-    loaded = transformers.AutoTokenizer.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
-    )
+
+def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
+    """Return when each file of a local model was last changed, so that a result can be kept until then."""
+    files = sorted(Path(model.path).glob("*")) if model.is_local else []
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
+@lru_cache(maxsize=8)
+def _faults_of_template(
+    name: str, path: str, revision: str | None, trusted: bool, rows: Any, _stamps: tuple[tuple[str, int], ...]
+) -> list[tuple[str, str]]:
+    """Return the faults of a chat template, as codes and facts; kept, because a study's cells often share the model."""
+    hidden = without_torch(trusted=trusted)
+    return apart.call_without(hidden, "transformers", _faults_seen, name, path, revision, trusted, rows)
+
+
+def _faults_seen(name: str, path: str, revision: str | None, trusted: bool, rows: Any) -> list[tuple[str, str]]:
+    """Return the faults of a chat template that show when the tokenizer is loaded in this process."""
+    loaded = tokenizer_of(path, revision=revision, trust_remote_code=trusted)
     templates = getattr(loaded, "chat_template", None)
     if not templates:
-        yield Objection("no_chat_template", "chat_template", f"{model.name} has no chat template.")
-    elif isinstance(templates, dict) and "default" not in templates:
-        fact = f"{model.name} has several chat templates ({', '.join(templates)}) but no default."
-        yield Objection("bad_chat_template", "chat_template", fact)
-    elif fault := chat.problem_of(loaded):
-        yield Objection("bad_chat_template", "chat_template", f"{model.name}: {fault}")
-    else:
-        yield from _unknown_tokens(loaded, model)
-
-
-def _unknown_tokens(loaded: Any, model: Model) -> Iterator[Objection]:
-    """Yield an objection if tokens that the chat template itself adds have no embedding."""
-    rows, rendered = model.text_config.get("vocab_size"), chat.rendered(loaded, chat.PROBE)
-    largest = max(loaded(rendered, add_special_tokens=False)["input_ids"], default=0)
+        return [("no_chat_template", f"{name} has no chat template.")]
+    if isinstance(templates, dict) and "default" not in templates:
+        return [("bad_chat_template", f"{name} has several chat templates ({', '.join(templates)}) but no default.")]
+    if fault := chat.problem_of(loaded):
+        return [("bad_chat_template", f"{name}: {fault}")]
+    # Tokens that the template itself adds may have no embedding.
+    largest = max(loaded(chat.rendered(loaded, chat.PROBE), add_special_tokens=False)["input_ids"], default=0)
     if isinstance(rows, int) and largest >= rows:
         fact = f"the chat template adds the token {largest}, but the model's embedding has {rows} rows."
-        yield Objection("tokenizer_too_large", "chat_template", fact)
+        return [("tokenizer_too_large", fact)]
+    return []

@@ -2,8 +2,8 @@
 
 If a checkpoint lacks weights, transformers initialises them at random. Before the run, transformers' own loading code
 therefore compares the names and shapes in the files' headers with those of a model without values. When the real
-weights are loaded, the loader reports the same comparison. Importing transformers takes seconds, so the comparison is
-skipped for checkpoints that are evidently complete.
+weights are loaded, the loader reports the same comparison. Importing transformers takes seconds, so the comparison runs
+in a process of its own, and is skipped for checkpoints that are evidently complete.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lem import apart
 from lem.backends import transformers_source
 from lem.spec.experiment import Experiment
 from lem.workload import weights
@@ -125,17 +126,19 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return the `Fit` that transformers' loader reports if it loads a checkpoint's tensors without their values.
+    """Return the result of `_loaded_without_values`, cached for a study's many cells; `stamps` change when files do."""
+    return apart.call("transformers", _loaded_without_values, path, revision, Path(stamps[0][0]).parent)
 
-    The result is cached for the many cells of a study; `stamps` change when the files do.
-    """
+
+def _loaded_without_values(path: str, revision: str | None, folder: Path) -> Fit | None:
+    """Return the `Fit` that transformers' loader reports if it loads a checkpoint's tensors without their values."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        hollow = _hollow(Path(stamps[0][0]).parent)
+        hollow = _hollow(folder)
         config = transformers.AutoConfig.from_pretrained(path, revision=revision)
         with torch.device("meta"):
             model_class = type(transformers.AutoModelForCausalLM.from_config(config))

@@ -1,7 +1,8 @@
 """Objections to an experiment on the pytorch backend, found before anything heavy is loaded.
 
-The checks look at the options, the host, and the model's config.json and headers; they load no weights. They import
-transformers only if a model is to be split over processes, or if its files do not evidently contain all weights.
+The checks look at the options, the host, and the model's config.json and headers; they load no weights. They start a
+process that imports transformers only if a model is to be split over processes, or if its files do not evidently
+contain all weights.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from lem import apart
 from lem.backends import checkpoint_objections, pytorch_continuous, transformers_source
 from lem.backends.objections import checkpoint_dtype, model_objections, needs_own_code, unused_gpus
 from lem.backends.placement import split_over_ranks
@@ -101,18 +103,25 @@ def _tensor_parallel(
         yield Objection("tensor_parallel_beside_gpus", "backend.device", fact)
     if model is None or ("auto_map" in model.config and not experiment.trust_remote_code):
         return
-    import transformers  # this takes seconds, so it is done only if a model is to be split
+    trusted = experiment.trust_remote_code
+    reason = apart.call("transformers", _why_unsplittable, model.path, model.revision, trusted, parallelism.degree)
+    if reason is not None:
+        yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", reason)
+
+
+def _why_unsplittable(path: str, revision: str | None, trusted: bool, degree: int) -> str | None:
+    """Return why transformers cannot split a model over processes; None if it can, or does not know the model."""
+    import transformers
 
     transformers.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=experiment.trust_remote_code
-        )
-        split_over_ranks(config, parallelism.degree)
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusted)
+        split_over_ranks(config, degree)
     except RunError as error:
-        yield Objection("tensor_parallel_unsplittable", "parallelism.strategy", str(error))
+        return str(error)
     except (OSError, ValueError):
-        return  # transformers does not know the model; the error on loading will say why
+        return None  # the error on loading will say why
+    return None
 
 
 # ------------------------------------------------------------------ capabilities of GPUs

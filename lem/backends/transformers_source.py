@@ -39,6 +39,18 @@ def model_types() -> frozenset[str]:
     return frozenset(known) | (frozenset(language_models()) if known else frozenset())
 
 
+def takes_tokenizer_as_it_is(model_type: str) -> bool:
+    """Return whether a tokenizer without a class of its own is loaded from tokenizer.json alone; False if unknown.
+
+    For some model types, transformers uses another class than the one that the model's files name.
+    """
+    exceptions = _names("tokenization_auto.py", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
+    classes = _expressions("tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")
+    return bool(exceptions and classes) and not (
+        model_type in exceptions or "MistralCommonBackend" in classes.get(model_type, "")
+    )
+
+
 def modeling(model_type: str) -> str | None:
     """Return the source code of a model type's modules; None if it has none."""
     return _source("modeling", model_type)
@@ -96,16 +108,50 @@ def _folder() -> Path | None:
 @cache
 def _table(file: str, name: str) -> dict[str, str]:
     """Return the table that the source assigns to a name as `OrderedDict([(…, …), …])`; empty if it is not found."""
+    value = _assigned(file, name)
+    return _pairs(value.args[0]) if isinstance(value, ast.Call) and value.args else {}
+
+
+@cache
+def _expressions(file: str, name: str) -> dict[str, str]:
+    """Return such a table with the source text of its values, which may be expressions."""
+    value = _assigned(file, name)
+    pairs = value.args[0] if isinstance(value, ast.Call) and value.args else None
+    if not isinstance(pairs, ast.List):
+        return {}
+    return {
+        str(pair.elts[0].value): ast.unparse(pair.elts[1])
+        for pair in pairs.elts
+        if isinstance(pair, ast.Tuple) and len(pair.elts) == 2 and isinstance(pair.elts[0], ast.Constant)
+    }
+
+
+@cache
+def _names(file: str, name: str) -> frozenset[str]:
+    """Return the set of strings that the source assigns to a name; empty if it is not found."""
+    value = _assigned(file, name)
+    elements = value.elts if isinstance(value, ast.Set) else ()
+    return frozenset(str(each.value) for each in elements if isinstance(each, ast.Constant))
+
+
+def _assigned(file: str, name: str) -> ast.expr | None:
+    """Return the expression that a source file of the folder `auto` assigns to a name; None if it is not found.
+
+    Only the lines of the assignment are parsed, up to the first line that begins with a closing bracket.
+    """
+    found = re.search(rf"^{name}\b[^\n]*=.*?^[)\]}}]+$", _text(file), re.MULTILINE | re.DOTALL)
+    try:
+        nodes = ast.parse(found[0]).body if found else []
+    except SyntaxError:  # an unknown layout
+        return None
+    return next((node.value for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)), None)
+
+
+@cache
+def _text(file: str) -> str:
     folder = _folder()
     path = None if folder is None else folder / AUTO / file
-    if path is None or not path.is_file():
-        return {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call) or not node.value.args:
-            continue
-        if [target.id for target in node.targets if isinstance(target, ast.Name)] == [name]:
-            return _pairs(node.value.args[0])
-    return {}
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else ""
 
 
 def _pairs(node: ast.expr) -> dict[str, str]:

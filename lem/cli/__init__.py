@@ -1,31 +1,49 @@
 """The `lem` command. Importing a command module registers its commands, which delegate to the other packages.
 
-This module imports no heavy libraries; a command that needs torch, transformers, hydra, pyarrow or codecarbon imports
-it when it runs.
+Only the module of the command that runs is imported; `lem --help` needs none of them. This module imports no heavy
+libraries; a command that needs hydra, pyarrow or codecarbon imports it when it runs.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lem import __version__
-from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin
+from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin, new_app
 from lem.cli.environment import load_dotenv
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.units import one_line
 
-# Importing a module registers its commands; the order of imports is the order of commands in lem --help.
-# isort: off
-from lem.cli import experiment, batch, campaign, config, results, compare, report, inventory, doctor  # noqa: F401
-# isort: on
+# Each command's module, and the first sentence of its help, in the order of lem --help. A test compares the sentences
+# with the help of the commands themselves.
+COMMANDS = {
+    "experiment": ("experiment", "Run an experiment and show its results."),
+    "batch": ("batch", "Check many config files, then run one experiment for each of them."),
+    "campaign": ("campaign", "Measure several configurations in turn and compare them."),
+    "aggregate": (
+        "results",
+        "Build table rows from raw records; lem experiment does this automatically at the end of a run.",
+    ),
+    "gpus": ("inventory", "Show the NVIDIA GPUs, their MIG instances, and which of them CUDA_VISIBLE_DEVICES hides."),
+    "datasets": ("inventory", "List the datasets that --dataset accepts by name, both built-in ones and your own."),
+    "presets": ("inventory", "List the presets that --preset accepts, both built-in ones and your own."),
+    "doctor": ("doctor", "Report what can be measured on this machine, what cannot, and how to fix that."),
+    "config": ("config", "Check, show and create configurations."),
+    "results": ("results", "Inspect results."),
+}
+
+# Further modules with subcommands of a command.
+MORE_MODULES = {"results": ("compare", "report")}
 
 # Flags by the path of the configuration value that they set; an error about one of these values mentions the flag.
 FLAGS = {
@@ -93,16 +111,57 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def all_commands() -> typer.Typer:
+    """Return the app with all commands, in the order of lem --help."""
+    for name in COMMANDS:
+        _import_modules_of(name)
+    order = list(COMMANDS)
+    app.registered_commands.sort(key=lambda each: order.index(str(each.name or getattr(each.callback, "__name__", ""))))
+    app.registered_groups.sort(key=lambda each: order.index(str(each.name)))
+    return app
+
+
+def _listing() -> typer.Typer:
+    """Return an app that only knows the names and first sentences of the commands, for lem --help."""
+    listing = new_app()
+    listing.callback()(_lem)
+    for name, (_, sentence) in COMMANDS.items():
+        listing.command(name, help=sentence)(_not_run)
+    return listing
+
+
+def _not_run() -> None:
+    raise AssertionError("a command of the listing was run")
+
+
+def _asked(arguments: list[str]) -> str | None:
+    """Return the name of the command on a command line; None if there is none, or no such command."""
+    # The options before a command take no values.
+    first = next((text for text in arguments if not text.startswith("-")), None)
+    return first if first in COMMANDS else None
+
+
 @cache
-def _command() -> Callable[..., Any]:
-    """Return the complete click command, cached because building it takes longer than running many of the commands."""
+def _command(asked: str | None) -> Callable[..., Any]:
+    """Return a click command that has at least the command asked for, cached because building it takes a while."""
+    if "_LEM_COMPLETE" in os.environ:
+        return typer.main.get_command(all_commands())
+    if asked is None:
+        return typer.main.get_command(_listing())
+    _import_modules_of(asked)
     return typer.main.get_command(app)
+
+
+def _import_modules_of(command: str) -> None:
+    """Import the modules that define a command; importing a module registers its commands."""
+    for module in (COMMANDS[command][0], *MORE_MODULES.get(command, ())):
+        import_module(f"lem.cli.{module}")
 
 
 def _run() -> int:
     """Run the command and return its exit code; an exception that this function does not catch is a bug in lem."""
     try:
-        return int(_command()(prog_name="lem", standalone_mode=False) or 0)
+        return int(_command(_asked(sys.argv[1:]))(prog_name="lem", standalone_mode=False) or 0)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except typer.Abort:

@@ -16,12 +16,18 @@ from lem.spec.paths import literal
 
 log = logging.getLogger(__name__)
 
-app = typer.Typer(
-    help="Measure what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def new_app() -> typer.Typer:
+    """Return an app without commands."""
+    return typer.Typer(
+        help="Measure what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = new_app()
 
 ResultsDir = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lem.errors import ConfigError
 from lem.spec.rules import RULES, Severity
@@ -64,6 +65,10 @@ class Problems(ConfigError):
         # The same problem may be found twice: a file from which two others inherit is read twice.
         self.found = tuple(dict.fromkeys(found))
         super().__init__(*map(str, self.found))
+
+    def __reduce__(self) -> tuple[type[Problems], tuple[Any, ...]]:
+        """Return how to build the error again in another process."""
+        return type(self), (self.found,)
 
     @classmethod
     def one(cls, code: str, path: str, message: str, location: Location | None = None) -> Problems:

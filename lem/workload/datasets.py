@@ -9,22 +9,43 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lem import apart
 from lem.errors import DatasetError
 from lem.spec.experiment import Dataset
 from lem.spec.paths import expanded
 from lem.workload import builtin, file, folder, hub
+from lem.workload.offline import use_cache_if_unreachable
 from lem.workload.prompts import Prompts, Row, pick
 
 
 def load_prompts(dataset: Dataset, seed: int) -> Prompts:
-    """Load the configured prompts.
+    """Load the configured prompts, without loading the library `datasets` into this process.
 
     Raises:
         DatasetError: the prompts cannot be loaded as configured; the message says what to change.
         BadInput: the path begins with `~user`, but the user does not exist.
+        RunError: the process that reads a dataset through the library was killed.
     """
     if dataset.path is None:
         raise DatasetError("No prompts are configured; set --dataset, --prompts or dataset.path.")
+    if not _needs_library(dataset, dataset.path):
+        return load_here(dataset, seed)
+    if not os.path.isdir(expanded(dataset.path)):
+        use_cache_if_unreachable()  # here, so that the processes that this one starts know it too
+    return apart.call("datasets", load_here, dataset, seed)
+
+
+def _needs_library(dataset: Dataset, path: str) -> bool:
+    """Return whether the prompts are read through the library `datasets`: from the hub, or as a card describes."""
+    local = expanded(path)
+    if os.path.isdir(local):
+        return folder.needs_library(local, dataset)
+    return not (path.startswith(builtin.PREFIX) or os.path.lexists(local) or looks_like_a_file(path))
+
+
+def load_here(dataset: Dataset, seed: int) -> Prompts:
+    """Load the configured prompts in this process, as `load_prompts` does in another one if it needs the library."""
+    assert dataset.path is not None
     rows, split = _rows(dataset, dataset.path)
     return pick(rows, source=dataset.path, split=split, column=dataset.column, n=dataset.sample_size, seed=seed)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -25,6 +25,17 @@ from lem.workload.prompts import Rows, choose_column
 CARD = "README.md"
 # Files that `datasets` writes next to the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# More files that `datasets` never takes for data.
+NEVER_DATA = (CARD, "config.json", "dummy_data.zip", *NO_DATA[:3])
+# The words by which `datasets` recognises a split in the names of files and folders, and what may stand around them.
+KEYWORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|dev|val",
+    "test": "test|testing|eval|evaluation",
+}
+SEPARATOR = "[-._ 0-9]"
+# A file such as data/train-00000-of-00002.parquet.
+NUMBERED_PART = re.compile(r"data/([^/]+)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
 # The keys that describe a configuration in a card; any other key is an option for the library's reader.
 PLAIN = frozenset({"config_name", "data_files", "data_dir", "default"})
 HIDDEN = (".", "__")
@@ -43,16 +54,31 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
         raise DatasetError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from None
 
 
+def needs_library(folder: Path, dataset: Dataset) -> bool:
+    """Return whether the library has to read a directory, because its card assigns files to configurations and splits.
+
+    Raises:
+        DatasetError: the card cannot be read.
+    """
+    if _is_saved(folder) or dataset.files is not None:
+        return False
+    return dataset.config is not None or bool(_configurations(folder))
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _rows(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(folder):
         return _saved(folder, dataset)
     if dataset.files is not None:
         _refuse_split(folder, dataset.split, [hub.DEFAULT_SPLIT])
         found = _matching(folder, dataset.files)
         return _read(folder, found, dataset.column), dataset.split
-    split, configurations = dataset.split or hub.DEFAULT_SPLIT, _configurations(folder)
-    if dataset.config is not None or configurations:
-        plain = all(isinstance(each, dict) and PLAIN.issuperset(each) for each in configurations)
+    split = dataset.split or hub.DEFAULT_SPLIT
+    if needs_library(folder, dataset):
+        plain = all(isinstance(each, dict) and PLAIN.issuperset(each) for each in _configurations(folder))
         return hub.read_folder(
             folder, dataset.config, split, partial(_read, folder, column=dataset.column) if plain else None
         ), split
@@ -132,21 +158,56 @@ def _raise(error: OSError) -> None:
 
 
 def _splits(folder: Path) -> Mapping[str, list[Path]]:
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+    """Return the data files of each split, which their names determine as in `datasets`.
 
-    where = folder.resolve()  # because the patterns are resolved too
-    try:
-        patterns = get_data_patterns(str(where))
-    except EmptyDatasetError:
-        return {}
-    splits: dict[str, set[Path]] = {str(split): set() for split in patterns}
-    for split, some in patterns.items():
-        for pattern in some:
-            with suppress(FileNotFoundError):  # not every pattern matches a file
-                splits[str(split)] |= {
-                    folder / Path(name).relative_to(where) for name in resolve_pattern(pattern, str(where))
-                }
-    return {split: sorted(found & set(_data_files(folder))) for split, found in splits.items()}
+    The first of these that any file matches decides for all: numbered parts in the folder `data`, names of folders, and
+    names of files. Otherwise, all files belong to the split `train`.
+    """
+    names = sorted(_all_files(folder))
+    data = [path for path in sorted(_data_files(folder)) if path.name not in NEVER_DATA]
+    if parts := _numbered_parts(names):
+        return {split: [path for path in data if _numbered_split(folder, path) == split] for split in parts}
+    for is_of in (_is_in_folder_of, _is_named_after):
+        splits = [split for split in KEYWORDS if any(is_of(name, split) for name in names)]
+        if splits:
+            return {split: [path for path in data if is_of(_name_in(folder, path), split)] for split in splits}
+    return {hub.DEFAULT_SPLIT: data} if names else {}
+
+
+def _all_files(folder: Path) -> Iterator[PurePosixPath]:
+    """Yield the paths in the folder of all files whose names may determine the splits, whatever they contain."""
+    for where, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        for name in names:
+            if not name.startswith(".") and name not in NEVER_DATA and os.path.isfile(os.path.join(where, name)):
+                yield _name_in(folder, Path(where, name))
+
+
+def _name_in(folder: Path, path: Path) -> PurePosixPath:
+    return PurePosixPath(path.relative_to(folder).as_posix())
+
+
+def _numbered_parts(names: Sequence[PurePosixPath]) -> list[str]:
+    """Return the splits of numbered parts, the usual ones first."""
+    found = {match[1] for name in names if (match := NUMBERED_PART.fullmatch(str(name)))}
+    return [split for split in KEYWORDS if split in found] + sorted(found - KEYWORDS.keys())
+
+
+def _numbered_split(folder: Path, path: Path) -> str | None:
+    match = NUMBERED_PART.fullmatch(str(_name_in(folder, path)))
+    return match[1] if match else None
+
+
+def _is_in_folder_of(name: PurePosixPath, split: str) -> bool:
+    """Return whether a file is in a folder whose name has a keyword of the split, set off by separators."""
+    return any(
+        re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]})({SEPARATOR}.*)?", each) for each in name.parent.parts
+    )
+
+
+def _is_named_after(name: PurePosixPath, split: str) -> bool:
+    """Return whether a file's name has a keyword of the split, set off by separators on both sides or at its start."""
+    return bool(re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]}){SEPARATOR}.*", name.name))
 
 
 def _named(folder: Path, paths: Sequence[Path]) -> str:

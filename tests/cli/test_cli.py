@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from lem.units import plain, quantity
 from tests.conftest import SIMULATED, command, raw_record
@@ -64,6 +65,18 @@ def test_version(lem):
 def test_without_a_command_the_help_is_shown(lem):
     shown = lem()
     assert "experiment" in shown.out + shown.err
+
+
+def test_the_help_lists_each_command_with_the_first_sentence_of_its_own_help(lem, monkeypatch):
+    from lem.cli import COMMANDS, all_commands
+
+    monkeypatch.setenv("COLUMNS", "300")
+    found = typer.main.get_command(all_commands())
+    with found.make_context("lem", [], resilient_parsing=True) as context:
+        assert list(found.list_commands(context)) == list(COMMANDS)
+    for name, (_, sentence) in COMMANDS.items():
+        assert found.get_command(context, name).get_short_help_str(1000) == sentence
+        assert sentence in lem("--help").out
 
 
 def test_flags_help_comes_from_the_schema(lem, monkeypatch):

@@ -279,7 +279,7 @@ def test_a_slip_of_the_pen_gets_a_suggestion(arguments, suggestion, tmp_path):
 def test_every_command_has_its_help_also_in_a_narrow_terminal(lem, monkeypatch):
     import typer
 
-    from lem.cli import app
+    from lem.cli import all_commands
 
     def paths(node, path):
         yield path
@@ -288,7 +288,7 @@ def test_every_command_has_its_help_also_in_a_narrow_terminal(lem, monkeypatch):
 
     for columns in ("40", "80"):
         monkeypatch.setenv("COLUMNS", columns)
-        for path in paths(typer.main.get_command(app), ()):
+        for path in paths(typer.main.get_command(all_commands()), ()):
             short, long = lem(*path, "-h"), lem(*path, "--help")
             assert (short.code, long.code) == (0, 0)
             assert short.out == long.out

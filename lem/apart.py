@@ -1,0 +1,120 @@
+"""Calls a function in a process of its own, so that the heavy libraries it needs are never loaded into this one.
+
+The `lem` command stays small in this way while a worker runs, and a command that only checks files ends sooner. The
+functions that are called come from the rooms above; this module knows nothing about them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+from lem.errors import LemError, RunError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Bug(Exception):
+    """An error that the function was not meant to raise; the message is the traceback in the other process."""
+
+
+def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Return what the function returns, or raise what it raises, after calling it in a process of its own.
+
+    If this process has already loaded the library, the function is called here, because nothing would be saved.
+
+    Args:
+        library: the name of the heavy library that the function imports.
+        function: a function of a module, with arguments and a result that can be pickled.
+        arguments: its positional arguments.
+        named: its keyword arguments.
+
+    Raises:
+        RunError: the process was killed, for example because memory ran out.
+    """
+    return call_without((), library, function, *arguments, **named)
+
+
+def call_without(
+    hidden: Sequence[str], library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs
+) -> T:
+    """Do what `call` does, in a process in which the hidden libraries seem not to be installed.
+
+    A library that imports others only if they are installed, as transformers does with torch, then loads in a fraction
+    of the time.
+    """
+    if library in sys.modules:
+        return function(*arguments, **named)
+    outcome, value = _answer(pickle.dumps((function, arguments, named)), hidden)
+    if outcome == "raised":
+        raise value from None
+    return cast(T, value)
+
+
+def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
+    # -P keeps a file in the user's working directory from shadowing a library.
+    command = [sys.executable, "-P", "-m", "lem.apart", *hidden]
+    # In a session of its own, the process does not get the terminal's Ctrl-C; it is killed below.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        to_child, from_child = process.stdin, process.stdout
+        if to_child is None or from_child is None:
+            raise AssertionError("both pipes were asked for")
+        try:
+            # The pipe stays open until the answer is there: when it closes, the process knows that this one is gone.
+            to_child.write(request)
+            to_child.flush()
+            answer = from_child.read()
+        except BrokenPipeError:  # it ended before it had read the request; its exit code says why
+            answer = b""
+        finally:
+            if sys.exc_info()[0] is not None:
+                process.kill()
+    if not answer:
+        code = process.returncode
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise RunError(f"A process that lem started {how} before it had answered; free some memory and try again.")
+    return cast(tuple[str, Any], pickle.loads(answer))
+
+
+# ------------------------------------------------------------------ in the other process
+def main() -> None:
+    """Read a call from standard input, and write its result to the original standard output."""
+    # Whatever libraries print goes to standard error.
+    answer = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    for name in sys.argv[1:]:
+        # Python treats None as a module that does not exist; the type does not allow for it.
+        cast(dict[str, Any], sys.modules)[name] = None
+    function, arguments, named = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
+    try:
+        done = ("returned", function(*arguments, **named))
+    except LemError as error:
+        done = ("raised", error)
+    except Exception:
+        done = ("raised", _Bug(traceback.format_exc()))
+    with answer:
+        pickle.dump(done, answer)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # unloading torch would take longer than many calls
+
+
+def _end_with_the_parent() -> None:
+    """End this process when its standard input closes."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    # Run under the module's real name, so that both processes mean the same classes.
+    from lem.apart import main as run
+
+    run()
