@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,28 @@ class Tables:
             ids = [experiment_id for each in together for experiment_id in _ids(each)]
             for name, record_type in KINDS.items():
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove the rows of experiments; the caller must hold the lock (see `locked`).
+
+        A table's rows of an experiment count only if it has a row in `experiments`, so that row goes first where the
+        file has no other rows. In a shared file it goes last, so that rows that are left are found again.
+        """
+        self._sweep()
+        locations = self.locations()
+        by_file: dict[str, list[str]] = {}
+        for experiment_id in ids:
+            if at := locations.get(experiment_id):
+                by_file.setdefault(at.file, []).append(experiment_id)
+        in_file = Counter(at.file for at in locations.values())
+        for file, some in by_file.items():
+            if len(some) == in_file[file]:
+                for name in reversed(KINDS):
+                    (self._store.root / name / file).unlink(missing_ok=True)
+                continue
+            for name, record_type in KINDS.items():
+                if (self._store.root / name / file).is_file():
+                    _replace(self._store.root / name / file, record_type, some, [])
 
     def _sweep(self) -> None:
         """Remove files left behind by a killed writer."""
