@@ -10,6 +10,7 @@ import typer
 from lem.cli import complete
 from lem.cli.base import ResultsDir
 from lem.cli.results import results_app
+from lem.errors import ResultsError
 from lem.spec.paths import literal
 
 Ids = Annotated[
@@ -101,3 +102,62 @@ def results_delete(
 
     deletion = planned(browse.store_at(results_dir), ids or [], campaign, status, force=force)
     raise typer.Exit(delete(deletion, yes=yes, dry_run=dry_run))
+
+
+@results_app.command("archive")
+def results_archive(
+    ids: Ids = None,
+    results_dir: ResultsDir = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="The campaign with this name, with all its cells.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All experiments and campaigns.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", parser=literal, metavar="FILE", help="The zip file to write.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", parser=literal, metavar="FILE", help="Check an archive against its checksums instead."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Pack experiments and campaigns into a zip file with checksums; lem results merge reads it back."""
+    from lem.results import archive, browse
+    from lem.results.export import check_output
+
+    if check is not None:
+        if ids or campaign is not None or everything or output is not None:
+            raise ResultsError("--check reads an archive, and takes no experiments and no --output.")
+        raise typer.Exit(archive.report_check(check))
+    if output is None:
+        raise ResultsError("Give the file to write: --output FILE.zip.")
+    check_output(output, force=force)
+    store = browse.store_at(results_dir)
+    chosen = archive.content(store, ids or [], campaign, everything=everything)
+    raise typer.Exit(archive.archive(store, chosen, output))
+
+
+@results_app.command("merge")
+def results_merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR|FILE.zip…", parser=literal, help="Results directories and archives.", show_default=False
+        ),
+    ],
+    results_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-dir",
+            "-o",
+            parser=literal,
+            metavar="PATH",
+            help="Results directory to merge into (default: LLM_ENERGY_RESULTS_DIR, else results/).",
+        ),
+    ] = None,
+) -> None:
+    """Copy the experiments and campaigns of other results directories and of archives into one results directory."""
+    from lem.results import browse
+    from lem.results.combine import report
+
+    raise typer.Exit(report(browse.store_at(results_dir), sources))

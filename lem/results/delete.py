@@ -222,4 +222,5 @@ def _agreed(question: str) -> bool:
         raise ResultsError(f"Deleting needs your consent, and there is no terminal to ask on: add --yes. {NOTHING}")
     import typer
 
+    sys.stdout.flush()  # the list comes before the question
     return typer.confirm(one_line(question), default=False, err=True)

@@ -166,6 +166,12 @@ class Tables:
             for name, record_type in KINDS.items():
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
+    def add(self, file: str, rows: ArrowTables) -> None:
+        """Write the rows of experiments that have none yet to a new file; the caller must hold the lock."""
+        self._sweep()
+        for name in KINDS:
+            parquet.write_table(self._store.root / name / file, rows[name])
+
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
@@ -245,7 +251,7 @@ class NewRows:
 
     def by_file(self) -> dict[str, list[ArrowTables]]:
         """Return the rows, keyed by the names of their files."""
-        new = _name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
+        new = file_name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
         return {file or new: tables for file, tables in self._held.items()}
 
 
@@ -263,7 +269,8 @@ def _ids(tables: ArrowTables) -> list[str]:
     return ids
 
 
-def _name(ids: Sequence[str]) -> str:
+def file_name(ids: Sequence[str]) -> str:
+    """Return the name of a file with the rows of these experiments."""
     if len(ids) < 2:
         return f"{''.join(ids)}.parquet"
     return f"{ids[0]}-{ids[-1]}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.parquet"
