@@ -98,7 +98,7 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
         ids, campaigns = known.of_campaign(campaign), [campaign]
     else:
         ids = known.named(texts)
-    running = [name for name in ids if name in known.raw and _is_at_work(store, name)]
+    running = [name for name in ids if known.is_running(name)]
     sentences = [f"{name} is running and cannot be archived yet" for name in running]
     if running and not everything:
         raise ResultsError(*(f"{sentence}; wait until it has ended." for sentence in sentences))
@@ -106,11 +106,6 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
         raise ResultsError(f"There are no experiments in {store.root}.")
     at_work = set(running)
     return Content([name for name in ids if name not in at_work], campaigns, sentences)
-
-
-def _is_at_work(store: Store, experiment_id: str) -> bool:
-    directory = store.directory(experiment_id)
-    return directory.state().status == "running" or directory.is_held()
 
 
 # ------------------------------------------------------------------ writing

@@ -63,6 +63,11 @@ class Known:
             return row.status
         return "completed" if state.status in FINISHED else state.status
 
+    def is_running(self, experiment_id: str) -> bool:
+        """Return whether an experiment runs or its processes are still ending."""
+        directory = self.store.directory(experiment_id)
+        return experiment_id in self.raw and (directory.state().status == "running" or directory.is_held())
+
     def campaign(self, experiment_id: str) -> str | None:
         """Return the name of the campaign that an experiment belongs to, or None."""
         row = self.rows.get(experiment_id)

@@ -22,6 +22,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct, structs
 
 from lem.errors import ResultsError
@@ -167,7 +168,7 @@ class _Merge:
         if old not in self._here.raw:
             self._place_row(old)
             return
-        if self._here.status(old) == "running" or directory.is_held():
+        if self._here.is_running(old):
             self._done.left_out.append(f"{old} is running; merge again when it has ended")
             return
         try:
@@ -301,7 +302,7 @@ class _Merge:
         copy = self._scratch / "campaign"
         copy.mkdir()
         copy_files(source, copy, archive.JOBS)
-        self._rename_campaign(copy, new)
+        self._rename_campaign(copy, old, new)
         sync(self._scratch)
         place.parent.mkdir(exist_ok=True)
         if not place.is_dir():
@@ -314,14 +315,12 @@ class _Merge:
             shutil.rmtree(copy)
         self._done.campaigns.append(new)
 
-    def _rename_campaign(self, folder: Path, name: str) -> None:
+    def _rename_campaign(self, folder: Path, old: str, name: str) -> None:
         """Put the names of the target into the files of a campaign."""
         from lem.results.campaign import CELLS, DEFINITION
 
-        definition = json.loads((folder / DEFINITION).read_bytes())
-        if definition["campaign"]["name"] != name:
-            definition["campaign"]["name"] = name
-            write_atomically(folder / DEFINITION, json.dumps(definition, indent=2, ensure_ascii=False))
+        if name != old:
+            _name_campaign(folder / DEFINITION, name)
         for file in folder.glob("*.parquet"):
             rows = read_file(file)
             if "campaign" in rows.column_names:
@@ -420,9 +419,16 @@ def _rename(folder: Path, old: str, new: str, campaign: str | None) -> None:
         elif path.suffix == ".parquet":
             parquet.write_table(path, _mapped(read_file(path), "experiment_id", {old: new}))
     if campaign is not None:
-        plan = json.loads((folder / "spec.json").read_bytes())
-        plan["campaign"]["name"] = campaign
-        (folder / "spec.json").write_text(json.dumps(plan, indent=2, ensure_ascii=False))
+        _name_campaign(folder / "spec.json", campaign)
+
+
+def _name_campaign(file: Path, name: str) -> None:
+    """Change the name under `campaign` in a JSON file, and leave everything else as it is written there."""
+    whole = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
+    campaign = msgspec.json.decode(whole["campaign"], type=dict[str, msgspec.Raw])
+    campaign["name"] = msgspec.Raw(msgspec.json.encode(name))
+    whole["campaign"] = msgspec.Raw(msgspec.json.encode(campaign))
+    write_atomically(file, msgspec.json.format(msgspec.json.encode(whole)))
 
 
 def _mapped(rows: Any, column: str, names: Mapping[str, str]) -> Any:

@@ -112,7 +112,7 @@ def planned(store: Store, texts: Sequence[str], campaign: str | None, status: st
     statuses = {each: known.status(each) for each in ids}
     if status is not None:
         statuses = {each: found for each, found in statuses.items() if found == status}
-    _refuse_running(statuses)
+    _refuse_running([each for each in statuses if known.is_running(each)])
     if not force:
         _refuse_cells(known, [each for each in statuses if not whole])
     return Deletion(store, statuses, tuple(folder for folder in whole if folder.is_dir()))
@@ -127,8 +127,7 @@ def _folder(store: Store, campaign: str) -> Path:
     return folder
 
 
-def _refuse_running(statuses: dict[str, str]) -> None:
-    running = [name for name, status in statuses.items() if status == "running"]
+def _refuse_running(running: Sequence[str]) -> None:
     if running:
         more = f" and {len(running) - 1} more" if len(running) > 1 else ""
         raise ResultsError(f"{running[0]}{more}: running experiments cannot be deleted; stop them first. {NOTHING}")

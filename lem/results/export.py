@@ -24,7 +24,7 @@ from lem.results.choosing import one_of
 from lem.results.files import needs_space, replacing, write_atomically
 from lem.results.schema import ExperimentRow
 from lem.results.show import console
-from lem.results.store import Store, age
+from lem.results.store import ID, Store, age
 from lem.results.tables import KINDS, Tables, read_file
 from lem.units import one_line, printable
 
@@ -74,39 +74,41 @@ def _listed(row: ExperimentRow) -> Listed:
     return Listed(row.experiment_id, row.status, row.model, row.backend, row.dataset, row)
 
 
-def tables_of(store: Store, table: str, ids: Sequence[str]) -> Iterator[Any]:
+def tables_of(store: Store, table: str, ids: Sequence[str], damaged: list[str]) -> Iterator[Any]:
     """Yield the rows of experiments as Arrow tables with this version's columns.
 
     Rows of experiments and cycles are in the order of the ids. Rows of requests may be too many to be sorted in memory,
-    so they come file by file.
+    so they come file by file. Files that cannot be read are left out, and messages about them added to `damaged`.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     wanted = pa.array(ids, pa.string())
-    files = (_of_experiments(store.root / table / file.name, table, wanted) for file in _files(store, ids))
+    readable = _readable(store, table, wanted, damaged)
     if table == "requests":
-        yield from files
+        yield from readable
         return
     # In one piece, because Arrow would otherwise join the pieces for each batch.
-    found = pa.concat_tables([parquet.schema(KINDS[table]).empty_table(), *files]).combine_chunks()
-    order = pc.array_sort_indices(pc.index_in(found["experiment_id"], wanted))
+    found = pa.concat_tables([parquet.schema(KINDS[table]).empty_table(), *readable]).combine_chunks()
+    order = pc.array_sort_indices(pc.index_in(found["experiment_id"], wanted))  # keeps the order of cycles
     for start in range(0, len(order), BATCH):
         yield found.take(order[start : start + BATCH])
 
 
-def _files(store: Store, ids: Sequence[str]) -> list[Path]:
-    """Return the files of the tables that hold rows of experiments, oldest first."""
-    places, wanted = Tables(store).locations(), set(ids)
-    names = {at.file for name, at in places.items() if name in wanted}
-    return [store.experiments_table / name for name in sorted(names)]
-
-
-def _of_experiments(file: Path, table: str, wanted: Any) -> Any:
+def _readable(store: Store, table: str, wanted: Any, damaged: list[str]) -> Iterator[Any]:
     import pyarrow.compute as pc
 
-    found = read_file(file)
-    return parquet.aligned(found.filter(pc.is_in(found["experiment_id"], wanted)), KINDS[table])
+    ids = set(wanted.to_pylist())
+    for file in Tables(store).files():
+        if ID.fullmatch(file.stem) and file.stem not in ids:
+            continue
+        try:
+            found = read_file(store.root / table / file.name)
+        except ResultsError as error:
+            if str(error) not in damaged:
+                damaged.append(str(error))
+            continue
+        yield parquet.aligned(found.filter(pc.is_in(found["experiment_id"], wanted)), KINDS[table])
 
 
 # ------------------------------------------------------------------ the command
@@ -131,7 +133,7 @@ def export(
     late = catch_up(store)
     ids, damaged = chosen_ids(store, selection, texts)
     with _sink(output) as sink:
-        count = _write(sink, kind, table, tables_of(store, table, ids))
+        count = _write(sink, kind, table, tables_of(store, table, ids, damaged))
     if sidecar:
         write_atomically(sidecar, json.dumps(envelope(table), indent=2, ensure_ascii=False) + "\n")
     _report(late, damaged, len(ids), count, kind, output)
