@@ -16,7 +16,7 @@ from lem.spec.paths import literal
 Ids = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[ID]…",
+        metavar="ID",
         help="Experiment ids, or the beginnings of ids.",
         show_default=False,
         autocompletion=complete.experiment_ids,
@@ -142,7 +142,7 @@ def results_merge(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR|FILE.zip…", parser=literal, help="Results directories and archives.", show_default=False
+            metavar="DIR|FILE.zip", parser=literal, help="Results directories and archives.", show_default=False
         ),
     ],
     results_dir: Annotated[

@@ -60,6 +60,8 @@ class Deletion:
             ResultsError: something is in use; what comes before it in order has been deleted.
         """
         root = self.store.root / FOLDER
+        if root.is_symlink():
+            raise ResultsError(f"{root} is a link; remove it, because deleted files are moved there.")
         try:
             with ExitStack() as locks:
                 for folder in self.campaigns:  # a campaign that is being measured keeps its cells
@@ -150,7 +152,8 @@ def _refuse_cells(known: Known, ids: Sequence[str]) -> None:
 def finish(store: Store) -> None:
     """Remove the rows, marks and files of experiments whose deletion has begun; quick if there are none."""
     waiting = store.root / FOLDER
-    if not waiting.is_dir():
+    # A link would lead to files that lem did not put there.
+    if waiting.is_symlink() or not waiting.is_dir():
         return
     tables = Tables(store)
     with tables.locked():
@@ -160,11 +163,19 @@ def finish(store: Store) -> None:
     for experiment_id in ids:
         store.mark_finished(experiment_id)
     for name in names:
-        shutil.rmtree(waiting / name, ignore_errors=True)
+        _remove(waiting / name)
     # Under the lock, because another process may be about to move a directory there. The folder stays if a file could
     # not be removed, and the next command tries again.
     with tables.locked(), suppress(OSError):
         waiting.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a directory, or only the link if it is one."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(store: Store, experiment_id: str, target: Path) -> None:

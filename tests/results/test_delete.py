@@ -128,6 +128,25 @@ def test_an_experiment_whose_processes_are_still_ending_is_not_deleted(lem, stor
     assert_whole(store, ids)
 
 
+def test_links_are_not_followed(lem, store, tmp_path):
+    """Neither a crafted link in place of the folder, nor a link in place of an experiment's directory."""
+    ids = store.ids()
+    mine = tmp_path / "mine" / ids[0]
+    mine.mkdir(parents=True)
+    (store.root / delete.FOLDER).symlink_to(tmp_path / "mine")
+    assert lem("results", "list").code == 0
+    assert lem("results", "delete", ids[0], "-y").code == 2
+    assert_whole(store, ids)
+    (store.root / delete.FOLDER).unlink()
+    kept = tmp_path / "kept"
+    store.directory(ids[1]).path.rename(kept)
+    store.directory(ids[1]).path.symlink_to(kept)
+    assert lem("results", "delete", ids[1], "-y").code == 0
+    assert (mine.is_dir(), (kept / "spec.json").is_file()) == (True, True)
+    assert not (store.root / delete.FOLDER).exists()
+    assert_whole(store, [ids[0], *ids[2:]])
+
+
 # ------------------------------------------------------------------ campaigns
 def test_a_cell_is_deleted_only_with_its_campaign_or_by_force(lem, store):
     others = store.ids()
