@@ -43,7 +43,7 @@ COMMANDS = {
 }
 
 # Further modules with subcommands of a command.
-MORE_MODULES = {"results": ("compare", "report")}
+MORE_MODULES = {"results": ("compare", "report", "keeping")}
 
 # Flags by the path of the configuration value that they set; an error about one of these values mentions the flag.
 FLAGS = {

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,9 @@ from lem.errors import ResultsError, RunError, did_you_mean, nearest
 from lem.record import DeviceState, Environment
 from lem.results import show
 from lem.results.aggregate import Aggregated, aggregate_all, catch_up, is_fresh, read
+from lem.results.choosing import check_status
 from lem.results.codec import to_json, to_plain
+from lem.results.delete import finish as finish_deleting
 from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED, State
 from lem.results.rows import Rows
@@ -28,12 +30,16 @@ from lem.results.store import ID, Store, age, default_root, results_flag, resume
 from lem.results.tables import Tables
 from lem.units import one_line, plain, quantity
 
-STATUSES = ("completed", "failed", "interrupted", "running", "planned")
-
 
 def store_at(results_dir: Path | None) -> Store:
-    """Return the store in --results-dir or, without it, in the directory that `default_root` returns."""
-    return Store(results_dir or default_root())
+    """Return the store in --results-dir or, without it, in the directory that `default_root` returns.
+
+    A deletion that was cut short there is finished first, unless the directory cannot be written to.
+    """
+    store = Store(results_dir or default_root())
+    with suppress(OSError):
+        finish_deleting(store)
+    return store
 
 
 @contextmanager
@@ -62,9 +68,7 @@ class Selection:
     reverse: bool = False
 
     def __post_init__(self) -> None:
-        if self.status is not None and self.status not in STATUSES:
-            known = ", ".join(STATUSES)
-            raise ResultsError(f"--status: '{self.status}' is not one of {known}.{did_you_mean(self.status, STATUSES)}")
+        check_status(self.status)
         if self.sort is not None and self.sort not in ExperimentRow.__struct_fields__:
             close = did_you_mean(self.sort, ExperimentRow.__struct_fields__)
             raise ResultsError(f"--sort: no column '{self.sort}'.{close} docs/reference/results.md lists the columns.")

@@ -130,6 +130,18 @@ def open_to_read(path: str) -> int:
     raise OSError(errno.EINVAL, "not a plain file")
 
 
+@contextmanager
+def try_to_lock(file: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file, created if it is missing; yield whether no other process holds one."""
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def remove_if_abandoned(scratch: Path) -> None:
     """Remove a scratch file if its writer was killed; a living writer holds a lock on the file.
 

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +170,34 @@ class Tables:
             for name, record_type in KINDS.items():
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
+    def add(self, file: str, rows: ArrowTables) -> None:
+        """Write the rows of experiments that have none yet to a new file; the caller must hold the lock."""
+        self._sweep()
+        for name in KINDS:
+            parquet.write_table(self._store.root / name / file, rows[name])
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove the rows of experiments; the caller must hold the lock (see `locked`).
+
+        A table's rows of an experiment count only if it has a row in `experiments`, so that row goes first where the
+        file has no other rows. In a shared file it goes last, so that rows that are left are found again.
+        """
+        self._sweep()
+        locations = self.locations()
+        by_file: dict[str, list[str]] = {}
+        for experiment_id in ids:
+            if at := locations.get(experiment_id):
+                by_file.setdefault(at.file, []).append(experiment_id)
+        in_file = Counter(at.file for at in locations.values())
+        for file, some in by_file.items():
+            if len(some) == in_file[file]:
+                for name in reversed(KINDS):
+                    (self._store.root / name / file).unlink(missing_ok=True)
+                continue
+            for name, record_type in KINDS.items():
+                if (self._store.root / name / file).is_file():
+                    _replace(self._store.root / name / file, record_type, some, [])
+
     def _sweep(self) -> None:
         """Remove files left behind by a killed writer."""
         valid = {file.name for file in self.files()}
@@ -226,7 +255,7 @@ class NewRows:
 
     def by_file(self) -> dict[str, list[ArrowTables]]:
         """Return the rows, keyed by the names of their files."""
-        new = _name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
+        new = file_name([name for tables in self._held.get(None, ()) for name in _ids(tables)])
         return {file or new: tables for file, tables in self._held.items()}
 
 
@@ -244,7 +273,8 @@ def _ids(tables: ArrowTables) -> list[str]:
     return ids
 
 
-def _name(ids: Sequence[str]) -> str:
+def file_name(ids: Sequence[str]) -> str:
+    """Return the name of a file with the rows of these experiments."""
     if len(ids) < 2:
         return f"{''.join(ids)}.parquet"
     return f"{ids[0]}-{ids[-1]}-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:8]}.parquet"

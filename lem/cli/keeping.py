@@ -1,0 +1,163 @@
+"""The `lem results` commands that copy, move or delete results: export, delete, archive and merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lem.cli import complete
+from lem.cli.base import ResultsDir
+from lem.cli.results import results_app
+from lem.errors import ResultsError
+from lem.spec.paths import literal
+
+Ids = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="ID",
+        help="Experiment ids, or the beginnings of ids.",
+        show_default=False,
+        autocompletion=complete.experiment_ids,
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
+
+
+@results_app.command("export")
+def results_export(
+    ids: Ids = None,
+    results_dir: ResultsDir = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="csv, json, parquet, or the shape of another project: aienergyscore (CSV) or mlenergy (Parquet). "
+            "Default: by the file's name, else csv.",
+            show_default=False,
+        ),
+    ] = None,
+    table: Annotated[
+        str, typer.Option("--table", help="experiments, cycles or requests: what a row stands for.")
+    ] = "experiments",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            parser=literal,
+            metavar="FILE",
+            help="File to write (default: standard output); parquet and mlenergy need one.",
+        ),
+    ] = None,
+    status: Annotated[
+        str | None,
+        typer.Option("--status", help="Only experiments with this status: completed, failed or interrupted."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")] = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only experiments started at this time or later.")
+    ] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments.")] = None,
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="Column of the experiments table to sort by (default: start).")
+    ] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write the tables as CSV, JSON or Parquet, or in the shape of another project."""
+    from lem.results import browse
+    from lem.results.export import export
+
+    suffix = output.suffix.lower().removeprefix(".") if output else ""
+    chosen = kind or (suffix if suffix in ("json", "parquet") else "csv")
+    selection = browse.Selection(status, model, backend, dataset, campaign, since, last, sort, reverse)
+    store = browse.store_at(results_dir)
+    raise typer.Exit(export(store, selection, ids or [], kind=chosen, table=table, output=output, force=force))
+
+
+@results_app.command("delete")
+def results_delete(
+    ids: Ids = None,
+    results_dir: ResultsDir = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="The campaign with this name: all its cells, and its files.")
+    ] = None,
+    status: Annotated[
+        str | None,
+        typer.Option("--status", help="Only experiments with this status: completed, failed, interrupted or planned."),
+    ] = None,
+    yes: Yes = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete single cells of a campaign too.")] = False,
+) -> None:
+    """Delete experiments: their raw files and their rows."""
+    from lem.results import browse
+    from lem.results.delete import delete, planned
+
+    deletion = planned(browse.store_at(results_dir), ids or [], campaign, status, force=force)
+    raise typer.Exit(delete(deletion, yes=yes, dry_run=dry_run))
+
+
+@results_app.command("archive")
+def results_archive(
+    ids: Ids = None,
+    results_dir: ResultsDir = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="The campaign with this name, with all its cells.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All experiments and campaigns.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", parser=literal, metavar="FILE", help="The zip file to write.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", parser=literal, metavar="FILE", help="Check an archive against its checksums instead."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Pack experiments and campaigns into a zip file with checksums; lem results merge reads it back."""
+    from lem.results import archive, browse
+    from lem.results.export import check_output
+
+    if check is not None:
+        if ids or campaign is not None or everything or output is not None:
+            raise ResultsError("--check reads an archive, and takes no experiments and no --output.")
+        raise typer.Exit(archive.report_check(check))
+    if output is None:
+        raise ResultsError("Give the file to write: --output FILE.zip.")
+    check_output(output, force=force)
+    store = browse.store_at(results_dir)
+    chosen = archive.content(store, ids or [], campaign, everything=everything)
+    raise typer.Exit(archive.archive(store, chosen, output))
+
+
+@results_app.command("merge")
+def results_merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR|FILE.zip", parser=literal, help="Results directories and archives.", show_default=False
+        ),
+    ],
+    results_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--results-dir",
+            "-o",
+            parser=literal,
+            metavar="PATH",
+            help="Results directory to merge into (default: LLM_ENERGY_RESULTS_DIR, else results/).",
+        ),
+    ] = None,
+) -> None:
+    """Copy the experiments and campaigns of other results directories and of archives into one results directory."""
+    from lem.results import browse
+    from lem.results.combine import report
+
+    raise typer.Exit(report(browse.store_at(results_dir), sources))

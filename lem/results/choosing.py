@@ -1,0 +1,97 @@
+"""Finds the experiments that a command works on, by id, campaign or status, with or without rows or raw files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lem.errors import ResultsError, did_you_mean, nearest
+from lem.results.plan import FINISHED
+from lem.results.store import Store, age
+from lem.results.tables import Tables
+
+if TYPE_CHECKING:
+    from lem.results.schema import ExperimentRow
+
+STATUSES = ("completed", "failed", "interrupted", "running", "planned")
+
+
+def check_status(status: str | None) -> None:
+    """Raise `ResultsError` if a text is given that is not a status."""
+    if status is not None and status not in STATUSES:
+        known = ", ".join(STATUSES)
+        raise ResultsError(f"--status: '{status}' is not one of {known}.{did_you_mean(status, STATUSES)}")
+
+
+class Known:
+    """The experiments of a results directory, with what their rows and states say about them.
+
+    Raises:
+        ResultsError: a file of the tables is damaged.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.raw = set(store.ids())
+        rows, damaged = Tables(store).rows(["experiment_id", "status", "campaign"])
+        if damaged:
+            raise ResultsError(*damaged)
+        self.rows: dict[str, ExperimentRow] = {row.experiment_id: row for row in rows}
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """All experiments, oldest first."""
+        return sorted(self.raw | self.rows.keys(), key=age)
+
+    def named(self, texts: Sequence[str]) -> list[str]:
+        """Return the ids that texts name, oldest first; each text is an id or the beginning of one.
+
+        Raises:
+            ResultsError: a text matches no experiment or several.
+        """
+        return sorted({one_of(text, self.ids, self.store.root) for text in texts}, key=age)
+
+    def status(self, experiment_id: str) -> str:
+        """Return an experiment's status as `lem results list --all` shows it."""
+        row = self.rows.get(experiment_id)
+        if row is not None and (row.status == "completed" or experiment_id not in self.raw):
+            return row.status
+        state = self.store.directory(experiment_id).state()
+        if row is not None and state.status != "running":
+            return row.status
+        return "completed" if state.status in FINISHED else state.status
+
+    def is_running(self, experiment_id: str) -> bool:
+        """Return whether an experiment runs or its processes are still ending."""
+        directory = self.store.directory(experiment_id)
+        return experiment_id in self.raw and (directory.state().status == "running" or directory.is_held())
+
+    def campaign(self, experiment_id: str) -> str | None:
+        """Return the name of the campaign that an experiment belongs to, or None."""
+        row = self.rows.get(experiment_id)
+        if row is not None:
+            return row.campaign
+        try:
+            place = self.store.directory(experiment_id).plan_excerpt().campaign
+        except ResultsError:  # a damaged plan names no campaign
+            return None
+        return place.name if place else None
+
+    def of_campaign(self, name: str) -> list[str]:
+        """Return the experiments of a campaign, oldest first."""
+        return [each for each in self.ids if self.campaign(each) == name]
+
+
+def one_of(text: str, ids: Iterable[str], root: Path) -> str:
+    """Return the id that a text names; raises `ResultsError` if it matches none or several."""
+    listed = list(ids)
+    matches = [text] if text in listed else [name for name in listed if text and name.startswith(text)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
+    close = nearest(text, listed)
+    hint = f" Nearest: {', '.join(close)}." if close else " lem results list --all shows the ids."
+    raise ResultsError(f"There is no experiment '{text}' in {root}.{hint}")
