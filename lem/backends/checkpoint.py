@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem import apart
 from lem.backends import plain_tokenizer
 from lem.backends.base import Encoded
 from lem.backends.chat import rendered
@@ -23,6 +22,7 @@ from lem.backends.sizing import architecture_of
 from lem.errors import RunError
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
+from lem.workload import apart
 from lem.workload.flops import Architecture, UnknownArchitecture
 from lem.workload.models import Model, find
 

@@ -12,12 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lem import apart
 from lem.backends import chat, fit, transformers_source
 from lem.backends.checkpoint import tokenizer_of, without_torch
 from lem.spec.experiment import Experiment
 from lem.spec.rules import Objection
-from lem.workload import weights
+from lem.workload import apart, weights
 from lem.workload.models import Model, shown
 from lem.workload.offline import is_offline
 from lem.workload.weights import summary

@@ -13,10 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lem import apart
 from lem.backends import transformers_source
 from lem.spec.experiment import Experiment
-from lem.workload import weights
+from lem.workload import apart, weights
 from lem.workload.models import Model
 from lem.workload.weights import Fit, Tensor
 

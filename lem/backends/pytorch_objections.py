@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from lem import apart
 from lem.backends import checkpoint_objections, pytorch_continuous, transformers_source
 from lem.backends.objections import checkpoint_dtype, model_objections, needs_own_code, unused_gpus
 from lem.backends.placement import split_over_ranks
@@ -21,7 +20,7 @@ from lem.spec.engines import PytorchBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.rules import Objection
-from lem.workload import weights
+from lem.workload import apart, weights
 from lem.workload.models import Model
 from lem.workload.weights import summary
 

@@ -39,7 +39,7 @@ COMMANDS = {
     "presets": ("inventory", "List the presets that --preset accepts, both built-in ones and your own."),
     "doctor": ("doctor", "Report what can be measured on this machine, what cannot, and how to fix that."),
     "config": ("config", "Check, show and create configurations."),
-    "results": ("results", "Inspect results."),
+    "results": ("results", "Show, compare, report, export and manage results."),
 }
 
 # Further modules with subcommands of a command.

@@ -9,7 +9,7 @@ import typer
 from lem.cli import complete
 from lem.cli.base import ResultsDir, app
 
-results_app = typer.Typer(help="Inspect, export, archive, merge and delete results.", no_args_is_help=True)
+results_app = typer.Typer(help="Show, compare, report, export and manage results.", no_args_is_help=True)
 app.add_typer(results_app, name="results")
 
 

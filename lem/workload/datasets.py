@@ -9,11 +9,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lem import apart
 from lem.errors import DatasetError
 from lem.spec.experiment import Dataset
 from lem.spec.paths import expanded
-from lem.workload import builtin, file, folder, hub
+from lem.workload import apart, builtin, file, folder, hub
 from lem.workload.offline import use_cache_if_unreachable
 from lem.workload.prompts import Prompts, Row, pick
 

@@ -12,10 +12,10 @@ import time
 import psutil
 import pytest
 
-from lem import apart
 from lem.config.problem import Problem, Problems
 from lem.errors import ConfigError, DatasetError, RunError
 from lem.spec.experiment import Dataset
+from lem.workload import apart
 from lem.workload.datasets import load_here
 
 # No library has this name, so the calls are never made in this process.
@@ -81,7 +81,7 @@ def test_a_file_in_the_working_directory_does_not_shadow_a_library(tmp_path, mon
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_process_ends_with_its_parent(sent):
-    program = f"import time\nfrom lem import apart\napart.call({NONE!r}, time.sleep, 60)"
+    program = f"import time\nfrom lem.workload import apart\napart.call({NONE!r}, time.sleep, 60)"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as parent:
         children = _eventually(lambda: psutil.Process(parent.pid).children())
         parent.send_signal(sent)

@@ -60,7 +60,7 @@ def call_without(
 
 def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
     # -P keeps a file in the user's working directory from shadowing a library.
-    command = [sys.executable, "-P", "-m", "lem.apart", *hidden]
+    command = [sys.executable, "-P", "-m", "lem.workload.apart", *hidden]
     # In a session of its own, the process does not get the terminal's Ctrl-C; it is killed below.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         to_child, from_child = process.stdin, process.stdout
@@ -115,6 +115,6 @@ def _end_with_the_parent() -> None:
 
 if __name__ == "__main__":
     # Run under the module's real name, so that both processes mean the same classes.
-    from lem.apart import main as run
+    from lem.workload.apart import main as run
 
     run()
