@@ -69,6 +69,7 @@ from lem.spec.conflicts import unmeasured
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
+from lem.spec.schedule import ScheduleRun
 from lem.spec.slurm import SlurmOptions
 from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
@@ -98,6 +99,8 @@ class Planned:
     experiments: Sequence[Experiment]
     words: Sequence[str]
     results_dir: Path
+    # The run of a schedule to which the campaign belongs.
+    schedule: ScheduleRun | None = None
 
     @property
     def folder(self) -> Path:
@@ -168,7 +171,13 @@ def measure(
     if campaign.across_nodes:
         check_across_nodes(campaign, options)
     prompts = RecentPrompts()
-    planned = _planned(campaign, arms, overrides, options, prompts)
+    return measure_planned(plan(campaign, arms, overrides, options, prompts), options, prompts, presentation)
+
+
+def measure_planned(
+    planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation = Presentation()
+) -> int:
+    """Measure the arms of a checked campaign as `measure` does; `prompts` loads the prompts."""
     again = _resume_command(planned.definition.name, Store(planned.results_dir), presentation)
     return _measure(planned, options, prompts, presentation, again)
 
@@ -243,7 +252,7 @@ def resume(
     again = _resume_command(kept.name, Store(root), presentation)
     prompts = RecentPrompts()
     with _where_it_began(kept):
-        planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
+        planned = plan(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
         return _measure(planned, options, prompts, presentation, again)
 
 
@@ -395,7 +404,7 @@ def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
 
 
 # ------------------------------------------------------------------ the plan
-def _planned(
+def plan(
     campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
 ) -> Planned:
     """Check every arm with every sample of prompts; raises `ConfigError` with all problems."""
@@ -654,6 +663,7 @@ def _cells(planned: Planned) -> list[Cell]:
                 cells=len(planned.places),
                 simulated_before=options if isinstance(options := before[number - 1], SimulatedBackend) else None,
             ),
+            schedule=planned.schedule,
         )
         for number, (place, experiment, words) in enumerate(
             zip(planned.places, planned.experiments, planned.words, strict=True), start=1
@@ -923,7 +933,7 @@ def _preview(planned: Planned, states: Sequence[CellState]) -> None:
         gaps_s += gap_s
         if gap_s:
             print(f"      pause of {gap_s:g} s")
-    for line in _expected(planned, Counter(planned.places[number].arm for number in left), gaps_s):
+    for line in expected(planned, Counter(planned.places[number].arm for number in left), gaps_s):
         show.say(line)
     show.say("# dry run: nothing was measured")
 
@@ -934,7 +944,7 @@ def _left_words(left: Sequence[int]) -> str:
     return "this one is left:" if len(left) == 1 else f"these {len(left)} are left:"
 
 
-def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
+def expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
     """Yield the time, energy and detectable difference to expect from earlier runs, or say that none was found.
 
     Args:
