@@ -362,7 +362,9 @@ class ChildRun:
         assert self._process.stdin is not None
         self._process.stdin.close()
         found = read_outcome(self._folder, self._number) or RunOutcome()
-        if found.status == "running":
+        if found.status == "running" and code == Interrupted.exit_code:
+            found.status = "interrupted"
+        elif found.status == "running":
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             log = run_log(self._folder, self._number)
             found.status, found.error = "failed", f"its process {how}; its output is in {log}"

@@ -106,6 +106,7 @@ class ScheduledRun:
         what = from_json(What, (self._folder / WHAT).read_bytes())
         options = RunOptions(yes=True, force=manifest.config.forced)
         earlier = read_outcome(self._folder, self._number)
+        self._outcome.experiment_id = earlier.experiment_id if earlier else None
         if what.experiment is None:
             return self._measure_campaign(what, manifest, start, options)
         store = Store(what.experiment.io.results_dir)
