@@ -46,6 +46,7 @@ LONGEST_SLEEP_S = 30.0
 GRACE_S = 60.0
 # Differences between the clock and the time slept that are reported.
 CLOCK_STEP_S = 5.0
+LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_RUNNING = "the schedule was not running"
 NOT_AWAKE = "the machine was suspended, or its clock was set forward"
@@ -114,9 +115,10 @@ class Screen:
             print(f"\r\x1b[K{one_line(text)[:width]}", end="", file=sys.stderr, flush=True)
             self._shown = text
 
-    def longest_sleep_s(self, left_s: float) -> float:
-        """Return how long to sleep at most; the last minute is counted down in seconds on a terminal."""
-        return 1.0 if self._is_live and left_s <= 60 else LONGEST_SLEEP_S
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a terminal, on which the last minute is counted down in seconds."""
+        return self._is_live
 
 
 @dataclass
@@ -124,7 +126,7 @@ class Daemon:
     """Works through the starts of a schedule, one run at a time, and keeps its table up to date.
 
     `begin_run` starts a run; it is called after the table says that the run is going, so that a run whose start was
-    recorded is never started a second time.
+    recorded is never started a second time. `save` writes the table.
     """
 
     folder: Path
@@ -132,6 +134,8 @@ class Daemon:
     clock: Clock
     begin_run: Callable[[Start], Run]
     screen: Screen
+    save: Callable[[Path, ScheduleManifest], None] = write_manifest
+    longest_sleep_s: float = LONGEST_SLEEP_S
     current: tuple[Start, Run] | None = None
     is_stopping: bool = False
     zone: ZoneInfo = field(init=False)
@@ -215,7 +219,8 @@ class Daemon:
     def _sleep(self, now: datetime, start: Start | None) -> None:
         left_s = (due(start) - now).total_seconds() if start else LONGEST_SLEEP_S
         self._show_status(now, start, left_s)
-        seconds = min(max(left_s, 0.001), self.screen.longest_sleep_s(left_s))
+        longest_s = 1.0 if self.screen.is_live and left_s <= LAST_MINUTE_S else self.longest_sleep_s
+        seconds = min(max(left_s, 0.001), longest_s)
         number = self.clock.sleep(seconds)
         self._notice_clock((self.clock.now() - now).total_seconds(), seconds)
         if number in STOPPING:
@@ -301,7 +306,7 @@ class Daemon:
     # -------------------------------------------------------------- words
     def _save(self) -> None:
         try:
-            write_manifest(self.folder, self.manifest)
+            self.save(self.folder, self.manifest)
         except (DiskFull, OSError) as error:  # the schedule goes on; the next change is saved with this one
             self._say(f"Warning: the table of starts was not saved. {error}")
 
@@ -325,7 +330,7 @@ class Daemon:
 
 def _coarse(seconds: float) -> str:
     """Return a length of time in seconds below a minute and in minutes above, so that it rarely has to be redrawn."""
-    return length_of(max(0.0, seconds) if seconds <= 60 else 60.0 * round(seconds / 60))
+    return length_of(max(0.0, seconds) if seconds <= LAST_MINUTE_S else 60.0 * round(seconds / 60))
 
 
 def exit_code(manifest: ScheduleManifest) -> int:
