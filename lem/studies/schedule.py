@@ -69,9 +69,9 @@ def main(request: Request, options: RunOptions) -> int:
         BadInput: raised before anything is written.
     """
     starts(request.settings, datetime.now(UTC))  # raises first what is wrong with the settings
+    name = _name(request)
     what, overrides = _what(request, Consents(options))
     store = Store(_experiments(what)[0].io.results_dir)
-    name = _name(request)
     folder = files.folder_of(store, name)
     if files.exists(store, name):
         manifest = files.read_manifest(folder)
