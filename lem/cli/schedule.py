@@ -11,7 +11,7 @@ from lem.cli import complete, flags
 from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 from lem.spec.paths import expanded
-from lem.spec.schedule import DEFAULT_DURATION_S, Schedule, days_of, length_of, seconds_of, times_of
+from lem.spec.schedule import DEFAULT_DURATION_S, Schedule, days_of, seconds_of, times_of
 from lem.spec.schema import leaves
 
 _HELP = {each.path: each.description for each in leaves(Schedule)}
@@ -36,7 +36,7 @@ def schedule(
             "--duration",
             "-d",
             metavar="TIME",
-            help=f"{_HELP['duration_s']} Default: {length_of(DEFAULT_DURATION_S)}.",
+            help=f"{_HELP['duration_s']} Default: {DEFAULT_DURATION_S / 3600:g}h.",
         ),
     ] = None,
     time_zone: Annotated[

@@ -41,7 +41,12 @@ class Schedule:
               "given."),
     ] = ()  # fmt: skip
     duration_s: Annotated[
-        float, Field(gt=0, description="How long new runs start, such as 24h or 7d; a day is 24 hours.")
+        float,
+        Field(
+            gt=0,
+            description="Time during which runs start, such as 24h or 7d (a day is 24 hours); a run that has started "
+            "finishes.",
+        ),
     ] = DEFAULT_DURATION_S
     time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"
     carbon_trace: Annotated[

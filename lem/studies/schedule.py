@@ -20,7 +20,9 @@ from pathlib import Path
 
 from lem.config.campaign import is_campaign
 from lem.config.compose import prepare
+from lem.config.overrides import quoted
 from lem.config.trust import all_asked, asked_by
+from lem.config.yamltext import escaped
 from lem.errors import ConfigError, ResultsError
 from lem.machine import host
 from lem.results import campaign as campaign_results
@@ -139,6 +141,8 @@ def _what(request: Request, consents: Consents) -> tuple[What, list[str]]:
     """Return what each run measures, with the results directory as an absolute path, and the overrides in effect."""
     file, size = request.config_file, request.sample_size
     overrides = list(request.overrides)
+    if request.settings.carbon_trace is not None:
+        overrides = [f"energy.carbon_trace={quoted(escaped(request.settings.carbon_trace))}", *overrides]
     if file is not None and is_campaign(expanded(file)):
         given = {} if size is None else {"sample_size": size}
         found, arms, of_all = campaigns.planned_arms([str(file)], given, overrides, request.config_dir, consents)
