@@ -218,8 +218,9 @@ class Daemon:
 
     def _sleep(self, now: datetime, start: Start | None) -> None:
         left_s = (due(start) - now).total_seconds() if start else LONGEST_SLEEP_S
-        self._show_status(now, start, left_s)
-        longest_s = 1.0 if self.screen.is_live and left_s <= LAST_MINUTE_S else self.longest_sleep_s
+        self._show_status(start, left_s)
+        is_counting = self.screen.is_live and self.current is None and left_s <= LAST_MINUTE_S
+        longest_s = 1.0 if is_counting else self.longest_sleep_s
         seconds = min(max(left_s, 0.001), longest_s)
         number = self.clock.sleep(seconds)
         self._notice_clock((self.clock.now() - now).total_seconds(), seconds)
@@ -280,7 +281,7 @@ class Daemon:
             self._say(f"{name}: interrupting run {start.number}.")
             run.interrupt()
         else:
-            self._say(f"{name}: nothing more starts; run {start.number} finishes. Send it again to interrupt the run.")
+            self._say(f"{name}: nothing more starts; run {start.number} finishes. A second signal interrupts it.")
 
     # -------------------------------------------------------------- after a crash
     def _catch_up(self) -> None:
@@ -319,13 +320,14 @@ class Daemon:
     def _label(self, start: Start) -> str:
         return f"Run {start.number}/{len(self.manifest.starts)}"
 
-    def _show_status(self, now: datetime, start: Start | None, left_s: float) -> None:
+    def _show_status(self, start: Start | None, left_s: float) -> None:
         if self.current is not None:
+            # This text never changes, so that the measurement is not disturbed by drawing it.
             running = self.current[0]
             began = datetime.fromisoformat(running.started_at or running.planned_at)
-            self.screen.show(f"{self._label(running)} is running, {_coarse((now - began).total_seconds())}")
+            self.screen.show(f"{self._label(running)} is running since {began:%H:%M:%S}")
         elif start is not None:
-            self.screen.show(f"{self._label(start)} starts at {due(start):%H:%M:%S}, in {_coarse(left_s)}")
+            self.screen.show(f"{self._label(start)} starts at {due(start):%a %H:%M:%S}, in {_coarse(left_s)}")
 
 
 def _coarse(seconds: float) -> str:
