@@ -71,7 +71,7 @@ class ScheduleRun:
 # ------------------------------------------------------------------ settings as text
 def seconds_of(text: str, flag: str) -> float:
     """Return a length of time such as 30m, 6h, 1d or 1h30m in seconds; raises `ConfigError`, naming the flag."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
@@ -89,7 +89,7 @@ def times_of(text: str) -> tuple[str, ...]:
 
 
 def _time_of(text: str) -> str:
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", text)
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?", text)
     try:
         if match is None:
             raise ValueError

@@ -263,7 +263,7 @@ SIGNALS = st.tuples(st.floats(1, 6 * HOUR), st.sampled_from([SIGNAL]), st.sample
 KILLS = st.lists(st.integers(0, 400), max_size=4)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     happenings=st.lists(st.one_of(STEPS, SUSPENDS, SIGNALS), max_size=5),
     kills=KILLS,
