@@ -153,13 +153,15 @@ def test_the_runs_may_be_campaigns(arms):
 
 
 @pytest.mark.processes
-def test_a_run_that_fails_does_not_end_the_schedule(tmp_path):
-    wanted = (*SIMULATED, "backend.fail_at_request=1", "--interval", "12s", "--duration", "13s")
+def test_a_run_that_fails_is_recorded(tmp_path):
+    wanted = (*SIMULATED, "backend.fail_at_request=1", "--interval", "5s", "--duration", "5s")
     done = command("schedule", *wanted, cwd=tmp_path)
     assert done.code == 1
-    table = table_of(tmp_path)
-    assert [start.status for start in table.starts] == ["failed", "failed"]
-    assert all(start.experiment_id and start.error for start in table.starts)
+    (start,) = table_of(tmp_path).starts
+    assert start.status == "failed"
+    assert start.experiment_id
+    assert start.error
+    assert f"Run 1/1 failed {start.experiment_id}: {start.error}" in done.out
 
 
 @pytest.mark.processes
