@@ -34,6 +34,7 @@ from lem.results.schedule import (
     held,
     read_manifest,
     read_outcome,
+    results_hint,
     resume_command,
     run_log,
     write_manifest,
@@ -112,8 +113,11 @@ class Screen:
         """Show a text in the last line of the terminal, replacing the one before; do nothing without a terminal."""
         if self._is_live and text != self._shown:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{one_line(text)[:width]}", end="", file=sys.stderr, flush=True)
             self._shown = text
+            try:
+                print(f"\r\x1b[K{one_line(text)[:width]}", end="", file=sys.stderr, flush=True)
+            except OSError:  # the terminal is closed
+                self._is_live = False
 
     @property
     def is_live(self) -> bool:
@@ -158,7 +162,7 @@ class Daemon:
         if self._next() is not None or any(start.status in CUT for start in self.manifest.starts):
             self._say(f"Stopped: {self.manifest.counts()}. To go on: {resume_command(self.folder)}")
             return Interrupted.exit_code
-        self._say(f"Schedule {self.manifest.name} is over: {self.manifest.counts()}.")
+        self._say(f"Schedule {self.manifest.name} is over: {self.manifest.counts()}. {results_hint(self.folder)}")
         return exit_code(self.manifest)
 
     # -------------------------------------------------------------- a step
@@ -321,6 +325,8 @@ class Daemon:
         return f"Run {start.number}/{len(self.manifest.starts)}"
 
     def _show_status(self, start: Start | None, left_s: float) -> None:
+        if not self.screen.is_live:
+            return
         if self.current is not None:
             # This text never changes, so that the measurement is not disturbed by drawing it.
             running = self.current[0]

@@ -122,8 +122,8 @@ def _go_on(folder: Path, manifest: ScheduleManifest, options: RunOptions) -> int
         return 0
     if not left:
         print(
-            f"Schedule {manifest.name} is over: {manifest.counts()}. For a new one with the same settings, choose "
-            "another --name."
+            f"Schedule {manifest.name} is over: {manifest.counts()}. {files.results_hint(folder)}\n"
+            "For a new schedule with the same settings, choose another --name."
         )
         return daemon.exit_code(manifest)
     return _become_daemon(folder)

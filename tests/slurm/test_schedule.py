@@ -55,7 +55,7 @@ def test_a_job_works_through_a_schedule_and_goes_on_when_it_is_submitted_again(c
     assert found is not None
     output = (lem.folder / "job.out").read_text()
     assert {start.status for start in found.starts} <= {"done", "missed", "skipped"}, output
-    assert f"Schedule nights is over: {found.counts()}." in output
+    assert f"Schedule nights is over: {found.counts()}. To see the results: lem results show nights" in output
     rows = lem.rows()
     done = [start.experiment_id for start in found.starts if start.status == "done"]
     assert [row["experiment_id"] for row in rows] == done
