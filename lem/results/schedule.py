@@ -125,7 +125,7 @@ def folder_of(store: Store, name: str) -> Path:
 
 def store_of(folder: Path) -> Store:
     """Return the results directory that holds a schedule's directory."""
-    return Store(folder.absolute().parent.parent)
+    return Store(folder.resolve().parent.parent)
 
 
 def outcome_file(folder: Path, number: int) -> Path:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 from zoneinfo import ZoneInfo
@@ -85,11 +86,11 @@ class Run(Protocol):
 
 
 class Screen:
-    """Prints a line for each event and, on a terminal, keeps the time to the next start in the last line."""
+    """Prints a line for each event and, on a terminal (`is_live`), shows the time to the next start below."""
 
     def __init__(self, log: Path | None) -> None:
         self._log = log
-        self._is_live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.is_live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._shown = ""
 
     def say(self, now: datetime, text: str) -> None:
@@ -111,18 +112,13 @@ class Screen:
 
     def show(self, text: str) -> None:
         """Show a text in the last line of the terminal, replacing the one before; do nothing without a terminal."""
-        if self._is_live and text != self._shown:
+        if self.is_live and text != self._shown:
             width = shutil.get_terminal_size().columns - 1
             self._shown = text
             try:
                 print(f"\r\x1b[K{one_line(text)[:width]}", end="", file=sys.stderr, flush=True)
             except OSError:  # the terminal is closed
-                self._is_live = False
-
-    @property
-    def is_live(self) -> bool:
-        """Whether there is a terminal, on which the last minute is counted down in seconds."""
-        return self._is_live
+                self.is_live = False
 
 
 @dataclass
@@ -195,7 +191,7 @@ class Daemon:
     def _overdue(self, now: datetime) -> list[Start]:
         """Return the planned starts whose time has come."""
         found = []
-        for start in self.manifest.starts[self.position :]:
+        for start in islice(self.manifest.starts, self.position, None):
             if due(start) > now:
                 break
             if start.status == "planned":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -133,6 +134,8 @@ def _become_daemon(folder: Path) -> int:
     """Replace this process by the daemon, which keeps its terminal, its process id and little of its memory."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # The daemon fetches the signals that arrive while its interpreter starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, daemon.STOPPING)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "lem.studies.daemon", str(folder)])
 
 

@@ -83,8 +83,9 @@ class ScheduledRun:
                 try:
                     error = self._measure(manifest)
                     self._end(manifest, "failed" if error else "done", error)
-                except Interrupted as stop:
-                    self._end(manifest, "interrupted", str(stop))
+                except Interrupted:
+                    # The message would name a command that knows nothing of the schedule.
+                    self._end(manifest, "interrupted", "finished requests are kept")
                     raise
                 except LemError as error:
                     self._end(manifest, "failed", str(error))
