@@ -226,11 +226,12 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure the cost of start-up, a grid of 10,000 configs, aggregation and Slurm; fail if a limit is exceeded."""
+    """Measure the cost of start-up, 10,000 configs, aggregation, Slurm and schedules; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
     run_in_dev(session, "python", "-m", "bench.slurm")
+    run_in_dev(session, "python", "-m", "bench.waiting")
 
 
 @in_dev

@@ -30,6 +30,10 @@ COMMANDS = {
     "experiment": ("experiment", "Run an experiment and show its results."),
     "batch": ("batch", "Check many config files, then run one experiment for each of them."),
     "campaign": ("campaign", "Measure several configurations in turn and compare them."),
+    "schedule": (
+        "schedule",
+        "Run an experiment or a campaign at planned times, for studies of how costs vary over time.",
+    ),
     "aggregate": (
         "results",
         "Build table rows from raw records; lem experiment does this automatically at the end of a run.",

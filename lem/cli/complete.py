@@ -1,4 +1,4 @@
-"""Shell completion for presets, datasets, backends and experiment ids.
+"""Shell completion for presets, datasets, backends, experiment ids and names of schedules.
 
 The shell runs this code each time the user presses Tab. Therefore, it imports nothing heavy, and offers no completions
 if an error occurs.
@@ -6,9 +6,14 @@ if an error occurs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from lem.results.store import Store
 
 
 def presets(incomplete: str) -> list[tuple[str, str]]:
@@ -28,6 +33,17 @@ def backends(incomplete: str) -> list[tuple[str, str]]:
 
 def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the experiment ids that begin with the typed text, newest first, from the command's results directory."""
+    return [name for name in reversed(_in_store(ctx, lambda store: store.ids())) if name.startswith(incomplete)]
+
+
+def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of schedules that begin with the typed text, from the command's results directory."""
+    from lem.results.schedule import names
+
+    return [name for name in _in_store(ctx, names) if name.startswith(incomplete)]
+
+
+def _in_store(ctx: typer.Context, listed: Callable[[Store], list[str]]) -> list[str]:
     import dotenv
 
     from lem.errors import BadInput
@@ -36,10 +52,9 @@ def experiment_ids(ctx: typer.Context, incomplete: str) -> list[str]:
     try:
         dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
         given: Path | None = ctx.params.get("results_dir")
-        ids = Store(given or default_root()).ids()
+        return listed(Store(given or default_root()))
     except (OSError, BadInput):
         return []
-    return [name for name in reversed(ids) if name.startswith(incomplete)]
 
 
 def _options(group: str, incomplete: str) -> list[tuple[str, str]]:

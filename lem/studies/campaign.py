@@ -9,7 +9,6 @@ in `lem.results.campaign`; this module knows when a cell runs, not how it is mea
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import re
@@ -52,7 +51,6 @@ from lem.results.plan import FINISHED
 from lem.results.statistics import summarise
 from lem.results.stopping import ANALYSES, cycles_at_most, rule_of
 from lem.results.store import Store, results_flag
-from lem.results.tables import Tables
 from lem.runner.preflight import Ready, preflight, wants_gpu
 from lem.runner.progress import Event, Report
 from lem.spec.campaign import (
@@ -69,12 +67,14 @@ from lem.spec.conflicts import unmeasured
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.paths import expanded
+from lem.spec.schedule import ScheduleRun
 from lem.spec.slurm import SlurmOptions
 from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
 from lem.studies.display import StudyDisplay
+from lem.studies.earlier import earlier_rows, mean_time_s, rows_like
 from lem.studies.manifest import Cell, CellState, Manifest
 from lem.studies.node_types import kept_on_one_type
 from lem.studies.orders import Place, order
@@ -98,6 +98,8 @@ class Planned:
     experiments: Sequence[Experiment]
     words: Sequence[str]
     results_dir: Path
+    # The run of a schedule to which the campaign belongs.
+    schedule: ScheduleRun | None = None
 
     @property
     def folder(self) -> Path:
@@ -168,7 +170,13 @@ def measure(
     if campaign.across_nodes:
         check_across_nodes(campaign, options)
     prompts = RecentPrompts()
-    planned = _planned(campaign, arms, overrides, options, prompts)
+    return measure_planned(plan(campaign, arms, overrides, options, prompts), options, prompts, presentation)
+
+
+def measure_planned(
+    planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation = Presentation()
+) -> int:
+    """Measure the arms of a checked campaign as `measure` does; `prompts` loads the prompts."""
     again = _resume_command(planned.definition.name, Store(planned.results_dir), presentation)
     return _measure(planned, options, prompts, presentation, again)
 
@@ -243,7 +251,7 @@ def resume(
     again = _resume_command(kept.name, Store(root), presentation)
     prompts = RecentPrompts()
     with _where_it_began(kept):
-        planned = _planned(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
+        planned = plan(kept.campaign, arms, kept.overrides, replace(options, force=True), prompts)
         return _measure(planned, options, prompts, presentation, again)
 
 
@@ -395,7 +403,7 @@ def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
 
 
 # ------------------------------------------------------------------ the plan
-def _planned(
+def plan(
     campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
 ) -> Planned:
     """Check every arm with every sample of prompts; raises `ConfigError` with all problems."""
@@ -654,6 +662,7 @@ def _cells(planned: Planned) -> list[Cell]:
                 cells=len(planned.places),
                 simulated_before=options if isinstance(options := before[number - 1], SimulatedBackend) else None,
             ),
+            schedule=planned.schedule,
         )
         for number, (place, experiment, words) in enumerate(
             zip(planned.places, planned.experiments, planned.words, strict=True), start=1
@@ -943,32 +952,21 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
         gaps_s: the pauses between these cells, in seconds.
     """
     campaign, arms, rule = planned.definition.campaign, planned.definition.arms, planned.definition.rule
-    names = [
-        "experiment_id",
-        "config_json",
-        "status",
-        "duration_s",
-        "load_duration_s",
-        "warmup_duration_s",
-        "energy_j",
-        campaign.primary,
-    ]
-    rows, _ = Tables(Store(planned.results_dir)).rows(list(dict.fromkeys(names)))
-    wanted = {arm.name: {k: v for k, v in to_plain(arm.experiment).items() if k != "io"} for arm in arms}
+    rows = earlier_rows(Store(planned.results_dir), [campaign.primary])
     spent_s, energies_j, spreads = 0.0, list[float | None](), list[float]()
     unknown = []
     for number, arm in enumerate(arms):
-        own = [row for row in rows if row.status == "completed" and _same(row.config_json, wanted[arm.name])]
+        own = rows_like(arm.experiment, rows)
         values = [value for row in own if (value := getattr(row, campaign.primary))]
         if len(values) > 1:
             spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
         count = cells.get(number, 0)
         if not own and count:
             unknown.append(arm.name)
-        if not own or not count:
+        each_s = mean_time_s(own)
+        if each_s is None or not count:
             continue
-        each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in own]
-        spent_s += count * sum(each_s) / len(own)
+        spent_s += count * each_s
         known_j = [row.energy_j for row in own if row.energy_j is not None]
         energies_j.append(count * sum(known_j) / len(known_j) if known_j else None)
     if not cells:
@@ -1000,12 +998,3 @@ def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
         yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
     else:
         yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."
-
-
-def _same(config_json: str, wanted: object) -> bool:
-    try:
-        values = json.loads(config_json)
-    except ValueError:
-        return False
-    values.pop("io", None)
-    return bool(values == json.loads(json.dumps(wanted)))

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--report-fd", type=int, required=True, help="the file descriptor to write progress to, as JSON lines"
     )
     options = parser.parse_args(argv)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, raise_interrupted)
     try:
         return _run(from_json(Job, options.job.read_bytes()), options.report_fd)
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -96,11 +96,12 @@ def _send(descriptor: int, what: str, text: str) -> None:
     os.write(descriptor, json.dumps({what: text}).encode() + b"\n")
 
 
-def _interrupt(number: int, _frame: object) -> None:
+def raise_interrupted(number: int, _frame: object) -> None:
+    """Raise `Interrupted`, as the handler of a signal."""
     raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Interrupt the run when standard input closes; the parent keeps it open until the parent itself ends."""
     while os.read(sys.stdin.fileno(), 1):
         pass

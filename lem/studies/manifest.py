@@ -20,6 +20,7 @@ from lem.results.schema import ExperimentRow
 from lem.results.show import SweepLine
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
+from lem.spec.schedule import ScheduleRun
 
 FILE = "experiments.json"
 # While many changes are made together, saving them takes at most this share of the time.
@@ -37,6 +38,7 @@ class Cell:
     words: str
     unfinished: ExperimentDir | None = None
     campaign: CampaignCell | None = None
+    schedule: ScheduleRun | None = None
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,7 @@ class OneByOne(Runner):
             write_tables=self.options.write_tables,
             unfinished=cell.unfinished,
             campaign=cell.campaign,
+            schedule=cell.schedule,
             claimed=lambda directory: self.manifest.claim(number, directory),
             report=report,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -54,6 +55,8 @@ def test_a_config_with_a_real_model(tmp_path):
         ("lem batch 'configs/*.yaml' --dataset alpaca -n 100", 1),
         ("lem batch 'configs/*.yaml' --parallel 4 --dataset alpaca -n 100", 1),
         ("lem batch 'configs/*.yaml' -d alpaca --dry-run", 0),
+        ("lem schedule config.yaml --interval 6h --dataset alpaca -n 100 --dry-run", 0),
+        ("lem schedule config.yaml --at 09:00 --days weekdays --duration 7d --dataset alpaca -n 100 --dry-run", 0),
         ("lem config validate config.yaml", 0),
         ("lem config show config.yaml", 0),
         ("lem config new -o new.yaml --preset quick-test", 0),
@@ -77,6 +80,38 @@ def test_five_cycles_have_an_interval(shell, lem):
     (row,) = rows(lem)
     assert row["cycles_completed"] == 5
     assert row["output_tokens_per_s_ci95_low"] < row["output_tokens_per_s"] < row["output_tokens_per_s_ci95_high"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("line", "shortened"),
+    [
+        ("lem schedule config.yaml --interval 6h --dataset alpaca -n 100", {"6h": "1s"}),
+        (
+            "lem schedule config.yaml --at 09:00 --days weekdays --duration 7d --dataset alpaca -n 100",
+            {"weekdays": "mon-sun", "7d": "40s"},
+        ),
+        (
+            "lem schedule --preset benchmark --model meta-llama/Llama-2-7b-hf --interval 12h",
+            {"benchmark": "quick-test", "12h": "1s"},
+        ),
+    ],
+)
+def test_schedules_with_shortened_times(line, shortened, lem, tmp_path):
+    """Times are shortened, and the last line, which has no dataset, gets one that is available here."""
+    (tmp_path / "config.yaml").write_text(TINY)
+    soon = datetime.now(UTC) + timedelta(seconds=20)
+    places = {
+        "alpaca": "sample", "meta-llama/Llama-2-7b-hf": "tiny", "100": "2", "09:00": f"{soon:%H:%M:%S}", **shortened
+    }  # fmt: skip
+    words = [places.get(word, word) for word in shlex.split(line)[1:]]
+    words += [] if "--dataset" in words else ["--dataset", "sample", "-n", "2", "energy=none"]
+    words += [] if "--duration" in words else ["--duration", "1s"]
+    done = command(*words, "--time-zone", "UTC", cwd=tmp_path)
+    assert done.code == 0, done.err + done.out
+    assert "1 done" in done.out
+    (row,) = rows(lem)
+    assert (row["status"], row["schedule_run"]) == ("completed", 1)
 
 
 @pytest.mark.processes
