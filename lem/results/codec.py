@@ -13,6 +13,7 @@ import msgspec
 from lem.results.plan import Plan, PromptsInfo
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
+from lem.spec.schedule import ScheduleRun
 
 T = TypeVar("T")
 
@@ -204,6 +205,7 @@ class PlanExcerpt(msgspec.Struct, gc=False):
     processes: int = 1
     overrides: list[str] = []
     campaign: CampaignCell | None = None
+    schedule: ScheduleRun | None = None
     config_json: str = ""
 
 

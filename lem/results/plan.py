@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from lem import __version__
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
+from lem.spec.schedule import ScheduleRun
 from lem.units import timestamp
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 # 2  replicas, shared_with and the configuration's digest
 # 3  the digest of a trace's arrivals, which are in arrivals.json
 # 4  the place in a campaign, whether inadvisable options were accepted, and the files of the prompts
-FORMAT_VERSION = 4
+# 5  the run of a schedule
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Plan:
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
     parallelism). `shared_with` is the number of other experiments meant to run on this machine at the same time.
     `arrivals_sha256` is the digest of a trace's arrivals, which are stored in arrivals.json; it is empty without a
-    trace. `campaign` is the experiment's place in a campaign, if any. `forced` means that inadvisable options were
-    accepted with --force.
+    trace. `campaign` is the experiment's place in a campaign, if any, and `schedule` its run in a schedule. `forced`
+    means that inadvisable options were accepted with --force.
     """
 
     experiment_id: str
@@ -65,6 +67,7 @@ class Plan:
     config_file: str | None = None
     arrivals_sha256: str = ""
     campaign: CampaignCell | None = None
+    schedule: ScheduleRun | None = None
     forced: bool = False
     lem_version: str = __version__
     format_version: int = FORMAT_VERSION

@@ -192,6 +192,7 @@ def _status(records: Sequence[ProcessRecord]) -> Status:
 def _configured(cycles: Sequence[Cycle]) -> Columns:
     plans = [cycle.plan for cycle in cycles]
     wanted, places = [plan.experiment for plan in plans], [plan.campaign for plan in plans]
+    runs = [plan.schedule for plan in plans]
     return {
         "experiment_id": of_each(plans, "experiment_id"),
         "requests_planned": of_each(plans, "prompts.count"),
@@ -213,6 +214,11 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
         "campaign_arm": of_each(places, "arm"),
         "campaign_cycle": of_each(places, "cycle"),
         "campaign_position": of_each(places, "position"),
+        "schedule": of_each(runs, "schedule"),
+        "schedule_run": of_each(runs, "number"),
+        "schedule_planned_at": of_each(runs, "planned_at"),
+        "schedule_started_at": of_each(runs, "started_at"),
+        "schedule_late_s": of_each(runs, "late_s"),
     }
 
 

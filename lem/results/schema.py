@@ -240,6 +240,15 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
     campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
     campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
+    schedule: Annotated[str | None, "Schedule that the experiment belongs to."] = None
+    schedule_run: Annotated[int | None, "Number of the run in the schedule, from 1."] = None
+    schedule_planned_at: Annotated[
+        str | None, "Planned start of the run, ISO 8601 in the schedule's time zone, with UTC offset."
+    ] = None
+    schedule_started_at: Annotated[
+        str | None, "Actual start of the run, ISO 8601 in the schedule's time zone, with UTC offset."
+    ] = None
+    schedule_late_s: Annotated[Seconds, "Actual start minus planned start of the run."] = None
     slurm_job_id: Annotated[
         str | None, "Slurm job that ran it; several, joined by +, if it was resumed in another job; null without Slurm."
     ] = None

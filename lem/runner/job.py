@@ -29,6 +29,7 @@ from lem.runner.stopping import signals_ignored
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
+from lem.spec.schedule import ScheduleRun
 from lem.units import timestamp
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def run_ready(
     shared_with: int = 0,
     unfinished: ExperimentDir | None = None,
     campaign: CampaignCell | None = None,
+    schedule: ScheduleRun | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
     report: Report = silent,
     launcher: Launcher = launch,
@@ -104,6 +106,7 @@ def run_ready(
         shared_with: the maximum number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
         campaign: the experiment's place in a campaign, for the record.
+        schedule: the run of a schedule to which the experiment belongs, for the record.
         claimed: called with the experiment's directory before the run starts, and therefore even if the run fails.
         report: receives the progress.
         launcher: runs the workers until they end.
@@ -118,6 +121,7 @@ def run_ready(
         shared_with=shared_with,
         unfinished=unfinished,
         campaign=campaign,
+        schedule=schedule,
         claimed=claimed,
     )
     return _execute(store, directory, write_tables, report, launcher)
@@ -131,6 +135,7 @@ def planned(
     shared_with: int = 0,
     unfinished: ExperimentDir | None = None,
     campaign: CampaignCell | None = None,
+    schedule: ScheduleRun | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
 ) -> tuple[Store, ExperimentDir]:
     """Claim an id and write the plan, without running anything; the arguments are those of `run_ready`."""
@@ -144,7 +149,7 @@ def planned(
             directory.share(shared_with)
         else:
             plan = _plan(directory.id, ready, overrides, config_file)
-            plan = replace(plan, shared_with=shared_with, campaign=campaign)
+            plan = replace(plan, shared_with=shared_with, campaign=campaign, schedule=schedule)
             directory.write_plan(plan, ready.prompts.texts, ready.arrivals_s)
     return store, directory
 
