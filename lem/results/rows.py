@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from lem.results.parquet import defaults
 from lem.results.peaks import Peak, arithmetic_dtype, peak_flops_per_s
 from lem.results.schema import CycleRow, ExperimentRow, Measures
 from lem.results.steady import Steady, places, steady_state
+from lem.spec.schedule import ScheduleRun
 
 # The reason why the prefill energy is null if several processes run.
 SEVERAL = "several processes share the meter"
@@ -218,8 +220,14 @@ def _configured(cycles: Sequence[Cycle]) -> Columns:
         "schedule_run": of_each(runs, "number"),
         "schedule_planned_at": of_each(runs, "planned_at"),
         "schedule_started_at": of_each(runs, "started_at"),
-        "schedule_late_s": of_each(runs, "late_s"),
+        "schedule_late_s": [None if run is None else _late_s(run) for run in runs],
     }
+
+
+def _late_s(run: ScheduleRun) -> float:
+    """Return how long after its planned time a run of a schedule started."""
+    planned, started = (datetime.fromisoformat(text) for text in (run.planned_at, run.started_at))
+    return (started - planned).total_seconds()
 
 
 def _backend(cycle: Cycle) -> str:

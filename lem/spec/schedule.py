@@ -1,17 +1,59 @@
-"""An experiment's place in a schedule."""
+"""The settings of a schedule, how they are written on the command line, and a run's place in its schedule.
+
+This module is the single source of the descriptions of these settings. It knows nothing about calendars;
+`lem.studies.calendar` computes the starts.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import time
+from typing import Annotated
+
+from pydantic import Field
+
+from lem.errors import ConfigError, did_you_mean
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+DEFAULT_DURATION_S = 86_400.0
+LONGEST_DURATION_S = 3_660 * 86_400.0
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+GROUPS_OF_DAYS = {"weekdays": WEEKDAYS[:5], "weekends": WEEKDAYS[5:]}
+FULL_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the runs of a schedule start, and for how long it goes on."""
+
+    interval_s: Annotated[
+        float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d; elapsed time.")
+    ] = None
+    at: Annotated[
+        tuple[str, ...],
+        Field(description="Times of day at which runs start, such as 09:00 or 09:00,14:30; with an interval, only the "
+              "first run starts at such a time."),
+    ] = ()  # fmt: skip
+    days: Annotated[
+        tuple[str, ...],
+        Field(description="Days on which runs start: mon,wed,fri, mon-fri, weekdays or weekends; all days if not "
+              "given."),
+    ] = ()  # fmt: skip
+    duration_s: Annotated[
+        float, Field(gt=0, description="How long new runs start, such as 24h or 7d; a day is 24 hours.")
+    ] = DEFAULT_DURATION_S
+    time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"
+    carbon_trace: Annotated[
+        str | None, Field(description="CSV file with the carbon intensity over time, in gCO2e/kWh.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class ScheduleRun:
-    """The run of a schedule to which an experiment belongs.
+    """An experiment's place in a schedule: the schedule's name, the number of the start from 1, and its times.
 
-    `number` counts the schedule's planned starts from 1. `planned_at` and `started_at` are ISO 8601 with the UTC
-    offset; `time_zone` is the IANA name of the zone in which the schedule's times of day are meant.
+    The times are ISO 8601 with the UTC offset of `time_zone`, which is the IANA name of the schedule's time zone.
     """
 
     schedule: str
@@ -20,7 +62,70 @@ class ScheduleRun:
     started_at: str
     time_zone: str
 
-    @property
-    def late_s(self) -> float:
-        """How long after its planned time the run started."""
-        return (datetime.fromisoformat(self.started_at) - datetime.fromisoformat(self.planned_at)).total_seconds()
+
+# ------------------------------------------------------------------ settings as text
+def seconds_of(text: str, flag: str) -> float:
+    """Return a length of time such as 30m, 6h, 1d or 1h30m in seconds; raises `ConfigError`, naming the flag."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
+    seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
+    if seconds == 0:
+        raise ConfigError(f"{flag}: must be longer than 0 seconds, not '{text}'. Use a length of time such as 30m.")
+    if seconds > LONGEST_DURATION_S:
+        longest = f"{LONGEST_DURATION_S / SECONDS['d']:.0f}d"
+        raise ConfigError(f"{flag}: '{text}' is longer than ten years. Use a length of time of at most {longest}.")
+    return seconds
+
+
+def times_of(text: str) -> tuple[str, ...]:
+    """Return the times of day in a list such as 09:00,14:30, in order; raises `ConfigError`."""
+    return tuple(sorted({_time_of(part.strip()) for part in text.split(",")}))
+
+
+def _time_of(text: str) -> str:
+    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", text)
+    try:
+        if match is None:
+            raise ValueError
+        found = time(int(match[1]), int(match[2]), int(match[3] or 0))
+    except ValueError:
+        raise ConfigError(
+            f"--at: '{text}' is not a time of day. Use times from 00:00 to 23:59, such as 09:00 or 09:00,14:30."
+        ) from None
+    return found.isoformat("seconds" if found.second else "minutes")
+
+
+def days_of(text: str) -> tuple[str, ...]:
+    """Return the days in a list such as mon,wed-fri or weekends, in the order of the week; raises `ConfigError`."""
+    chosen = {day for part in text.lower().split(",") for day in _days_of_part(part.strip())}
+    return tuple(day for day in WEEKDAYS if day in chosen)
+
+
+def _days_of_part(text: str) -> tuple[str, ...]:
+    if text in GROUPS_OF_DAYS:
+        return GROUPS_OF_DAYS[text]
+    first, dash, last = text.partition("-")
+    begin = _day_of(first.strip(), text)
+    end = _day_of(last.strip(), text) if dash else begin
+    return tuple(WEEKDAYS[(begin + i) % 7] for i in range((end - begin) % 7 + 1))  # fri-mon goes over the weekend
+
+
+def _day_of(name: str, text: str) -> int:
+    for names in (WEEKDAYS, FULL_NAMES):
+        if name in names:
+            return names.index(name)
+    hint = did_you_mean(name, [*WEEKDAYS, *FULL_NAMES, *GROUPS_OF_DAYS])
+    raise ConfigError(
+        f"--days: '{text}' is not a day.{hint} Use mon to sun, ranges such as mon-fri, weekdays or weekends."
+    )
+
+
+def length_of(seconds: float) -> str:
+    """Return a length of time as it is written on the command line, in its two largest units: 1d 6h, 30m, 5s."""
+    left, parts = round(seconds), []
+    for unit in ("d", "h", "m", "s"):
+        number, left = divmod(left, int(SECONDS[unit]))
+        if number or (unit == "s" and not parts):
+            parts.append(f"{number}{unit}")
+    return " ".join(parts[:2])
