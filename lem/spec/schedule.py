@@ -123,7 +123,7 @@ def _day_of(name: str, text: str) -> int:
 
 def length_of(seconds: float) -> str:
     """Return a length of time as it is written on the command line, in its two largest units: 1d 6h, 30m, 5s."""
-    left, parts = round(seconds), []
+    left, parts = round(seconds), list[str]()
     for unit in ("d", "h", "m", "s"):
         number, left = divmod(left, int(SECONDS[unit]))
         if number or (unit == "s" and not parts):
