@@ -28,7 +28,6 @@ from lem import __version__
 from lem.errors import ResultsError, did_you_mean
 from lem.results.files import needs_space, open_to_read, write_atomically
 from lem.results.store import Store, results_flag
-
 from lem.spec.schedule import Schedule, ScheduleRun
 
 FOLDER, TABLE, WHAT, LOG = "schedules", "schedule.json", "what.json", "schedule.log"
