@@ -107,13 +107,15 @@ class _Cell:
 
 # ------------------------------------------------------------------ the answer
 def variations(points: Sequence[Point]) -> tuple[Variation, Variation]:
-    """Return how values vary with the time of day and with the weekday; the p-values are adjusted for both by Holm."""
+    """Return how values vary with the time of day and with the weekday, without verdicts; see `judged`."""
     cells = _cells(points)
-    found = (_by_time(cells), _by_weekday(cells))
-    tested = [one for one in found if one.result is not None]
-    adjusted = iter(holm([one.result.p_value for one in tested if one.result]))
-    by_time, by_weekday = (one if one.result is None else _judged(one, next(adjusted)) for one in found)
-    return by_time, by_weekday
+    return _by_time(cells), _by_weekday(cells)
+
+
+def judged(found: Sequence[Variation]) -> list[Variation]:
+    """Add the verdicts; the p-values are adjusted for all tests in the list by Holm's method."""
+    adjusted = iter(holm([one.result.p_value for one in found if one.result is not None]))
+    return [one if one.result is None else _judged(one, next(adjusted)) for one in found]
 
 
 def _judged(one: Variation, p_adjusted: float) -> Variation:
