@@ -50,13 +50,14 @@ class Point:
 
 @dataclass(frozen=True)
 class FTest:
-    """An F-test: the statistic, its degrees of freedom, its p-value, and the standard deviation of the error."""
+    """An F-test of a number of values: the statistic, its degrees of freedom, its p-value, and the error's sd."""
 
     statistic: float
     numerator: int
     denominator: int
     p_value: float
     error_sd: float
+    values: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Variation:
     """How a metric varies over the slots or weekdays, and the verdict.
 
     `ratio` is the highest level's mean divided by the lowest one's. `error_share` is the standard deviation of repeats,
-    as a share of the value. `detectable` is the ratio between two halves of the levels that the test would find with a
-    probability of `POWER`. `reason` says why the verdict is "cannot tell".
+    as a share of the value. `detectable`, known if no variation was found, is the ratio between two halves of the
+    levels that the test would find with a probability of `POWER`. `reason` says why the verdict is "cannot tell".
     """
 
     factor: Factor
@@ -107,7 +108,7 @@ class _Cell:
 
 # ------------------------------------------------------------------ the answer
 def variations(points: Sequence[Point]) -> tuple[Variation, Variation]:
-    """Return how values vary with the time of day and with the weekday, without verdicts; see `judged`."""
+    """Return how values vary with the time of day and with the weekday, before the verdicts that `judged` adds."""
     cells = _cells(points)
     return _by_time(cells), _by_weekday(cells)
 
@@ -119,8 +120,11 @@ def judged(found: Sequence[Variation]) -> list[Variation]:
 
 
 def _judged(one: Variation, p_adjusted: float) -> Variation:
-    verdict: Verdict = "varies" if p_adjusted < LEVEL else "no variation found"
-    return replace(one, p_adjusted=p_adjusted, verdict=verdict)
+    if p_adjusted < LEVEL or one.result is None:
+        return replace(one, p_adjusted=p_adjusted, verdict="varies")
+    least = detectable_difference(one.result)
+    detectable = None if least is None else math.exp(least)
+    return replace(one, p_adjusted=p_adjusted, verdict="no variation found", detectable=detectable)
 
 
 def _by_time(cells: Sequence[_Cell]) -> Variation:
@@ -169,14 +173,12 @@ def _tested(
             unknown, reason="too few repeats, or repeats that are all equal, so there is no error to test by"
         )
     means = [level.mean for level in unknown.levels]
-    least = detectable_difference(result, len(cells))
     return replace(
         unknown,
         test=name,
         result=result,
         ratio=max(means) / min(means),
         error_share=math.expm1(result.error_sd / math.sqrt(len(cells) / len(set(error)) if error else 1.0)),
-        detectable=None if least is None else math.exp(least),
     )
 
 
@@ -269,7 +271,7 @@ def f_test(
     variance = (more - rest) / denominator
     statistic = max(0.0, less - more) / numerator / variance
     p_value = float(fdtrc(numerator, denominator, statistic))
-    return FTest(float(statistic), numerator, denominator, p_value, math.sqrt(variance))
+    return FTest(float(statistic), numerator, denominator, p_value, math.sqrt(variance), len(values))
 
 
 def residuals(values: np.ndarray[Any, Any], factors: Sequence[Sequence[Hashable]]) -> tuple[float, int]:
@@ -304,7 +306,7 @@ def _centred(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.
     return np.asarray(columns - (sums / counts[:, None])[groups])
 
 
-def detectable_difference(result: FTest, cells: int) -> float | None:
+def detectable_difference(result: FTest) -> float | None:
     """Return the difference between two halves of the levels that a test at `LEVEL` finds with the probability `POWER`.
 
     This is computed from the noncentral F distribution, for balanced data; None if no reasonable difference would do.
@@ -317,8 +319,9 @@ def detectable_difference(result: FTest, cells: int) -> float | None:
     def lacking(noncentrality: float) -> float:
         return float(ncfdtr(result.numerator, result.denominator, noncentrality, limit)) - (1 - POWER)
 
-    highest = 1e4
-    if not lacking(highest) < 0:
+    above = 1.0
+    while lacking(above) > 0:
+        above *= 2
+    if math.isnan(lacking(above)):  # too large for the library, as with a single degree of freedom for the error
         return None
-    noncentrality = brentq(lacking, 0.0, highest)
-    return 2 * result.error_sd * math.sqrt(noncentrality / cells)
+    return 2 * result.error_sd * math.sqrt(brentq(lacking, 0.0, above) / result.values)
