@@ -74,10 +74,11 @@ def sentence(found: Found, variation: Variation) -> str:
     text = f"{what} varies with the {variation.factor} no more than repeats do: {repeats} ({p_value}; {shown})."
     if variation.detectable is None:
         return text
+    levels = "times of day" if variation.factor == "time of day" else "weekdays"
+    difference = percent(_rounded(variation.detectable - 1))
     return (
-        f"{text} A difference of {percent(_rounded(variation.detectable - 1))} between two halves of the "
-        f"{'times' if variation.factor == 'time of day' else 'weekdays'} would have been found with a probability of "
-        f"{percent(POWER)}."
+        f"{text} A difference of {difference} between one half of the {levels} and the other would "
+        f"have been found with a probability of {percent(POWER)}."
     )
 
 
@@ -108,7 +109,7 @@ def _show_runs(answer: Answer) -> None:
 def _cells(start: Start) -> tuple[str, ...]:
     style = show.STATUS_STYLE.get({"done": "completed"}.get(start.status, start.status))
     status = f"[{style}]{start.status}[/]" if style else start.status
-    started = _clock(start.started_at) if start.started_at else show.NOT_MEASURED
+    started = _started(start) if start.started_at else show.NOT_MEASURED
     return str(start.number), _clock(start.planned_at), started, quantity(start.late_s, "s", 3), status
 
 
@@ -117,6 +118,13 @@ def _clock(text: str) -> str:
     at = datetime.fromisoformat(text)
     seconds = f":{at:%S}" if at.second else ""
     return f"{at:%a %Y-%m-%d %H:%M}{seconds} {at:%z}"
+
+
+def _started(start: Start) -> str:
+    """Return when a run started: only the time of day if it was on the planned day."""
+    at = datetime.fromisoformat(start.started_at or "")
+    is_same_day = at.date() == datetime.fromisoformat(start.planned_at).date()
+    return f"{at:%H:%M:%S}" if is_same_day else _clock(at.isoformat())
 
 
 def _value(row: ExperimentRow | None) -> str:
