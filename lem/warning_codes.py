@@ -423,6 +423,11 @@ WARNINGS: dict[str, WarningKind] = {
         "Some cells of the campaign have warnings.",
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
+    "carbon_unknown": WarningKind(
+        "CO2e is null because the intensity of the measured hours is unknown: energy.carbon_trace does not cover them, "
+        "or its file could no longer be read. An intensity is never extrapolated.",
+        "Keep the file up to date while you measure; each run reads it anew.",
+    ),
     "schedule_runs_missing": WarningKind(
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. They are in no mean. If they are "
         "always the runs at the same time of day, what is left may not show how that time differs.",

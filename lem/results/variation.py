@@ -149,7 +149,8 @@ def _by_weekday(cells: Sequence[_Cell]) -> Variation:
     weekdays = [WEEKDAYS[day.weekday()] for day in days]
     levels = _of_weekdays(cells)
     unknown = Variation("weekday", levels, "cannot tell")
-    if all(level.days < 2 for level in levels):
+    # A week that begins in the middle of a day has the same weekday at both ends, which is no second week.
+    if 2 * sum(level.days > 1 for level in levels) <= len(levels):
         return replace(unknown, reason="fewer than two weeks")
     if len(levels) < 2:
         return replace(unknown, reason="only one weekday")

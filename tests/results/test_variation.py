@@ -116,6 +116,8 @@ def test_one_time_of_day_has_nothing_to_compare_but_weekdays():
 def test_one_week_says_nothing_about_weekdays():
     by_time, by_weekday = judged(variations(points(every(6, 7))))
     assert (by_weekday.reason, by_weekday.p_adjusted) == ("fewer than two weeks", None)
+    from_noon = [at + timedelta(hours=12) for at in every(6, 7)]
+    assert variations(points(from_noon))[1].reason == "fewer than two weeks", "although there are two Mondays"
     assert by_time.p_adjusted == by_time.result.p_value, "a single test is not adjusted"
     assert "blocks" in by_time.test
 
