@@ -72,10 +72,11 @@ def sentence(found: Found, variation: Variation) -> str:
         extremes = f"{by_mean[-1].name} has {variation.ratio:.3f} times that of {by_mean[0].name}"
         return f"{what} varies with the {variation.factor}: {extremes}, and {repeats} ({p_value}; {shown})."
     text = f"{what} varies with the {variation.factor} no more than repeats do: {repeats} ({p_value}; {shown})."
-    if variation.detectable is None:
+    detectable = variation.detectable
+    if detectable is None:
         return text
     levels = "times of day" if variation.factor == "time of day" else "weekdays"
-    difference = percent(_rounded(variation.detectable - 1))
+    difference = percent(_rounded(detectable - 1))
     return (
         f"{text} A difference of {difference} between one half of the {levels} and the other would "
         f"have been found with a probability of {percent(POWER)}."
@@ -219,5 +220,5 @@ def _found(found: Found) -> dict[str, Any]:
         "is_primary": found.is_primary,
         "source": found.source,
         "mean": "geometric",
-        "variations": [asdict(found.by_time), asdict(found.by_weekday)],
+        "variations": [asdict(one) | {"detectable": one.detectable} for one in (found.by_time, found.by_weekday)],
     }

@@ -80,8 +80,7 @@ class Variation:
     """How a metric varies over the slots or weekdays, and the verdict.
 
     `ratio` is the highest level's mean divided by the lowest one's. `error_share` is the standard deviation of repeats,
-    as a share of the value. `detectable`, known if no variation was found, is the ratio between two halves of the
-    levels that the test would find with a probability of `POWER`. `reason` says why the verdict is "cannot tell".
+    as a share of the value. `reason` says why the verdict is "cannot tell".
     """
 
     factor: Factor
@@ -93,7 +92,12 @@ class Variation:
     p_adjusted: float | None = None
     ratio: float | None = None
     error_share: float | None = None
-    detectable: float | None = None
+
+    @property
+    def detectable(self) -> float | None:
+        """The ratio between two halves of the levels that the test finds with a probability of `POWER`."""
+        least = None if self.result is None else detectable_difference(self.result)
+        return None if least is None else math.exp(least)
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,8 @@ def judged(found: Sequence[Variation]) -> list[Variation]:
 
 
 def _judged(one: Variation, p_adjusted: float) -> Variation:
-    if p_adjusted < LEVEL or one.result is None:
-        return replace(one, p_adjusted=p_adjusted, verdict="varies")
-    least = detectable_difference(one.result)
-    detectable = None if least is None else math.exp(least)
-    return replace(one, p_adjusted=p_adjusted, verdict="no variation found", detectable=detectable)
+    verdict: Verdict = "varies" if p_adjusted < LEVEL else "no variation found"
+    return replace(one, p_adjusted=p_adjusted, verdict=verdict)
 
 
 def _by_time(cells: Sequence[_Cell]) -> Variation:
@@ -215,17 +216,20 @@ def _of_weekdays(cells: Sequence[_Cell]) -> tuple[Level, ...]:
     """Return the weekdays' levels, from each day's mean deviation from the means of its slots."""
     if not cells:
         return ()
-    logs = np.array([cell.log for cell in cells])
-    of_slots = {slot: logs[[cell.slot == slot for cell in cells]].mean() for slot in {cell.slot for cell in cells}}
+    of_slots: dict[str, list[float]] = defaultdict(list)
+    for cell in cells:
+        of_slots[cell.slot].append(cell.log)
+    means = {slot: math.fsum(logs) / len(logs) for slot, logs in of_slots.items()}
+    overall = math.fsum(cell.log for cell in cells) / len(cells)
     deviations: dict[date, list[float]] = defaultdict(list)
     runs: dict[date, int] = defaultdict(int)
     for cell in cells:
-        deviations[cell.day].append(cell.log - of_slots[cell.slot])
+        deviations[cell.day].append(cell.log - means[cell.slot])
         runs[cell.day] += cell.runs
     levels = []
     for weekday, name in enumerate(WEEKDAYS):
         days = [day for day in deviations if day.weekday() == weekday]
-        of_days = [logs.mean() + math.fsum(deviations[day]) / len(deviations[day]) for day in days]
+        of_days = [overall + math.fsum(deviations[day]) / len(deviations[day]) for day in days]
         if days:
             levels.append(_level(name, sum(runs[day] for day in days), of_days))
     return tuple(levels)
