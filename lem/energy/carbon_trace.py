@@ -126,12 +126,12 @@ def read_carbon_trace(path: str) -> CarbonTrace:
 def _content(path: str) -> tuple[bytes, str]:
     file = expanded(path)
     if file.exists() and not file.is_file():
-        raise BadInput(f"{path} is not a file. Name a CSV file.")
+        raise BadInput(f"{path} is not a file.")
     try:
         content = file.read_bytes()
         return content, content.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except FileNotFoundError:
-        raise BadInput(f"{path} does not exist. Name a CSV file with the columns {TIME} and {INTENSITY}.") from None
+        raise BadInput(f"{path} does not exist.") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}). Make the file readable.") from None
     except UnicodeDecodeError:

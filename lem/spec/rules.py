@@ -524,7 +524,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "bad_carbon_trace": (
             "The file with the carbon intensity over time is missing or cannot be read.",
-            "Name a CSV file with the columns time (ISO 8601 with UTC offset) and g/kWh, without gaps, sorted by time.",
+            "Name a CSV file in the format that docs/methodology.md describes under CO2e.",
         ),
         "bad_trace": (
             "The replay meter's power trace is missing or cannot be read.",
