@@ -454,8 +454,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a dataset that does not change, greedy decoding, and a fixed number of output tokens.",
     ),
     "schedule_runs_warn": WarningKind(
-        "Some runs of the schedule have warnings.",
-        "List the runs with lem results list --schedule NAME, and show a run's warnings with lem results show ID.",
+        "Some experiments of the schedule have warnings.",
+        "List them with lem results list --schedule NAME, and show the warnings of one with lem results show ID.",
     ),
     "fewer_prompts": WarningKind("The dataset has fewer prompts than were requested.", "Lower --sample-size."),
 }

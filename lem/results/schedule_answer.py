@@ -6,6 +6,7 @@ count. This module computes no statistics; `lem.results.variation` does.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ OF_ENVIRONMENTS = {
     "processor": "cpu_model", "GPUs": "gpus", "driver": "driver_version", "CUDA": "cuda_version", "system": "os",
 }  # fmt: skip
 
-# The completed experiments of a run, by the names of the arms; a run of a plain experiment has one, named "".
-ByArm = Mapping[str, ExperimentRow]
+# The completed experiments of a run, by the names of the arms; a campaign has one for each of its cycles. A run of a
+# plain experiment has one arm, named "".
+ByArm = Mapping[str, Sequence[ExperimentRow]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Run:
     def at(self) -> datetime:
         """The planned time on the clocks of the schedule's time zone."""
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
+
+    def value(self, arm: str, measure: str) -> float | None:
+        """Return an arm's value of a metric: the geometric mean of its experiments that have one; None without any."""
+        values = [value for row in self.rows.get(arm, ()) if (value := getattr(row, measure)) is not None]
+        if not values or min(values) <= 0:  # a value of 0 has no logarithm
+            return 0.0 if values else None
+        return math.exp(math.fsum(map(math.log, values)) / len(values)) if len(values) > 1 else float(values[0])
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,11 @@ def answer(store: Store, manifest: ScheduleManifest) -> Answer:
     """Return the results of a schedule, as far as it has come."""
     runs = _runs(store, manifest)
     arms = list(dict.fromkeys(arm for run in runs for arm in run.rows))
-    measures = [measure for measure in MEASURES if measure == PRIMARY or any(_values(runs, measure))]
+    measures = [
+        measure
+        for measure in MEASURES
+        if measure == PRIMARY or any(run.value(arm, measure) is not None for run in runs for arm in arms)
+    ]
     found = [each for measure in measures for each in _examined(runs, arms, measure)]
     return Answer(manifest, runs, arms, found, list(_doubts(store, manifest, runs, arms)))
 
@@ -91,14 +104,21 @@ def answer(store: Store, manifest: ScheduleManifest) -> Answer:
 # ------------------------------------------------------------------ runs
 def _runs(store: Store, manifest: ScheduleManifest) -> list[Run]:
     rows = _rows(store, manifest)
-    found: dict[int, dict[str, ExperimentRow]] = {start.number: {} for start in manifest.starts}
+    found: dict[int, dict[tuple[str, int | None], ExperimentRow]] = {start.number: {} for start in manifest.starts}
     planned = {start.number: start.planned_at for start in manifest.starts}
     for row in sorted(rows, key=lambda row: row.experiment_id):
         # The planned time tells apart an earlier schedule of the same name whose files have been removed.
         is_own = row.schedule_run in found and planned[row.schedule_run] == row.schedule_planned_at
         if row.schedule_run is not None and is_own and row.status == "completed":
-            found[row.schedule_run][row.campaign_arm or ""] = row
-    return [Run(start, found[start.number]) for start in manifest.starts]
+            found[row.schedule_run][row.campaign_arm or "", row.campaign_cycle] = (
+                row  # the last one, if it was repeated
+            )
+    return [Run(start, _by_arm(found[start.number])) for start in manifest.starts]
+
+
+def _by_arm(rows: Mapping[tuple[str, int | None], ExperimentRow]) -> ByArm:
+    arms = dict.fromkeys(arm for arm, _ in rows)
+    return {arm: [row for (of, _), row in rows.items() if of == arm] for arm in arms}
 
 
 def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
@@ -116,17 +136,13 @@ def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
     return list(own.values())
 
 
-def _values(runs: Iterable[Run], measure: str, arm: str | None = None) -> list[float | None]:
-    return [getattr(row, measure) for run in runs for of, row in run.rows.items() if arm in (None, of)]
-
-
 # ------------------------------------------------------------------ variation
 def _examined(runs: Sequence[Run], arms: Sequence[str], measure: str) -> Iterator[Found]:
     """Yield how a metric varies, for each arm; the p-values are adjusted for the tests of all arms."""
     found = [_variations(runs, arm, measure) for arm in arms or [""]]
     with_verdicts = iter(judged([each for pair in found for each in pair]))
     for arm in arms or [""]:
-        sources = {row.energy_source for run in runs if (row := run.rows.get(arm)) and row.energy_source}
+        sources = {row.energy_source for row in _of(runs, arm) if row.energy_source}
         source = "+".join(sorted(sources)) or None if measure in ENERGIES else None
         yield Found(arm, measure, source, next(with_verdicts), next(with_verdicts))
 
@@ -135,16 +151,19 @@ def _variations(runs: Sequence[Run], arm: str, measure: str) -> tuple[Variation,
     reason = _why_unknown(runs, arm, measure)
     if reason is not None:
         return Variation("time of day", (), "cannot tell", reason), Variation("weekday", (), "cannot tell", reason)
-    rows = [(run.at, run.rows[arm]) for run in runs if arm in run.rows]
-    return variations([Point(at, value) for at, row in rows if (value := getattr(row, measure)) is not None])
+    return variations([Point(run.at, value) for run in runs if (value := run.value(arm, measure)) is not None])
+
+
+def _of(runs: Iterable[Run], arm: str) -> list[ExperimentRow]:
+    return [row for run in runs for row in run.rows.get(arm, ())]
 
 
 def _why_unknown(runs: Sequence[Run], arm: str, measure: str) -> str | None:
     """Return why a metric has no means, or None if it has."""
-    rows = [run.rows[arm] for run in runs if arm in run.rows]
+    rows = _of(runs, arm)
     if not rows:
         return "no run has completed"
-    values = [value for row in rows if (value := getattr(row, measure)) is not None]
+    values = [value for run in runs if (value := run.value(arm, measure)) is not None]
     if not values:
         return f"no run has a value of {measure}"
     if min(values) <= 0:
@@ -167,17 +186,17 @@ def _doubts(
     """Yield warnings that a reader of the answer must know about."""
     if text := lost(manifest.starts):
         yield warning("schedule_runs_missing", f"some runs have no result and are in no mean: {text}.")
-    rows = [row for run in runs for row in run.rows.values()]
+    rows = [row for arm in arms for row in _of(runs, arm)]
     yield from _changes(store, runs)
     for arm in arms:
-        yield from _of_arm([run.rows[arm] for run in runs if arm in run.rows], arm)
+        yield from _of_arm(_of(runs, arm), arm)
     sources = {row.energy_source for row in rows if is_estimated(row.energy_source)}
     if sources:
         kind = "simulated" if sources == {"simulated"} else "an estimate"
         yield warning("schedule_estimate", f"the energy is {kind}, so its variation over time may be that of a model.")
     codes = Counter(text.partition(":")[0] for row in rows for text in dict.fromkeys(row.warnings))
     if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
-        yield warning("schedule_runs_warn", f"some runs have warnings: {', '.join(notes)}.")
+        yield warning("schedule_runs_warn", f"some experiments have warnings: {', '.join(notes)}.")
 
 
 def lost(starts: Sequence[Start]) -> str:
@@ -234,7 +253,7 @@ def _changes(store: Store, runs: Sequence[Run]) -> Iterator[CodedWarning]:
 def _surroundings(store: Store, rows: ByArm) -> dict[str, str]:
     """Return what the experiments of a run ran on; each arm has its own device and engine."""
     known: dict[str, str] = {}
-    for arm, row in rows.items():
+    for arm, row in ((arm, row) for arm, of_arm in rows.items() for row in of_arm):
         for what, column in OF_ROWS.items():
             if value := getattr(row, column):
                 known[f"{what} of {arm}" if arm and what in OF_ARMS else what] = str(value)

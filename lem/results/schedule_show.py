@@ -12,7 +12,6 @@ from lem.results.campaign_show import HEADS as OF_CAMPAIGNS
 from lem.results.merging import is_estimated
 from lem.results.schedule import Start
 from lem.results.schedule_answer import ENERGIES, MEASURES, PRIMARY, Answer, Found, Run
-from lem.results.schema import ExperimentRow
 from lem.results.variation import LEVEL, POWER, Level, Variation
 from lem.units import percent, plain, quantity
 
@@ -100,7 +99,7 @@ def _show_runs(answer: Answer) -> None:
     table.add_column("reason", overflow="fold")
     shown = answer.runs[-MOST_RUNS:]
     for run in shown:
-        values = [_value(run.rows.get(arm)) for arm in arms]
+        values = [_value(run, arm) for arm in arms]
         table.add_row(*_cells(run.start), *values, show.cell(run.start.error or ""))
     show.print_table(table)
     if len(shown) < len(answer.runs):
@@ -128,9 +127,9 @@ def _started(start: Start) -> str:
     return f"{at:%H:%M:%S}" if is_same_day else _clock(at.isoformat())
 
 
-def _value(row: ExperimentRow | None) -> str:
-    value = None if row is None else getattr(row, PRIMARY)
-    return _written(PRIMARY, value, row.energy_source if row else None)
+def _value(run: Run, arm: str) -> str:
+    sources = "+".join(row.energy_source for row in run.rows.get(arm, ()) if row.energy_source)
+    return _written(PRIMARY, run.value(arm, PRIMARY), sources or None)
 
 
 def _show_means(answer: Answer, arm: str, factor: str) -> None:
@@ -207,7 +206,8 @@ def _run(run: Run) -> dict[str, Any]:
     own = {name: getattr(run.start, name) for name in fields}
     values = [
         {"experiment_id": row.experiment_id, "arm": arm or None} | {name: getattr(row, name) for name in MEASURES}
-        for arm, row in run.rows.items()
+        for arm, rows in run.rows.items()
+        for row in rows
     ]
     return own | {"experiments": values}
 

@@ -49,10 +49,10 @@ def start(number, status="done", hours=6, **more):
     return Start(number, at.isoformat(), status, started, late_s=2.0 if started else None, **more)
 
 
-def measure(store, of, each, energy_j, *, arm=None, **of_record):
+def measure(store, of, each, energy_j, *, arm=None, cycle=1, **of_record):
     """Write an experiment of a run; its energy is given, and None if it was not measured."""
     directory = experiment(store, datetime(2026, 3, 2) + timedelta(minutes=len(store.ids())))
-    cell = None if arm is None else CampaignCell("c", arm, 1, 1)
+    cell = None if arm is None else CampaignCell("c", arm, cycle, 1)
     plan = replace(directory.plan(), schedule=of.place(each), campaign=cell)
     directory.write_plan(plan, ["a"] * 3)
     known = {"energy": (reading(energy_j=energy_j),), "environment": HERE, "config_sha256": plan.config_sha256}
@@ -201,6 +201,17 @@ def test_each_arm_of_a_campaign_is_examined_by_itself_and_adjusted_for_both(tmp_
     assert slow.p_adjusted == pytest.approx(2 * slow.result.p_value)
     assert "adjusted for 2 tests by Holm's method" in list(sentences(found))[-1]
     assert fast.verdict == "no variation found"
+
+
+def test_the_cycles_of_a_campaign_are_one_value_of_its_run(tmp_path):
+    store, of = Store(tmp_path / "results"), manifest([start(1), start(5)])
+    for each in of.starts:
+        for cycle, energy_j in ((1, 30.0), (2, 120.0), (3, None)):
+            measure(store, of, each, energy_j, arm="a", cycle=cycle)
+    found = written(store, of)
+    assert [run.value("a", "energy_per_output_token_j") for run in found.runs] == [pytest.approx(1.0)] * 2
+    (level,) = primary(found, "a").by_time.levels
+    assert (level.runs, level.days, level.mean) == (2, 2, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([], ""), ([4], "4"), ([1, 2, 3, 7, 9, 10], "1–3, 7, 9–10")])
