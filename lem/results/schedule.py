@@ -114,6 +114,7 @@ class RunOutcome(Struct):
     status: Literal["running", "done", "failed", "interrupted"] = "running"
     experiment_id: str | None = None
     campaign: str | None = None
+    ended_at: str | None = None
     error: str | None = None
 
 

@@ -41,7 +41,12 @@ class Schedule:
               "given."),
     ] = ()  # fmt: skip
     duration_s: Annotated[
-        float, Field(gt=0, description="How long new runs start, such as 24h or 7d; a day is 24 hours.")
+        float,
+        Field(
+            gt=0,
+            description="Time during which runs start, such as 24h or 7d (a day is 24 hours); a run that has started "
+            "finishes.",
+        ),
     ] = DEFAULT_DURATION_S
     time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"
     carbon_trace: Annotated[
@@ -66,7 +71,7 @@ class ScheduleRun:
 # ------------------------------------------------------------------ settings as text
 def seconds_of(text: str, flag: str) -> float:
     """Return a length of time such as 30m, 6h, 1d or 1h30m in seconds; raises `ConfigError`, naming the flag."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
@@ -84,7 +89,7 @@ def times_of(text: str) -> tuple[str, ...]:
 
 
 def _time_of(text: str) -> str:
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", text)
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?", text)
     try:
         if match is None:
             raise ValueError
