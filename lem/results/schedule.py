@@ -148,6 +148,11 @@ def resume_command(folder: Path) -> str:
     return f"lem schedule --resume {folder.name}{results_flag(store_of(folder))}"
 
 
+def results_hint(folder: Path) -> str:
+    """Return a sentence that says how to see the results of a schedule."""
+    return f"To see the results: lem results show {folder.name}{results_flag(store_of(folder))}"
+
+
 # ------------------------------------------------------------------ reading and writing
 def names(store: Store) -> list[str]:
     """Return the names of all schedules of a results directory."""
