@@ -236,9 +236,10 @@ def bench(session: nox.Session) -> None:
 
 @in_dev
 def accuracy(session: nox.Session) -> None:
-    """Compare the GPU meter's joules with known power curves, measure the meter's CPU use, and simulate campaigns."""
+    """Compare the GPU meter's joules with known power curves, measure the meter's CPU use, and simulate studies."""
     run_in_dev(session, "python", "-m", "bench.accuracy")
     run_in_dev(session, "python", "-m", "bench.campaigns")
+    run_in_dev(session, "python", "-m", "bench.schedules")
 
 
 @in_dev

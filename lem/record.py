@@ -231,10 +231,16 @@ class Flops(Struct, frozen=True, gc=False):
 
 
 class Carbon(Struct, frozen=True, gc=False):
-    """The carbon intensity that converts joules into grams of CO2e, and its source."""
+    """The carbon intensity that converts joules into grams of CO2e, and its source.
+
+    `trace_sha256` is the digest of the file with intensities over time, if there was one. `until_unix_s` is set only
+    while a window is open: the intensity holds until then, and that of a longer window is not known yet.
+    """
 
     intensity_g_per_kwh: Annotated[float, units.GRAM_CO2E_PER_KWH]
     source: str
+    trace_sha256: str | None = None
+    until_unix_s: float | None = None
 
 
 class ForeignProcess(Struct, frozen=True, gc=False):

@@ -476,6 +476,40 @@ WARNINGS: dict[str, WarningKind] = {
         "Some cells of the campaign have warnings.",
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
+    "carbon_unknown": WarningKind(
+        "CO2e is null because the intensity of the measured hours is unknown: energy.carbon_trace does not cover them, "
+        "or its file could no longer be read. An intensity is never extrapolated.",
+        "Keep the file up to date while you measure; each run reads it anew.",
+    ),
+    "schedule_runs_missing": WarningKind(
+        "Some runs of a schedule failed, were skipped or missed, or were interrupted. They are in no mean. If they are "
+        "always the runs at the same time of day, what is left may not show how that time differs.",
+        "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
+    ),
+    "schedule_environment_changed": WarningKind(
+        "The machine or its software changed during a schedule, such as the driver or the engine's version. A change "
+        "between two days is like the drift from day to day, but a change within a day looks like a difference between "
+        "times of day.",
+        "Start a new schedule after an update, and keep the machine as it is until the schedule ends.",
+    ),
+    "schedule_meters_differ": WarningKind(
+        "The runs of a schedule differ in the scope or components of their energy, or some of it is estimated, so "
+        "there is no verdict on it.",
+        "Set one meter (energy=…), and find out why a run used a different meter.",
+    ),
+    "schedule_estimate": WarningKind(
+        "The energy of a schedule's runs is estimated or simulated, not measured.",
+        "Measure on a machine with a GPU energy counter or readable RAPL counters.",
+    ),
+    "schedule_work_differs": WarningKind(
+        "The runs of a schedule did not do the same work: their prompts differ, or their numbers of output tokens "
+        "differ by more than 1 %.",
+        "Use a dataset that does not change, greedy decoding, and a fixed number of output tokens.",
+    ),
+    "schedule_runs_warn": WarningKind(
+        "Some experiments of the schedule have warnings.",
+        "List them with lem results list --schedule NAME, and show the warnings of one with lem results show ID.",
+    ),
     "fewer_prompts": WarningKind(
         "The dataset has fewer prompts than were requested.", "Lower --sample-size, or choose a larger dataset."
     ),

@@ -62,6 +62,9 @@ def results_list(
     campaign: Annotated[
         str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")
+    ] = None,
     since: Annotated[
         str | None, typer.Option("--since", help="Only experiments started at this time or later.")
     ] = None,
@@ -76,7 +79,7 @@ def results_list(
     """List experiments, oldest first."""
     from lem.results import browse
 
-    selection = browse.Selection(status, model, backend, dataset, campaign, since, last, sort, reverse)
+    selection = browse.Selection(status, model, backend, dataset, campaign, schedule, since, last, sort, reverse)
     store = browse.store_at(results_dir)
     raise typer.Exit(browse.list_experiments(store, selection, everything=everything, as_json=as_json))
 
@@ -86,8 +89,8 @@ def results_show(
     experiment_id: Annotated[
         str,
         typer.Argument(
-            metavar="ID|CAMPAIGN",
-            help="Experiment id or the beginning of one, or the name or directory of a campaign.",
+            metavar="ID|CAMPAIGN|SCHEDULE",
+            help="Experiment id or the beginning of one, or the name or directory of a campaign or a schedule.",
             autocompletion=complete.experiment_ids,
         ),
     ],
@@ -98,10 +101,13 @@ def results_show(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the measurements, cycles and state of an experiment, or the results of a campaign."""
+    """Show the measurements, cycles and state of an experiment, or the results of a campaign or a schedule."""
     from lem.results import browse
 
     store = browse.store_at(results_dir)
+    if folder := browse.schedule_folder(store, experiment_id):
+        code = browse.show_schedule(folder, raw=raw, environment=environment, as_json=as_json)
+        raise typer.Exit(code)
     if folder := browse.campaign_folder(store, experiment_id):
         code = browse.show_campaign(folder, raw=raw, environment=environment, as_json=as_json)
         raise typer.Exit(code)

@@ -24,7 +24,7 @@ from lem.spec.schema import GROUPS, leaves
 
 STAYS_WHEN_OPTION_CHANGES = {
     "dataset": frozenset({"sample_size"}),
-    "energy": frozenset({"country_iso_code", "carbon_intensity_g_per_kwh"}),
+    "energy": frozenset({"country_iso_code", "carbon_intensity_g_per_kwh", "carbon_trace"}),
 }
 MAX_FILES = 100
 # These parts of the schema are mappings; neither a list nor a scalar can replace them.

@@ -1,12 +1,17 @@
 """Carbon intensity, the factor that converts joules into grams of CO2e.
 
-If an intensity is configured, it is used. Otherwise, the intensity is the mean for the configured country's electricity
-grid, from codecarbon's tables. Without either, CO2e is null: lem never assumes a country. This module knows nothing
-about meters.
+If a trace of intensities is configured, the intensity is its mean over the measured window. Otherwise, it is the
+configured intensity or the mean for the configured country's electricity grid, from codecarbon's tables. Without any of
+them, CO2e is null: lem never assumes a country. This module knows nothing about meters.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lem.energy.carbon_trace import CarbonTrace, read_carbon_trace
 from lem.energy.quiet import quiet_stdout
 from lem.errors import ConfigError, did_you_mean
 from lem.record import Carbon
@@ -15,8 +20,43 @@ from lem.spec.experiment import Energy
 G_PER_KG = 1000.0
 
 
+@dataclass(frozen=True)
+class WindowEnergy:
+    """When a measured window opened (in seconds since 1970), how long it was, and the energy of its parts.
+
+    `duration_s` is None if the window has only just opened. `energy_of` returns the energy between two moments, given
+    in seconds from the opening, or None if it is unknown.
+    """
+
+    opened_unix_s: float
+    duration_s: float | None
+    energy_of: Callable[[float, float], float | None]
+
+
+def carbon_of(energy: Energy, window: WindowEnergy | None) -> Carbon | None:
+    """Return the carbon intensity of a window; None if none is configured, or there is no window for a trace.
+
+    Raises:
+        ConfigError: the country is not in the tables.
+        BadInput: the trace cannot be read, or does not cover the window.
+    """
+    if energy.carbon_trace is None:
+        return carbon_intensity(energy)
+    return None if window is None else _over(read_carbon_trace(energy.carbon_trace), window)
+
+
+def _over(trace: CarbonTrace, window: WindowEnergy) -> Carbon:
+    source = f"energy.carbon_trace {os.path.basename(trace.path)}"
+    if window.duration_s is None:
+        piece = trace.at(window.opened_unix_s)
+        return Carbon(piece.intensity_g_per_kwh, f"{source}, weighted by time", trace.sha256, piece.end_s)
+    found = trace.mean(window.opened_unix_s, window.duration_s, window.energy_of)
+    weight = "energy" if found.by_energy else "time"
+    return Carbon(found.intensity_g_per_kwh, f"{source}, weighted by {weight}", trace.sha256)
+
+
 def carbon_intensity(energy: Energy) -> Carbon | None:
-    """Return the carbon intensity, or None if neither an intensity nor a country is configured.
+    """Return the constant carbon intensity, or None if neither an intensity nor a country is configured.
 
     Raises:
         ConfigError: the country is not in the tables.

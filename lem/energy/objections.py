@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from lem.energy import meter_class
 from lem.energy.carbon import carbon_intensity
-from lem.errors import ConfigError
+from lem.energy.carbon_trace import read_carbon_trace
+from lem.errors import BadInput, ConfigError
 from lem.machine.host import Host
 from lem.spec.experiment import Energy
 from lem.spec.processes import changed
@@ -33,13 +34,19 @@ def _unread(energy: Energy) -> Iterator[Objection]:
 
 
 def _carbon(energy: Energy) -> Iterator[Objection]:
-    given = changed(energy, "country_iso_code", "carbon_intensity_g_per_kwh")
+    given = changed(energy, "country_iso_code", "carbon_intensity_g_per_kwh", "carbon_trace")
     if energy.name == "none":
         for name in given:
             yield without_effect("no_effect_carbon", f"energy.{name}", "no energy is measured.")
-    if len(given) > 1:
-        fact = "energy.carbon_intensity_g_per_kwh is used instead."
-        yield without_effect("no_effect_country", "energy.country_iso_code", fact)
+    used = given[-1] if given else None  # the later ones take precedence
+    for name in given[:-1]:
+        code = "no_effect_country" if name == "country_iso_code" else "no_effect_carbon_intensity"
+        yield without_effect(code, f"energy.{name}", f"energy.{used} is used instead.")
+    if energy.carbon_trace is not None:
+        try:
+            read_carbon_trace(energy.carbon_trace)
+        except BadInput as error:
+            yield Objection("bad_carbon_trace", "energy.carbon_trace", str(error))
     try:
         carbon_intensity(energy)
     except ConfigError as error:

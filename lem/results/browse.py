@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Selection:
     backend: str | None = None
     dataset: str | None = None
     campaign: str | None = None
+    schedule: str | None = None
     since: str | None = None
     last: int | None = None
     sort: str | None = None
@@ -100,8 +102,13 @@ class Selection:
     def _fits(self, one: Listed) -> bool:
         pairs = ((self.model, one.model), (self.backend, one.backend), (self.dataset, one.dataset))
         within = all(wanted is None or wanted.lower() in text.lower() for wanted, text in pairs)
-        of_campaign = self.campaign is None or (one.row is not None and one.row.campaign == self.campaign)
-        return within and of_campaign and self.status in (None, one.status)
+        return within and self._is_of_study(one.row) and self.status in (None, one.status)
+
+    def _is_of_study(self, row: ExperimentRow | None) -> bool:
+        """Return whether a row belongs to the wanted campaign and schedule, if any."""
+        wanted = {"campaign": self.campaign, "schedule": self.schedule}
+        names = {column: name for column, name in wanted.items() if name is not None}
+        return not names or (row is not None and all(getattr(row, column) == name for column, name in names.items()))
 
 
 def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed]:
@@ -126,6 +133,7 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
 def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
     """Print the list; return a message for each file that could not be read."""
     more = [*([selection.sort] if selection.sort else []), *(["campaign"] if selection.campaign else [])]
+    more += ["schedule"] if selection.schedule else []
     of_table = dict.fromkeys((*COLUMNS, *more))
     rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
@@ -233,12 +241,62 @@ def show_campaign(folder: Path, *, raw: bool, environment: bool, as_json: bool) 
     from lem.results.campaign_show import as_plain, show_answer
 
     store = store_of(folder)
+    _refuse_flags(store, folder.name, "campaign", raw=raw, environment=environment)
+    found = answer(read_definition(folder), read_cells(store, folder))
+    if as_json:
+        print(show.as_json(as_plain(found)))
+    else:
+        show_answer(found)
+    return 0
+
+
+def _refuse_flags(store: Store, name: str, what: str, *, raw: bool, environment: bool) -> None:
+    """Raise `ResultsError` if an option was given that applies only to experiments."""
     for flag in (flag for flag, is_given in (("--raw", raw), ("--environment", environment)) if is_given):
         raise ResultsError(
-            f"{flag}: it shows one experiment, and '{folder.name}' is a campaign; to list its experiments: "
-            f"lem results list --campaign {folder.name}{results_flag(store)}"
+            f"{flag}: it shows one experiment, and '{name}' is a {what}; to list its experiments: "
+            f"lem results list --{what} {name}{results_flag(store)}"
         )
-    found = answer(read_definition(folder), read_cells(store, folder))
+
+
+def schedule_folder(store: Store, text: str) -> Path | None:
+    """Return the directory of the schedule that a text names: its name, its id or its directory; None if none does.
+
+    Raises:
+        ResultsError: the text names a campaign too.
+    """
+    from lem.results import schedule
+
+    if text and os.path.isfile(os.path.join(text, schedule.TABLE)):
+        return Path(text).resolve()
+    if ID.fullmatch(text) and store.directory(text).path.is_dir():
+        return None
+    try:
+        folder = schedule.folder_of(store, schedule.load_schedule(store, text).name)
+    except ResultsError:
+        if text in schedule.names(store):  # its file is damaged
+            raise
+        return None
+    if campaign := campaign_folder(store, text):
+        raise ResultsError(
+            f"'{text}' is the name of a schedule and of a campaign. Give the directory instead: {folder} or {campaign}."
+        )
+    return folder
+
+
+def show_schedule(folder: Path, *, raw: bool, environment: bool, as_json: bool) -> int:
+    """Print the results of a schedule; return 0.
+
+    Raises:
+        ResultsError: its file is damaged, or an option was given that applies only to experiments.
+    """
+    from lem.results.schedule import read_manifest, store_of
+    from lem.results.schedule_answer import answer
+    from lem.results.schedule_show import as_plain, show_answer
+
+    store = store_of(folder)
+    _refuse_flags(store, folder.name, "schedule", raw=raw, environment=environment)
+    found = answer(store, read_manifest(folder))
     if as_json:
         print(show.as_json(as_plain(found)))
     else:
@@ -254,19 +312,20 @@ def _find(store: Store, text: str) -> ExperimentDir:
         names = [name for name in Tables(store).locations() if name.startswith(text)]
         if len(names) == 1:
             return store.directory(names[0])
-        _refuse_near_campaigns(store, text, [*store.ids(), *names])
+        _refuse_near_studies(store, text, [*store.ids(), *names])
         raise
 
 
-def _refuse_near_campaigns(store: Store, text: str, ids: Sequence[str]) -> None:
-    """If no experiment matches and the nearest names include a campaign's, raise `ResultsError` that lists them."""
+def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
+    """If no experiment matches and the nearest names include a campaign or schedule, raise an error that lists them."""
+    from lem.results import schedule
     from lem.results.campaign import names_in
 
-    campaigns = names_in(store)
-    close = nearest(text, [*ids, *campaigns])
-    if text and not any(name.startswith(text) for name in ids) and not set(close).isdisjoint(campaigns):
+    studies = [*names_in(store), *schedule.names(store)]
+    close = nearest(text, [*ids, *studies])
+    if text and not any(name.startswith(text) for name in ids) and not set(close).isdisjoint(studies):
         raise ResultsError(
-            f"There is no experiment '{text}' and no campaign of that name in {store.root}. Nearest: "
+            f"There is no experiment '{text}' and no campaign or schedule of that name in {store.root}. Nearest: "
             f"{', '.join(close)}."
         )
 

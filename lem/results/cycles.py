@@ -13,7 +13,7 @@ from typing import Any
 from lem import warning_codes
 from lem.record import Status
 from lem.results.columns import Columns, of_each, quotients, where
-from lem.results.merging import as_text, is_estimated, joined, once_each, total
+from lem.results.merging import as_text, is_estimated, joined, once_each, total, weighted
 from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
 from lem.results.statistics import summarise
@@ -28,7 +28,7 @@ SPREADS = {
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
 # Columns that tell how a number was obtained; if the cycles differ, all values are listed.
-LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id|node)")
+LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id|node|trace_sha256)")
 
 # Energies, with the columns that tell their kind: only energies of the same kind are averaged.
 KINDS = {
@@ -144,12 +144,21 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
         ]
     is_one_device = [len(set(_at(group, of_cycles["device"]))) == 1 for group in groups]
     made |= {name: where(is_one_device, made[name]) for name in OF_THE_DEVICE}
+    made["carbon_intensity_g_per_kwh"] = [_intensity(group, of_cycles) for group in groups]
     made |= quotients(made, [True] * len(groups))
     made |= over(MAXIMA, _largest) | over(_LABELS, lambda values: joined(filter(None, values)) or None)
     made |= over(PLACES, lambda values: joined(filter(None, values)) or None)
     for name in (name for name in made if _TYPES[name] is int):
         made[name] = [None if value is None else round(value) for value in made[name]]
     return made | _spreads(groups, of_cycles)
+
+
+def _intensity(group: Sequence[int], of_cycles: Columns) -> float | None:
+    """Return the mean carbon intensity of cycles, weighted by energy, so that the CO2e is the mean of theirs."""
+    values = _at(group, of_cycles["carbon_intensity_g_per_kwh"])
+    if values.count(values[0]) == len(values):
+        return values[0] if isinstance(values[0], float) else None
+    return None if None in values else weighted(values, _at(group, of_cycles["energy_j"]))
 
 
 def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> list[str]:

@@ -24,6 +24,8 @@ from msgspec.structs import asdict, replace
 from lem import warning_codes
 from lem.record import (
     COMMON,
+    Carbon,
+    CodedWarning,
     Cut,
     EnergyReading,
     Flops,
@@ -122,6 +124,7 @@ class Window:
         if metered is not None and metered.energy_at_s is not None:
             readings = covering(readings, metered.energy_at_s)
         finished = [row for row in self.rows if row.error is None]
+        carbon, doubts = _carbon(record, last.duration_s)
         behind_s = None if metered is None else metered.energy_behind_s(last.duration_s)
         salvaged = replace(
             record,
@@ -131,10 +134,24 @@ class Window:
             input_tokens=sum(row.input_tokens for row in finished),
             output_tokens=sum(row.output_tokens or 0 for row in finished),
             flops=last.flops,
+            carbon=carbon,
             cut=Cut(1, None, behind_s, last.under_way or UnderWay()),
-            warnings=(*record.warnings, warning("window_cut", _cut(metered, behind_s))),
+            warnings=(*record.warnings, *doubts, warning("window_cut", _cut(metered, behind_s))),
         )
         return replace(salvaged, warnings=(*salvaged.warnings, *warning_codes.of_record(salvaged, self.rows)))
+
+
+def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tuple[CodedWarning, ...]]:
+    """Return the carbon intensity of a window that was never closed; None if it may have changed during the window."""
+    carbon, opened_s = record.carbon, record.window_opened_unix_s
+    if carbon is None or carbon.until_unix_s is None or opened_s is None:
+        return carbon, ()
+    if opened_s + duration_s <= carbon.until_unix_s:
+        return replace(carbon, until_unix_s=None), ()
+    text = (
+        "the carbon intensity changed during the window, and the process was killed before it could weigh its values."
+    )
+    return None, (warning("carbon_unknown", text),)
 
 
 def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:

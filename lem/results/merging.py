@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from lem.record import (
     ENERGY_OWNER,
+    Carbon,
     CodedWarning,
     Component,
     Cut,
@@ -164,6 +165,7 @@ def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
         output_tokens=sum(r.output_tokens for r in counted),
         memory=_merged_memory([r.memory for r in counted]),
         flops=_merged_flops([r.flops for r in ran]) if ran else latest.flops,
+        carbon=_merged_carbon(counted),
         prefill=_merged_prefill([r.prefill for r in ran]),
         cut=merged_cut([r.cut for r in counted]),
         warnings=(*_merged_warnings(counted), *of_places(places)),
@@ -249,6 +251,26 @@ def _merged_memory(parts: Sequence[Memory | None]) -> Memory | None:
 def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
     known = [part for part in parts if part is not None]
     return replace(known[-1], total=sum(p.total for p in known)) if known and len(known) == len(parts) else None
+
+
+def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
+    """Return the carbon intensity of all attempts: their mean, weighted by energy, if they differ."""
+    found = [record.carbon for record in records]
+    if None in found or all(each == found[0] for each in found):
+        return None if None in found else found[-1]
+    windows = [window.usable() if (window := record.phase("measured")) else () for record in records]
+    mean = weighted([c.intensity_g_per_kwh for c in found if c], [energy_j(readings) for readings in windows])
+    known = [carbon for carbon in found if carbon is not None]
+    digests = joined(carbon.trace_sha256 for carbon in known if carbon.trace_sha256) or None
+    return None if mean is None else Carbon(mean, joined(carbon.source for carbon in known), digests)
+
+
+def weighted(values: Sequence[float], weights: Sequence[float | None]) -> float | None:
+    """Return the weighted mean; None if a weight is unknown or negative, or all are 0."""
+    known = [weight for weight in weights if weight is not None and weight >= 0]
+    if len(known) < len(values) or sum(known) == 0:
+        return None
+    return sum(value * weight for value, weight in zip(values, known, strict=True)) / sum(known)
 
 
 def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:

@@ -296,6 +296,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
         ],
         "carbon_intensity_g_per_kwh": of_each(carbons, "intensity_g_per_kwh"),
         "carbon_intensity_source": of_each(carbons, "source"),
+        "carbon_trace_sha256": of_each(carbons, "trace_sha256"),
     }
     of_components = list(map(by_component, readings))
     for component in COMPONENTS:

@@ -198,8 +198,13 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     # derived
     energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
     co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
-    carbon_intensity_g_per_kwh: Annotated[float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used."]
-    carbon_intensity_source: Annotated[str | None, "Source of the carbon intensity."]
+    carbon_intensity_g_per_kwh: Annotated[
+        float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used; from a trace, its mean over the window."
+    ]
+    carbon_intensity_source: Annotated[
+        str | None, "Source of the carbon intensity; for a trace, also whether energy or time weighs its values."
+    ]
+    carbon_trace_sha256: Annotated[str | None, "Digest of the file energy.carbon_trace; null without a trace."] = None
     peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
     peak_memory_scope: Annotated[str | None, "Scope of the peak memory."]
     flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]

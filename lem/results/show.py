@@ -306,7 +306,9 @@ def _energy_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
         grid = f"{plain(row.carbon_intensity_g_per_kwh)} gCO2e/kWh, {row.carbon_intensity_source}"
         yield "CO2e", f"{marked(row, quantity(row.co2e_g, 'gCO2e'))} ({grid})"
     else:
-        yield "CO2e", "– (set energy.country_iso_code or energy.carbon_intensity_g_per_kwh)"
+        is_traced = any(text.startswith("carbon_unknown:") for text in row.warnings)
+        remedy = "see the warning" if is_traced else "set energy.country_iso_code or energy.carbon_intensity_g_per_kwh"
+        yield "CO2e", f"{NOT_MEASURED} ({remedy})"
 
 
 def _steady(row: ExperimentRow) -> str:

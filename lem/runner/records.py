@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from lem import __version__
-from lem.energy.carbon import carbon_intensity
+from lem.energy.carbon import WindowEnergy, carbon_of
 from lem.energy.trace import integral_j
+from lem.errors import BadInput
 from lem.machine.slurm import own_job_id
 from lem.record import (
+    ENERGY_OWNER,
     FORMAT_VERSION,
     UNCOVERED_S,
+    Carbon,
     CodedWarning,
     Cut,
     EnergyReading,
@@ -103,6 +106,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
     counts = plan.counts(known.window.rank)
     ended = measured.requests if counts else []
     requests = [r for r in ended if r.generation.error is None]
+    carbon, doubts = _carbon(known)
     record = replace(
         bare_record(plan, known.window, known.status, known.error, known.started_at),
         window_opened_unix_s=measured.window_opened_unix_s,
@@ -112,7 +116,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         requests_failed=len(ended) - len(requests),
         input_tokens=sum(len(r.prompt.token_ids) for r in requests),
         output_tokens=sum(r.generation.output_tokens for r in requests),
-        carbon=carbon_intensity(plan.experiment.energy),
+        carbon=carbon,
         prefill=prefill_of(measured.requests, known.trace, _readings(measured)),
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
@@ -121,6 +125,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         arrivals_from_s=measured.arrivals_from_s,
         environment=known.environment,
         devices_during=measured.devices,
+        warnings=doubts,
     )
     if engine is None:
         return record
@@ -133,8 +138,38 @@ def process_record(known: Snapshot) -> ProcessRecord:
         memory=engine.memory,
         flops=None if architecture is None else Flops(flops.total_flops(architecture, sizes), flops.METHOD),
         counters=engine.counters,
-        warnings=(*engine.warnings, *_warnings(plan, measured)),
+        warnings=(*engine.warnings, *_warnings(plan, measured), *doubts),
     )
+
+
+def _carbon(known: Snapshot) -> tuple[Carbon | None, tuple[CodedWarning, ...]]:
+    """Return the carbon intensity, and a warning if it is unknown although a trace of intensities is configured."""
+    energy, measured = known.plan.experiment.energy, known.measured
+    window = None
+    if measured.window_opened_unix_s is not None and known.window.rank == ENERGY_OWNER:
+        duration_s = next((phase.duration_s for phase in measured.phases if phase.name == "measured"), None)
+        window = WindowEnergy(measured.window_opened_unix_s, duration_s, _EnergyOfParts(known))
+    try:
+        return carbon_of(energy, window), ()
+    except BadInput as error:  # must not cost the measurement
+        return None, (warning("carbon_unknown", f"{str(error).rstrip('.')}."),)
+
+
+@dataclass(frozen=True)
+class _EnergyOfParts:
+    """The energy of parts of a window, according to the power traces of the devices in the headline energy."""
+
+    known: Snapshot
+
+    def __call__(self, start_s: float, end_s: float) -> float | None:
+        """Return the energy between two moments in seconds from the window's opening; None if it is not all traced."""
+        devices = {(r.component, r.device) for r in of_headline(_readings(self.known.measured))}
+        opened_ns = self.known.measured.window_opened_ns
+        edges_ns = [opened_ns + round(each * NS_PER_S) for each in (start_s, end_s)]
+        return total([integral_j(self._samples(*device), edges_ns[0], edges_ns[1]) for device in devices])
+
+    def _samples(self, component: str, device: str) -> list[PowerSample]:
+        return [sample for sample in self.known.trace if (sample.component, sample.device) == (component, device)]
 
 
 def _cut(measured: Measurement, *, counts: bool) -> Cut:

@@ -277,6 +277,14 @@ class Energy:
     carbon_intensity_g_per_kwh: Annotated[
         float | None, Field(ge=0, description="Carbon intensity in gCO2e/kWh, used instead of a country's.")
     ] = None
+    carbon_trace: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="CSV file with the carbon intensity over time, in the columns time (ISO 8601 with UTC offset) "
+            "and g/kWh; used instead of a constant intensity.",
+        ),
+    ] = None
 
 
 @config

@@ -223,7 +223,11 @@ OPTIONS_INADVISABLE = _rules(
             "Use energy=replay, or leave this option out.",
         ),
         "no_effect_country": (
-            "Both a country and a carbon intensity are set; the intensity is used.",
+            "A country is set together with a carbon intensity or a trace of intensities, which is used instead.",
+            "Leave one of the two options out.",
+        ),
+        "no_effect_carbon_intensity": (
+            "Both a constant carbon intensity and a trace of intensities are set; the trace is used.",
             "Leave one of the two options out.",
         ),
         "no_effect_speculation": (
@@ -274,7 +278,7 @@ OPTIONS_WARNING = _rules(
             "Raise parallelism.degree, unless this is the first point of a sweep over degrees.",
         ),
         "no_effect_carbon": (
-            "A country or a carbon intensity is set, but no energy is measured.",
+            "A country, a carbon intensity or a trace of intensities is set, but no energy is measured.",
             "Choose a meter, or leave this option out.",
         ),
         "no_effect_meter_option": (
@@ -520,6 +524,10 @@ FILES_IMPOSSIBLE = _rules(
             "The arrival trace cannot be read, has fewer arrivals than the run has requests, or contains a time that "
             "is infinite, NaN or more than 30 days after the first.",
             "Name a CSV file with a column t_s that gives each request's arrival in seconds.",
+        ),
+        "bad_carbon_trace": (
+            "The file with the carbon intensity over time is missing or cannot be read.",
+            "Name a CSV file in the format that docs/methodology.md describes under CO2e.",
         ),
         "bad_trace": (
             "The replay meter's power trace is missing or cannot be read.",

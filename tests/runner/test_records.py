@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lem.backends.base import Encoded, Generation
@@ -20,7 +22,7 @@ from lem.results.journal import Checkpoint
 from lem.results.plan import Plan, PromptsInfo
 from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, prefill_of, process_record, request_row
 from lem.runner.window import Measurement
-from lem.spec.experiment import Batching, Dataset, Experiment
+from lem.spec.experiment import Batching, Dataset, Energy, Experiment
 from lem.workload.flops import Architecture
 from lem.workload.tokens import Chunk
 
@@ -202,3 +204,33 @@ def test_times_of_a_power_trace_are_relative_to_the_opening():
     rows = list(power_rows(WINDOW, 10 * S, samples))
     assert [row.t_s for row in rows] == pytest.approx([-1.0, 2.0])
     assert {(row.rank, row.cycle, row.attempt) for row in rows} == {(0, 2, 3)}
+
+
+def test_the_hours_of_a_window_are_weighted_by_the_power_trace_of_its_headline(tmp_path):
+    """The window runs at 100 W for 10 s before a full hour and at 300 W for 10 s after it."""
+    grid = tmp_path / "grid.csv"
+    grid.write_text("time,g/kWh\n1970-01-01T00:00Z,100\n1970-01-01T01:00Z,500\n")
+    known = plan()
+    known = replace(known, experiment=replace(known.experiment, energy=Energy(carbon_trace=str(grid))))
+    gpu = EnergyReading("gpu", "counter", "device", "GPU-0", 4000.0, "test")
+    into = measured()
+    into.window_opened_unix_s = 3590.0
+    into.phases = [Phase("measured", 20.0, (gpu,))]
+    watts = [(9, 100.0), (20, 100.0), (20, 300.0), (31, 300.0)]
+    trace = [PowerSample(t * S, "gpu", "GPU-0", power_w) for t, power_w in watts]
+    other = [PowerSample(t * S, "gpu", "GPU-1", 900.0) for t in (9, 31)]
+
+    def carbon_of(**changes):
+        return record_of(plan=known, window=WindowId("exp", 0, 1, 1), measured=into, engine=ENGINE, **changes).carbon
+
+    found = carbon_of(trace=sorted([*trace, *other], key=lambda sample: sample.t_ns))
+    assert found.intensity_g_per_kwh == pytest.approx(0.25 * 100 + 0.75 * 500)
+    assert found.source == "energy.carbon_trace grid.csv, weighted by energy"
+    # A trace that does not cover the window has no energy for its parts.
+    assert carbon_of(trace=trace[1:]).intensity_g_per_kwh == pytest.approx(0.5 * 100 + 0.5 * 500)
+    grid.unlink()
+    record = record_of(plan=known, window=WindowId("exp", 0, 1, 1), measured=into, engine=ENGINE)
+    assert record.carbon is None
+    assert "carbon_unknown" in {note.code for note in record.warnings}
+    into.window_opened_unix_s = None  # as if the window had not opened
+    assert carbon_of() is None

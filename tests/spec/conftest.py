@@ -52,6 +52,7 @@ def files(tmp_path_factory):
         "several-ends/generation_config.json": '{"eos_token_id": [7, 2]}',
         "prompts.txt": "one\n",
         "trace.csv": "t_s,power_w\n0,10\n9,10\n",
+        "grid.csv": "time,g/kWh\n2026-01-01T00:00Z,300\n2026-01-01T01:00Z,400\n",
         "powercap/intel-rapl:0/name": "package-0",
         "powercap/intel-rapl:0/energy_uj": "5",
         "powercap/intel-rapl:0/max_energy_range_uj": "262143328850",

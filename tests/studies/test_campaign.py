@@ -241,7 +241,8 @@ def test_what_shows_an_experiment_is_refused_for_a_campaign(lem, arms):
         assert "lem results list --campaign one" in done.err
     done = lem("results", "show", "on")
     assert done.code == 2
-    assert done.err == "Error: There is no experiment 'on' and no campaign of that name in results. Nearest: one.\n"
+    nearest = "no campaign or schedule of that name in results. Nearest: one."
+    assert done.err == f"Error: There is no experiment 'on' and {nearest}\n"
     assert lem("results", "show", "x" * 300).err.startswith("Error: There is no experiment 'xxx")
 
 

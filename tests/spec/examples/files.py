@@ -100,6 +100,12 @@ EXAMPLES = [
         asks("traffic.pattern=trace", "traffic.trace=/nowhere.csv"),
         asks("traffic.pattern=constant", "traffic.target_qps=1.0"),
     ),
+    Example(
+        "bad_carbon_trace",
+        "energy.carbon_trace",
+        asks("energy.carbon_trace=trace.csv"),
+        asks("energy.carbon_trace=grid.csv"),
+    ),
     Example("bad_trace", "energy.trace", asks("energy=replay"), asks("energy=replay", "energy.trace=trace.csv")),
     Example(
         "bad_trace",

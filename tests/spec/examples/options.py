@@ -108,6 +108,18 @@ EXAMPLES = [
         asks("energy.country_iso_code=DEU"),
     ),
     Example(
+        "no_effect_country",
+        "energy.country_iso_code",
+        asks("energy.country_iso_code=DEU", "energy.carbon_trace=grid.csv"),
+        asks("energy.country_iso_code=DEU"),
+    ),
+    Example(
+        "no_effect_carbon_intensity",
+        "energy.carbon_intensity_g_per_kwh",
+        asks("energy.carbon_intensity_g_per_kwh=300.0", "energy.carbon_trace=grid.csv"),
+        asks("energy.carbon_intensity_g_per_kwh=300.0"),
+    ),
+    Example(
         "no_effect_token_budget",
         "batching.max_tokens_per_batch",
         asks("batching.max_tokens_per_batch=8192"),
@@ -137,6 +149,12 @@ EXAMPLES = [
         "energy.carbon_intensity_g_per_kwh",
         asks("energy=none", "energy.carbon_intensity_g_per_kwh=0.0"),
         asks("energy.carbon_intensity_g_per_kwh=0.0"),
+    ),
+    Example(
+        "no_effect_carbon",
+        "energy.carbon_trace",
+        asks("energy=none", "energy.carbon_trace=grid.csv"),
+        asks("energy.carbon_trace=grid.csv"),
     ),
     Example(
         "no_effect_meter_option",
