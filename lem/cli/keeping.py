@@ -60,6 +60,9 @@ def results_export(
     campaign: Annotated[
         str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
     ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")
+    ] = None,
     since: Annotated[
         str | None, typer.Option("--since", help="Only experiments started at this time or later.")
     ] = None,
@@ -76,7 +79,7 @@ def results_export(
 
     suffix = output.suffix.lower().removeprefix(".") if output else ""
     chosen = kind or (suffix if suffix in ("json", "parquet") else "csv")
-    selection = browse.Selection(status, model, backend, dataset, campaign, since, last, sort, reverse)
+    selection = browse.Selection(status, model, backend, dataset, campaign, schedule, since, last, sort, reverse)
     store = browse.store_at(results_dir)
     raise typer.Exit(export(store, selection, ids or [], kind=chosen, table=table, output=output, force=force))
 
