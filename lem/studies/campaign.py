@@ -33,8 +33,8 @@ from lem.config.campaign import (
     place_of,
     settings_of_arms,
 )
-from lem.config.compose import prepare
-from lem.config.overrides import has_several_values
+from lem.config.compose import compose_quickly, prepare
+from lem.config.overrides import has_several_values, is_hydra_setting
 from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError, did_you_mean
 from lem.machine import host, slurm
@@ -306,7 +306,11 @@ def _arms(
             _check_single(everything)
             # A campaign file's overrides are left out, because the user did not type them on the command line.
             own = prepare(file, overrides, config_dir=config_dir).sources
-            experiment = prepare(file, everything, config_dir=config_dir).experiment()
+            # One arm is composed by Hydra, which also checks the overrides of its own settings.
+            if arms and not any(map(is_hydra_setting, source.overrides)):
+                experiment, _ = compose_quickly(file, everything, config_dir)
+            else:
+                experiment = prepare(file, everything, config_dir=config_dir).experiment()
             consents.require(asked_by(experiment, own))
             arms.append(Arm(name, experiment, str(file)))
         except BadInput as error:
