@@ -34,12 +34,13 @@ UNCOVERED_MOST = 0.05
 ENERGY_OWNER = 0
 
 # The numbers that a run can have. A file with any other number was edited or is damaged, and cannot be read. `MOST` is
-# larger than any quantity of a run, but small enough to be summed and squared. An amount may be below 0 by the rounding
-# error of a difference of times; other numbers, such as a temperature, may be negative. Integers have 64 bits, as in
-# the tables.
+# larger than any quantity of a run, but small enough to be summed and squared. Amounts are smaller, except for FLOPs.
+# They may be below 0 by the rounding error of a difference of times; other numbers, such as a temperature, may be
+# negative. Integers have 64 bits, as in the tables.
 MOST, ROUNDING = 1e30, 1e-6
 Number = Annotated[float, Meta(ge=-MOST, le=MOST)]
-Amount = Annotated[float, Meta(ge=-ROUNDING, le=MOST)]
+Amount = Annotated[float, Meta(ge=-ROUNDING, lt=2.0**63)]
+Operations = Annotated[float, Meta(ge=-ROUNDING, le=MOST)]
 Integer = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -236,7 +237,7 @@ class Memory(Struct, frozen=True, gc=False):
 class Flops(Struct, frozen=True, gc=False):
     """Floating-point operations of the counted tokens (model FLOPs, without padding or recomputation)."""
 
-    total: Annotated[Amount, units.FLOP]
+    total: Annotated[Operations, units.FLOP]
     method: str
 
 

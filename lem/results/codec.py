@@ -122,8 +122,8 @@ def _check_numbers(value: Any, path: str, name: str) -> None:
         for i, child in enumerate(value):
             _check_numbers(child, f"{path}.{i}", name)
     elif isinstance(value, (int, float)):
-        is_odd = value < -ROUNDING or (isinstance(value, int) and value >= 1 << 63)
-        if abs(value) > MOST or (is_odd and AMOUNT.fullmatch(name)):
+        is_too_large = abs(value) > MOST or (isinstance(value, int) and value >= 1 << 63)
+        if is_too_large or (value < -ROUNDING and AMOUNT.fullmatch(name)):
             raise ValueError(f"{path} is {value:.6g}, which is impossible: the file was edited or is damaged")
 
 

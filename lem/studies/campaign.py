@@ -297,7 +297,7 @@ def _arms(
             "its arms."
         )
     problems: list[str] = []
-    arms = []
+    arms: list[Arm] = []
     for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
         # If an arm has its own overrides, the file and line in a problem may not tell which arm is wrong.

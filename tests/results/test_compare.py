@@ -166,6 +166,7 @@ def test_a_detectable_ratio_is_found_as_often_as_it_says(cycles, pairs):
     assert (t > t_quantile(1 - 0.025 / pairs, cycles - 1)).mean() == pytest.approx(0.8, abs=0.008)
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize("structure", ["shuffled", "latin"])
 @pytest.mark.parametrize("drift", [0.0, 0.1])
 def test_intervals_cover_as_often_as_they_say_even_if_the_machine_drifts(structure, drift):
