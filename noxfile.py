@@ -86,13 +86,21 @@ def demo(session: nox.Session) -> None:
 @in_dev
 def tests(session: nox.Session) -> None:
     """Run the quick suite; arguments after -- go to pytest."""
-    _pytest(session, "-m", "not slow and not processes and not engines and not slurm and not browser")
+    _pytest(
+        session, "-m", "not slow and not processes and not engines and not slurm and not browser and not simulations"
+    )
 
 
 @in_dev
 def properties(session: nox.Session) -> None:
     """Run the property tests of configurations on all examples; the quick suite runs only a few of them."""
     _pytest(session, PROPERTY_TESTS, LEM_ALL_EXAMPLES="1")
+
+
+@in_dev
+def simulations(session: nox.Session) -> None:
+    """Simulate hundreds of campaigns and check that intervals and tests are right as often as they say."""
+    _pytest(session, "-m", "simulations")
 
 
 @in_dev

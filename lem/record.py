@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from lem import units
@@ -32,6 +32,17 @@ UNCOVERED_MOST = 0.05
 
 # Only one of the processes meters the node, because every meter sees the whole node's energy.
 ENERGY_OWNER = 0
+
+# The numbers that a run can have. A file with any other number was edited or is damaged, and cannot be read. `MOST` is
+# larger than any quantity of a run, but small enough to be summed and squared. Amounts are smaller, except for FLOPs.
+# They may be below 0 by the rounding error of a difference of times; other numbers, such as a temperature, may be
+# negative. Integers have 64 bits, as in the tables.
+MOST, ROUNDING = 1e30, 1e-6
+Number = Annotated[float, Meta(ge=-MOST, le=MOST)]
+Amount = Annotated[float, Meta(ge=-ROUNDING, lt=2.0**63)]
+Operations = Annotated[float, Meta(ge=-ROUNDING, le=MOST)]
+Integer = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 Status = Literal["completed", "failed", "interrupted"]
 Component = Literal["gpu", "cpu", "dram", "module"]
@@ -57,14 +68,14 @@ class EnergyReading(Struct, frozen=True, gc=False):
     source: Source
     scope: Scope
     device: str
-    energy_j: Annotated[float | None, units.JOULE]
+    energy_j: Annotated[Amount | None, units.JOULE]
     method: str
-    resolution_j: Annotated[float | None, units.JOULE] = None
-    resolution_s: Annotated[float | None, units.SECOND] = None
-    trace_energy_j: Annotated[float | None, units.JOULE] = None
+    resolution_j: Annotated[Amount | None, units.JOULE] = None
+    resolution_s: Annotated[Amount | None, units.SECOND] = None
+    trace_energy_j: Annotated[Amount | None, units.JOULE] = None
     reason: str | None = None
-    covered_s: Annotated[float | None, units.SECOND] = None
-    trace_reach_s: Annotated[float | None, units.SECOND] = None
+    covered_s: Annotated[Number | None, units.SECOND] = None
+    trace_reach_s: Annotated[Number | None, units.SECOND] = None
 
     @property
     def is_measured(self) -> bool:
@@ -88,15 +99,15 @@ def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[Energ
 class EnergySoFar(Struct, frozen=True, gc=False):
     """The headline energy used from the opening of the measured window until `at_s`."""
 
-    at_s: Annotated[float, units.SECOND]
-    energy_j: Annotated[float, units.JOULE]
+    at_s: Annotated[Number, units.SECOND]
+    energy_j: Annotated[Amount, units.JOULE]
 
 
 class Phase(Struct, frozen=True, gc=False):
     """A part of a run with its own time and energy; phases do not overlap."""
 
     name: PhaseName
-    duration_s: Annotated[float, units.SECOND]
+    duration_s: Annotated[Amount, units.SECOND]
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
@@ -151,18 +162,18 @@ class Prefill(Struct, frozen=True, gc=False):
     says why a value is None.
     """
 
-    duration_s: Annotated[float | None, units.SECOND]
-    energy_j: Annotated[float | None, units.JOULE] = None
-    uncertainty_j: Annotated[float | None, units.JOULE] = None
+    duration_s: Annotated[Amount | None, units.SECOND]
+    energy_j: Annotated[Amount | None, units.JOULE] = None
+    uncertainty_j: Annotated[Amount | None, units.JOULE] = None
     reason: str | None = None
 
 
 class WarmupInfo(Struct, frozen=True, gc=False):
     """How long the warm-up ran, and why it ended."""
 
-    prompts: int
+    prompts: Count
     ended: WarmupEnd
-    cv: float | None
+    cv: Number | None
 
 
 class ErrorInfo(Struct, frozen=True, gc=False):
@@ -192,9 +203,9 @@ class ModelInfo(Struct, frozen=True, gc=False):
     name: str
     revision: str | None
     architecture: str
-    parameters: int | None
+    parameters: Integer | None
     random_weights: bool
-    weights_bytes: Annotated[int | None, units.BYTE]
+    weights_bytes: Annotated[Count | None, units.BYTE]
     dtype: str | None
     adapter: str | None = None
     quantization: str | None = None
@@ -218,15 +229,15 @@ class EngineInfo(Struct, frozen=True, gc=False):
 class Memory(Struct, frozen=True, gc=False):
     """Peak memory and the size of the key/value cache for the largest batch; None if they cannot be determined."""
 
-    peak_bytes: Annotated[int | None, units.BYTE]
+    peak_bytes: Annotated[Count | None, units.BYTE]
     scope: str
-    kv_cache_bytes: Annotated[int | None, units.BYTE] = None
+    kv_cache_bytes: Annotated[Count | None, units.BYTE] = None
 
 
 class Flops(Struct, frozen=True, gc=False):
     """Floating-point operations of the counted tokens (model FLOPs, without padding or recomputation)."""
 
-    total: Annotated[float, units.FLOP]
+    total: Annotated[Operations, units.FLOP]
     method: str
 
 
@@ -237,17 +248,17 @@ class Carbon(Struct, frozen=True, gc=False):
     while a window is open: the intensity holds until then, and that of a longer window is not known yet.
     """
 
-    intensity_g_per_kwh: Annotated[float, units.GRAM_CO2E_PER_KWH]
+    intensity_g_per_kwh: Annotated[Amount, units.GRAM_CO2E_PER_KWH]
     source: str
     trace_sha256: str | None = None
-    until_unix_s: float | None = None
+    until_unix_s: Number | None = None
 
 
 class ForeignProcess(Struct, frozen=True, gc=False):
     """A process that uses a GPU of the run but is not part of the run."""
 
-    pid: int
-    used_bytes: Annotated[int | None, units.BYTE]
+    pid: Integer
+    used_bytes: Annotated[Count | None, units.BYTE]
     name: str | None
 
 
@@ -255,12 +266,12 @@ class DeviceState(Struct, frozen=True, gc=False):
     """A GPU at one point in time; a field is None if the driver does not report it."""
 
     uuid: str
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    max_sm_clock_mhz: int | None = None
-    temperature_c: int | None = None
-    power_limit_w: Annotated[float | None, units.WATT] = None
-    default_power_limit_w: Annotated[float | None, units.WATT] = None
+    sm_clock_mhz: Integer | None = None
+    memory_clock_mhz: Integer | None = None
+    max_sm_clock_mhz: Integer | None = None
+    temperature_c: Integer | None = None
+    power_limit_w: Annotated[Number | None, units.WATT] = None
+    default_power_limit_w: Annotated[Number | None, units.WATT] = None
     persistence: bool | None = None
     ecc: bool | None = None
     mig: bool | None = None
@@ -277,9 +288,9 @@ class DeviceWindow(Struct, frozen=True, gc=False):
     """
 
     uuid: str
-    duration_s: Annotated[float, units.SECOND]
-    throttled_s: dict[str, float] | None = None
-    reasons: dict[str, float] | None = None
+    duration_s: Annotated[Amount, units.SECOND]
+    throttled_s: dict[str, Number] | None = None
+    reasons: dict[str, Number] | None = None
     foreign_processes: tuple[ForeignProcess, ...] | None = None
 
 
@@ -289,8 +300,8 @@ class Environment(Struct, frozen=True, gc=False):
     hostname: str
     os: str
     cpu_model: str
-    cpu_threads: int
-    memory_bytes: Annotated[int, units.BYTE]
+    cpu_threads: Integer
+    memory_bytes: Annotated[Count, units.BYTE]
     gpus: tuple[str, ...]
     versions: dict[str, str]
     cpu_governor: str | None = None
@@ -307,8 +318,8 @@ class Environment(Struct, frozen=True, gc=False):
 class CpuLoad(Struct, frozen=True, gc=False):
     """The average number of busy cores in the measured window: of the machine, and of this process and its children."""
 
-    machine_cores: float
-    process_cores: float
+    machine_cores: Amount
+    process_cores: Amount
 
 
 class UnderWay(Struct, frozen=True, gc=False):
@@ -319,10 +330,10 @@ class UnderWay(Struct, frozen=True, gc=False):
     engine delivers no tokens of a request before the request has finished.
     """
 
-    requests: int = 0
-    output_tokens: Annotated[int | None, units.TOKEN] = 0
-    request_s: Annotated[float, units.SECOND] = 0.0
-    longest_s: Annotated[float, units.SECOND] = 0.0
+    requests: Integer = 0
+    output_tokens: Annotated[Count | None, units.TOKEN] = 0
+    request_s: Annotated[Number, units.SECOND] = 0.0
+    longest_s: Annotated[Number, units.SECOND] = 0.0
 
 
 class Cut(Struct, frozen=True, gc=False):
@@ -334,9 +345,9 @@ class Cut(Struct, frozen=True, gc=False):
     the last reading of the energy and the end of the window, or None if the energy was not read.
     """
 
-    windows: int = 1
-    lost_s: Annotated[float | None, units.SECOND] = None
-    energy_behind_s: Annotated[float | None, units.SECOND] = None
+    windows: Integer = 1
+    lost_s: Annotated[Number | None, units.SECOND] = None
+    energy_behind_s: Annotated[Number | None, units.SECOND] = None
     under_way: UnderWay = UnderWay()
 
 
@@ -344,47 +355,47 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     """One request: its exact token counts, and its times in the measured window (t = 0 when the window opens)."""
 
     experiment_id: Annotated[str, "Id of the request's experiment."] = ""
-    rank: Annotated[int, "Rank of the process that ran the request, counted from 0."] = 0
-    cycle: Annotated[int, "Cycle in which the request ran, counted from 1."] = 1
-    attempt: Annotated[int, "Attempt that ran the request, counted from 1; each resume starts a new attempt."] = 1
-    request: Annotated[int, "Position of the prompt among the experiment's prompts, counted from 0."]
-    batch: Annotated[int, "Batch in which the request ran, counted from 0 in order of execution."]
-    input_tokens: Annotated[int, units.TOKEN, "Number of tokens in the prompt, without padding."]
+    rank: Annotated[Integer, "Rank of the process that ran the request, counted from 0."] = 0
+    cycle: Annotated[Integer, "Cycle in which the request ran, counted from 1."] = 1
+    attempt: Annotated[Integer, "Attempt that ran the request, counted from 1; each resume starts a new attempt."] = 1
+    request: Annotated[Integer, "Position of the prompt among the experiment's prompts, counted from 0."]
+    batch: Annotated[Integer, "Batch in which the request ran, counted from 0 in order of execution."]
+    input_tokens: Annotated[Count, units.TOKEN, "Number of tokens in the prompt, without padding."]
     output_tokens: Annotated[
-        int | None, units.TOKEN, "Number of generated tokens, including the end token; null if the request failed."
+        Count | None, units.TOKEN, "Number of generated tokens, including the end token; null if the request failed."
     ]
     input_truncated: Annotated[bool, "Whether the prompt was truncated to max_input_tokens."]
     finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
     start_s: Annotated[
-        float, units.SECOND, "When the engine started the request, or when the request was sent to the server."
+        Number, units.SECOND, "When the engine started the request, or when the request was sent to the server."
     ]
-    end_s: Annotated[float, units.SECOND, "When the last token was available, or when the request failed."]
+    end_s: Annotated[Number, units.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
-        float | None,
+        Amount | None,
         units.SECOND,
         "end_s minus arrived_s, or minus start_s if there is no queue. All requests of a padded batch have the same "
         "latency; null if the request failed.",
     ]
     prefill_s: Annotated[
-        float | None,
+        Number | None,
         units.SECOND,
         "Time from start_s to the first token's logits, including any work for other requests in between; null if the "
         "engine does not report it.",
     ] = None
     arrived_s: Annotated[
-        float | None,
+        Number | None,
         units.SECOND,
         "When the request arrived; null without traffic. Negative if the request arrived before the window of a "
         "resumed cycle opened.",
     ] = None
-    queue_s: Annotated[float | None, units.SECOND, "start_s minus arrived_s: time in the queue."] = None
+    queue_s: Annotated[Number | None, units.SECOND, "start_s minus arrived_s: time in the queue."] = None
     ttft_s: Annotated[
-        float | None,
+        Amount | None,
         units.SECOND,
         "Time to first token, from the same start as latency_s; null unless streaming.",
     ] = None
-    tpot_s: Annotated[float | None, units.SECOND, "Time per output token after the first: the mean of itl_s."] = None
-    itl_s: Annotated[list[float] | None, units.SECOND, "Inter-token latencies, one per token after the first."] = None
+    tpot_s: Annotated[Amount | None, units.SECOND, "Time per output token after the first: the mean of itl_s."] = None
+    itl_s: Annotated[list[Amount] | None, units.SECOND, "Inter-token latencies, one per token after the first."] = None
     itl_spread: Annotated[
         bool | None, "Whether itl_s spreads the tokens of a chunk evenly over the time since the previous chunk."
     ] = None
@@ -402,30 +413,30 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     `slurm_node` are None outside of Slurm. `hostname` is None if no process of the experiment ran.
     """
 
-    format_version: int
+    format_version: Integer
     lem_version: str
     experiment_id: str
-    rank: int
-    world_size: int
+    rank: Integer
+    world_size: Integer
     status: Status
     started_at: str
     hostname: str | None
-    cycle: int = 1
-    attempt: int = 1
+    cycle: Integer = 1
+    attempt: Integer = 1
     config_sha256: str = ""
     backend: str = ""
-    window_opened_unix_s: float | None = None
+    window_opened_unix_s: Number | None = None
     error: ErrorInfo | None = None
     slurm_job_id: str | None = None
     slurm_node: str | None = None
     model: ModelInfo | None = None
     engine: EngineInfo | None = None
     phases: tuple[Phase, ...] = ()
-    requests_planned: int = 0
-    requests_completed: int = 0
-    requests_failed: int = 0
-    input_tokens: Annotated[int, units.TOKEN] = 0
-    output_tokens: Annotated[int, units.TOKEN] = 0
+    requests_planned: Count = 0
+    requests_completed: Count = 0
+    requests_failed: Count = 0
+    input_tokens: Annotated[Count, units.TOKEN] = 0
+    output_tokens: Annotated[Count, units.TOKEN] = 0
     memory: Memory | None = None
     flops: Flops | None = None
     carbon: Carbon | None = None
@@ -433,8 +444,8 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
     cut: Cut | None = None
-    arrivals_from_s: Annotated[float | None, units.SECOND] = None
-    counters: dict[str, float] | None = None
+    arrivals_from_s: Annotated[Number | None, units.SECOND] = None
+    counters: dict[str, Amount] | None = None
     energy_so_far: tuple[EnergySoFar, ...] = ()
     environment: Environment | None = None
     warnings: tuple[CodedWarning, ...] = ()
@@ -442,4 +453,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase with this name, or None if the process did not reach it."""
-        return next((phase for phase in self.phases if phase.name == name), None)
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        return None

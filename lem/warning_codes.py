@@ -11,6 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -757,9 +758,9 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
 
 def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
     """If any requests of a cycle failed, yield a warning with the most frequent reason."""
-    reasons = Counter(r.error for r in requests if r.error is not None)
-    if reasons:
-        (reason, times), failed = reasons.most_common(1)[0], reasons.total()
+    errors = [r.error for r in requests if r.error is not None]
+    if errors:
+        (reason, times), failed = Counter(errors).most_common(1)[0], len(errors)
         often = "" if times == failed == 1 else f" ({times} times)"
         yield warning("requests_failed", f"{failed} of {len(requests)} requests failed: {reason}{often}")
 
@@ -822,6 +823,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
         yield warning("energy_partial", text)
 
 
+@cache
 def samples_needed(percent: float) -> int:
     """Return the sample size at which the largest value is at least the true percentile with 95 % probability.
 
@@ -835,14 +837,20 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
     of_count: dict[int, list[str]] = {}
     for name, count in counts.items():
         of_count.setdefault(count, []).append(name)
-    parts = []
-    for count, stems in of_count.items():
-        needed = {percent: samples_needed(percent) for percent in PERCENTILES}
-        lacking = [f"p{percent} needs {least}" for percent, least in needed.items() if count < least]
-        if lacking:
-            parts.append(f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, but {', '.join(lacking)}")
+    parts = [
+        f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, but {lacking}"
+        for count, stems in of_count.items()
+        if (lacking := _percentiles_lacking(count))
+    ]
     if parts:
         yield warning("few_samples", f"{'; '.join(parts)}.")
+
+
+@cache
+def _percentiles_lacking(count: int) -> str:
+    """Return the percentiles for which a number of values is too small, with the numbers that they need."""
+    needed = {percent: samples_needed(percent) for percent in PERCENTILES}
+    return ", ".join(f"p{percent} needs {least}" for percent, least in needed.items() if count < least)
 
 
 def of_times(

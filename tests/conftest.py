@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -44,6 +45,9 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests run side by side, so OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Composing and importing create many objects that stay, in a process that already holds torch's. With the default
+# thresholds, looking for cycles among them would take a twentieth of the time of the tests.
+gc.set_threshold(100_000, 50, 100)
 # Examples are the same each time and slow machines do not fail tests, so the outcome depends only on the commit.
 # `--hypothesis-profile=search` looks for new examples.
 settings.register_profile("same", derandomize=True, deadline=None)

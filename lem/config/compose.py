@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -282,12 +283,19 @@ def register_schema() -> None:
     _store("preset/user", NO_PRESET, "_global_", {})
 
 
+# The nodes in Hydra's store, because storing one takes milliseconds and most compositions of a process need the same.
+_STORED: dict[tuple[str, str], tuple[str | None, Values]] = {}
+
+
 def _store(group: str, name: str, package: str | None, node: Values) -> None:
     """Store a config node; Hydra treats slashes in its name as folders."""
     from hydra.core.config_store import ConfigStore
 
+    if _STORED.get((group, name)) == (package, node):
+        return
     *folders, last = name.split("/")
     ConfigStore.instance().store(group="/".join([group, *folders]), name=last, package=package, node=node)
+    _STORED[group, name] = (package, deepcopy(node))
 
 
 def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> None:

@@ -8,6 +8,7 @@ explained in docs/campaigns.md. The module knows neither the tables nor how an e
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,10 +215,13 @@ def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power:
     """
     if sd == 0 or mean == 0:
         return 2 if mean else None
-    for cycles in range(2, MOST_CYCLES + 1):
-        if abs(mean) / sd * math.sqrt(cycles) >= detectable_errors(confidence, power, cycles - 1):
-            return cycles
-    return None
+
+    def are_enough(cycles: int) -> bool:
+        return abs(mean) / sd * math.sqrt(cycles) >= detectable_errors(confidence, power, cycles - 1)
+
+    # If some cycles are enough, more are enough as well.
+    cycles = 2 + bisect_left(range(2, MOST_CYCLES + 1), True, key=are_enough)
+    return cycles if cycles <= MOST_CYCLES else None
 
 
 def _effect(

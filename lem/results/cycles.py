@@ -137,11 +137,10 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
         return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in some}
 
     made = over(MEANS, _mean)
-    for name, labels in KINDS.items():
-        made[name] = [
-            value if len(_kinds(group, of_cycles, labels)) < 2 else None
-            for value, group in zip(made[name], groups, strict=True)
-        ]
+    are_alike = {
+        labels: [len(_kinds(group, of_cycles, labels)) < 2 for group in groups] for labels in set(KINDS.values())
+    }
+    made |= {name: where(are_alike[labels], made[name]) for name, labels in KINDS.items()}
     is_one_device = [len(set(_at(group, of_cycles["device"]))) == 1 for group in groups]
     made |= {name: where(is_one_device, made[name]) for name in OF_THE_DEVICE}
     made["carbon_intensity_g_per_kwh"] = [_intensity(group, of_cycles) for group in groups]
@@ -150,7 +149,7 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
     made |= over(PLACES, lambda values: joined(filter(None, values)) or None)
     for name in (name for name in made if _TYPES[name] is int):
         made[name] = [None if value is None else round(value) for value in made[name]]
-    return made | _spreads(groups, of_cycles)
+    return made | _spreads(groups, of_cycles, are_alike[KINDS["energy_j"]])
 
 
 def _intensity(group: Sequence[int], of_cycles: Columns) -> float | None:
@@ -197,13 +196,15 @@ def _largest(values: Sequence[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
+def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns, have_one_energy: Sequence[bool]) -> Columns:
+    """Return the spread of each group's cycles; `have_one_energy` says in which groups energies are of one kind."""
     spreads: Columns = {}
     for name, (stem, unit) in SPREADS.items():
-        labels = KINDS["energy_j"] if "energy" in stem else ()
         values = [_at(group, of_cycles[name]) for group in groups]
-        mixed = [len(_kinds(group, of_cycles, labels)) > 1 if labels else False for group in groups]
-        found = [None if None in each or m else summarise(each) for each, m in zip(values, mixed, strict=True)]
+        shown = have_one_energy if "energy" in stem else [True] * len(groups)
+        found = [
+            summarise(each) if show and None not in each else None for each, show in zip(values, shown, strict=True)
+        ]
         for part in ("mean", "sd", "ci95_low", "ci95_high"):
             spreads[f"{stem}_{part}{unit}"] = of_each(found, part)
         spreads[f"{stem}_cv"] = of_each(found, "cv")

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -82,8 +82,13 @@ class Earlier:
         ]
 
 
-def _windows(content: bytes, known: Mapping[int, ProcessRecord]) -> list[journal.Window]:
-    return list(journal.read(check_numbers(content), known))
+def _measurements(read: Callable[[bytes], T], content: bytes) -> T:
+    """Read a record or a journal; if that fails because of an impossible number, the error names the number."""
+    try:
+        return read(content)
+    except ValueError:
+        check_numbers(content)
+        raise
 
 
 class ExperimentDir:
@@ -308,7 +313,7 @@ class ExperimentDir:
             known.setdefault(match.group(1, 3), {})[record.cycle] = record
         for match in filter(None, map(JOURNAL.fullmatch, names)):
             of_attempt = known.get(match.groups(), {})
-            for window in self._read(match[0], partial(_windows, known=of_attempt)):
+            for window in self._read(match[0], partial(_measurements, partial(journal.read, known=of_attempt))):
                 record = window.salvaged()
                 found[record.cycle, record.attempt, record.rank] = Part(record, window.rows)
         for part in found.values():
@@ -316,7 +321,7 @@ class ExperimentDir:
         return [found[key] for key in sorted(found)]
 
     def _record(self, name: str) -> ProcessRecord:
-        record = self._read(name, lambda content: from_json(ProcessRecord, check_numbers(content)))
+        record = self._read(name, partial(_measurements, partial(from_json, ProcessRecord)))
         if f"process_{record.rank}_c{record.cycle}_a{record.attempt}.json" != name:
             held = f"process {record.rank}, cycle {record.cycle}, attempt {record.attempt}"
             raise ResultsError(f"{self.path / name} has the record of {held}: two processes claimed the same rank.")

@@ -24,11 +24,13 @@ from msgspec.structs import asdict, replace
 from lem import warning_codes
 from lem.record import (
     COMMON,
+    Amount,
     Carbon,
     CodedWarning,
     Cut,
     EnergyReading,
     Flops,
+    Number,
     Phase,
     ProcessRecord,
     RequestRecord,
@@ -54,10 +56,10 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     cannot be read before the window closes. `under_way` is None if no request was in flight.
     """
 
-    duration_s: float
+    duration_s: Amount
     flops: Flops | None = None
     energy: tuple[EnergyReading, ...] | None = None
-    energy_at_s: float | None = None
+    energy_at_s: Number | None = None
     under_way: UnderWay | None = None
 
     def energy_behind_s(self, end_s: float) -> float | None:

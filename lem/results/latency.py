@@ -40,10 +40,11 @@ def extent(requests: Sequence[RequestRecord]) -> Extent | None:
         by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
     if not by_attempt:
         return None
+    of_attempts = [sorted(spans) for spans in by_attempt.values()]
     return Extent(
-        min(min(spans)[0] for spans in by_attempt.values()),
-        sum(max(end_s for _, end_s in spans) for spans in by_attempt.values()),
-        sum(map(_union_s, by_attempt.values())),
+        min([spans[0][0] for spans in of_attempts]),
+        sum([max([end_s for _, end_s in spans]) for spans in of_attempts]),
+        sum([_union_s(spans) for spans in of_attempts]),
     )
 
 
@@ -87,12 +88,13 @@ def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
         if other is None or len(r.itl_s or ()) > len(other.itl_s or ()):
             longest[times] = r
     apart = longest.values()
+    streamed = [r for r in apart if r.ttft_s is not None]
     counts = {
         "latency": len(apart),
-        "time to first token": sum(r.ttft_s is not None for r in apart),
-        "inter-token latency": sum(len(r.itl_s or ()) for r in apart if r.ttft_s is not None),
-        "time per output token": sum(r.tpot_s is not None for r in apart),
-        "queueing": sum(r.queue_s is not None for r in apart),
+        "time to first token": len(streamed),
+        "inter-token latency": sum([len(r.itl_s or ()) for r in streamed]),
+        "time per output token": len([r for r in apart if r.tpot_s is not None]),
+        "queueing": len([r for r in apart if r.queue_s is not None]),
     }
     return {name: count for name, count in counts.items() if count}
 
@@ -126,7 +128,7 @@ def under_load(
     return {
         "arrival_rate_per_s": (len(present) - 1) / span_s if span_s > 0 else None,
         **queue,
-        "idle_share": 1 - _union_s(present) / duration_s if duration_s else None,
+        "idle_share": 1 - _union_s(sorted(present)) / duration_s if duration_s else None,
         **good,
     }
 
@@ -151,9 +153,11 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
 
 
 def _union_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the total time covered by at least one span."""
+    """Return the total time covered by at least one span, given the spans in order."""
     total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+    for begin, end in spans:
+        uncovered_from = begin if begin > reached else reached
+        if end > uncovered_from:
+            total += end - uncovered_from
+            reached = end
     return total

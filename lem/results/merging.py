@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -325,7 +326,7 @@ def _of_several(cut: Cut) -> CodedWarning:
 def total(values: Sequence[float | None]) -> float | None:
     """Return the sum, or None if there are no values or any of them is None."""
     known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
+    return sum(known) if values and len(known) == len(values) else None
 
 
 # ------------------------------------------------------------------ warnings
@@ -353,11 +354,17 @@ def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
     for group in groups:
         by_key: dict[str, list[str]] = {}
         for text in group:
-            by_key.setdefault(_NUMBER.sub("#", _AND_MORE.sub("", text)), []).append(text)
+            by_key.setdefault(_without_numbers(text), []).append(text)
         for key, texts in by_key.items():
             first.setdefault(key, texts)
             seen[key] = seen.get(key, 0) + 1
     return [_and_more(text, seen[key] - 1, what) for key, texts in first.items() for text in texts]
+
+
+# Cached, because many experiments have the same warnings.
+@lru_cache(1024)
+def _without_numbers(text: str) -> str:
+    return _NUMBER.sub("#", _AND_MORE.sub("", text))
 
 
 def _and_more(text: str, more: int, what: str) -> str:

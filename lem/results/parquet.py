@@ -46,13 +46,12 @@ def names(record_type: type[Any]) -> list[str]:
 
 def columns(record_type: type[Any]) -> Iterator[Column]:
     """Yield the columns of a record type, in order."""
-    hints = get_type_hints(record_type, include_extras=True)
+    hints, marked = get_type_hints(record_type), get_type_hints(record_type, include_extras=True)
     for name in names(record_type):
-        annotation, unit, description = hints[name], None, None
-        if get_origin(annotation) is Annotated:
-            annotation, *marks = get_args(annotation)
-            unit = next((mark.symbol for mark in marks if isinstance(mark, Unit)), None)
-            description = next((mark for mark in marks if isinstance(mark, str)), None)
+        marks = get_args(marked[name])[1:] if get_origin(marked[name]) is Annotated else ()
+        unit = next((mark.symbol for mark in marks if isinstance(mark, Unit)), None)
+        description = next((mark for mark in marks if isinstance(mark, str)), None)
+        annotation = hints[name]
         members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
         real = [member for member in members if member is not type(None)]
         yield Column(name, real[0], len(real) < len(members), unit, description)

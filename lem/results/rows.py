@@ -172,7 +172,7 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     columns |= _steady(cycles, complete, columns["energy_j"])
     columns |= quotients(columns, complete)
     _withhold(columns, cycles, complete)
-    columns["warnings"] = _warnings(columns, cycles)
+    columns["warnings"] = _warnings(columns, cycles, requests)
     return columns
 
 
@@ -429,15 +429,16 @@ def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool
         columns[name] = where(has_all, columns[name])
 
 
-def _warnings(columns: Columns, cycles: Sequence[Cycle]) -> list[list[str]]:
+def _warnings(
+    columns: Columns, cycles: Sequence[Cycle], finished: Sequence[Sequence[RequestRecord]]
+) -> list[list[str]]:
     """Return the warnings of each cycle, without duplicates, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
-    for cycle, of_row, duration_s in zip(cycles, of_rows, columns["duration_s"], strict=True):
+    for cycle, done, of_row, duration_s in zip(cycles, finished, of_rows, columns["duration_s"], strict=True):
         if cycle.has_lost_its_queue:
             of_row.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
-        done = [r for r in cycle.requests if r.error is None]
         of_requests = [
             *warning_codes.of_failures(cycle.requests),
             *warning_codes.of_samples(sample_counts(done)),

@@ -61,6 +61,7 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
     return float(stdtrit(degrees_of_freedom, probability))
 
 
+@cache
 def detectable_errors(confidence: float, power: float, degrees_of_freedom: int) -> float:
     """Return how many standard errors a mean must be from 0 for its interval to exclude 0 with this power.
 

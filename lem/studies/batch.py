@@ -10,6 +10,7 @@ from pathlib import Path
 from lem.backends import backend_class
 from lem.config.compose import compose_quickly, prepare
 from lem.config.files import find
+from lem.config.layers import Sources
 from lem.config.overrides import has_several_values
 from lem.config.trust import asked_by
 from lem.errors import BadInput, ConfigError
@@ -58,7 +59,7 @@ def main(
     visible = host.look().gpus
     shares = slots(at_once, visible) if at_once > 1 else [Slot(visible)]
     prompts = RecentPrompts()
-    check = Check(overrides, config_dir, options.force, shares, visible, prompts, Consents(options))
+    check = Check(files[0], overrides, config_dir, options.force, shares, visible, prompts, Consents(options))
     candidates = (Candidate(str(file), tuple(overrides), file, partial(check, file)) for file in files)
     cells = checked(candidates, fresh=options.fresh)
 
@@ -86,11 +87,7 @@ def _as_jobs(
     prompts, consents = RecentPrompts(), Consents(options)
 
     def check(file: Path) -> Ready:
-        if file is files[0]:  # by Hydra, which checks the overrides of its own settings too
-            composition = prepare(file, overrides, config_dir=config_dir)
-            experiment, sources = composition.experiment(), composition.sources
-        else:
-            experiment, sources = compose_quickly(file, overrides, config_dir)
+        experiment, sources = _composed(file, overrides, config_dir, by_hydra=file is files[0])
         consents.require(asked_by(experiment, sources))
         return preflight_for_job(experiment, options, prompts)
 
@@ -100,10 +97,21 @@ def _as_jobs(
     return run_study(cells, options, overrides, runner, head="config", at_once=AT_ONCE, fail_fast=fail_fast)
 
 
+def _composed(
+    file: Path, overrides: Sequence[str], config_dir: Path | None, *, by_hydra: bool
+) -> tuple[Experiment, Sources]:
+    """Compose a file's experiment; of several files, one by Hydra, which also checks the overrides of its settings."""
+    if not by_hydra:
+        return compose_quickly(file, overrides, config_dir)
+    composition = prepare(file, overrides, config_dir=config_dir)
+    return composition.experiment(), composition.sources
+
+
 @dataclass(frozen=True)
 class Check:
     """Checks a file under the conditions of its run: alone, or alongside others with a share of the GPUs."""
 
+    first: Path
     overrides: Sequence[str]
     config_dir: Path | None
     force: bool
@@ -114,9 +122,8 @@ class Check:
 
     def __call__(self, file: Path) -> Ready:
         """Return the checked experiment; raises `BadInput` with all problems."""
-        composition = prepare(file, self.overrides, config_dir=self.config_dir)
-        experiment = composition.experiment()
-        self.consents.require(asked_by(experiment, composition.sources))
+        experiment, sources = _composed(file, self.overrides, self.config_dir, by_hydra=file is self.first)
+        self.consents.require(asked_by(experiment, sources))
         self._refuse_crowding(experiment)
         try:
             return self._with_gpus(experiment, self.shares[0].gpus)

@@ -32,8 +32,8 @@ from lem.config.campaign import (
     place_of,
     settings_of_arms,
 )
-from lem.config.compose import prepare
-from lem.config.overrides import has_several_values
+from lem.config.compose import compose_quickly, prepare
+from lem.config.overrides import has_several_values, is_hydra_setting
 from lem.config.trust import all_asked, asked_by
 from lem.errors import BadInput, ConfigError, ResultsError, did_you_mean
 from lem.machine import host, slurm
@@ -305,7 +305,7 @@ def _arms(
             "its arms."
         )
     problems: list[str] = []
-    arms = []
+    arms: list[Arm] = []
     for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
         # If an arm has its own overrides, the file and line in a problem may not tell which arm is wrong.
@@ -314,7 +314,11 @@ def _arms(
             _check_single(everything)
             # A campaign file's overrides are left out, because the user did not type them on the command line.
             own = prepare(file, overrides, config_dir=config_dir).sources
-            experiment = prepare(file, everything, config_dir=config_dir).experiment()
+            # One arm is composed by Hydra, which also checks the overrides of its own settings.
+            if arms and not any(map(is_hydra_setting, source.overrides)):
+                experiment, _ = compose_quickly(file, everything, config_dir)
+            else:
+                experiment = prepare(file, everything, config_dir=config_dir).experiment()
             consents.require(asked_by(experiment, own))
             arms.append(Arm(name, experiment, str(file)))
         except BadInput as error:

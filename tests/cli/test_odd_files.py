@@ -241,6 +241,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(os.path.relpath(path, folder) for path in folder.glob("*.yaml"))
 
 
+@pytest.mark.processes
 def test_configs_run_nothing_paint_nothing_and_each_refusal_is_a_line(there, odd, sings, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     for name in files_of(odd):

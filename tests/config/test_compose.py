@@ -49,16 +49,12 @@ def test_the_default_dataset_is_that_of_the_ai_energy_score(compose):
     assert (compose().dataset.path, compose().dataset.column) == ("AIEnergyScore/text_generation", "text")
 
 
-def test_every_option_of_every_group_composes(compose):
-    for group in ("backend", "dataset", "decoder", "energy", "preset"):
-        for option in builtin(group):
-            compose(f"{group}={option}")
-
-
-def test_options_carry_their_own_name(compose):
+def test_every_option_of_every_group_composes_and_carries_its_own_name(compose):
     for group in ("backend", "dataset", "decoder", "energy"):
         for option in builtin(group):
             assert getattr(compose(f"{group}={option}"), group).name == option
+    for preset in builtin("preset"):
+        compose(f"preset={preset}")
 
 
 # ------------------------------------------------------------------ precedence

@@ -46,6 +46,7 @@ def found(structure, arms, cycles, campaigns, seed=1, **effects):
 DESIGNS = [("shuffled", 2, 10), ("shuffled", 4, 6), ("latin", 3, 6), ("latin", 4, 8)]
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize(("structure", "arms", "cycles"), DESIGNS)
 @pytest.mark.parametrize("drift", [0.0, 0.1])
 def test_without_carry_over_a_false_alarm_is_as_rare_as_it_says(structure, arms, cycles, drift):

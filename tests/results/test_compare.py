@@ -21,7 +21,7 @@ from lem.results.compare import (
     paired_effects,
     position_effects,
 )
-from lem.results.statistics import t_quantile
+from lem.results.statistics import detectable_errors, t_quantile
 from lem.results.stopping import ANALYSES
 from lem.studies.orders import order
 
@@ -148,6 +148,15 @@ def test_cycles_needed_find_the_difference_as_often_as_they_say():
     assert cycles_needed(0.0, 0.03) is None
 
 
+@pytest.mark.parametrize("confidence", [0.95, 0.975, 0.999])
+def test_fewer_cycles_than_needed_are_too_few(confidence):
+    for sd in (0.001, 0.01, 0.03, 0.1, 0.3):
+        needed = cycles_needed(0.02, sd, confidence)
+        enough = [0.02 / sd * math.sqrt(n) >= detectable_errors(confidence, 0.8, n - 1) for n in range(2, needed + 20)]
+        assert enough == [n >= needed for n in range(2, needed + 20)]
+    assert cycles_needed(0.0001, 0.3, confidence) is None
+
+
 @pytest.mark.parametrize(("cycles", "pairs"), [(3, 1), (4, 1), (10, 1), (4, 3)])
 def test_a_detectable_ratio_is_found_as_often_as_it_says(cycles, pairs):
     sd = 0.01
@@ -157,6 +166,7 @@ def test_a_detectable_ratio_is_found_as_often_as_it_says(cycles, pairs):
     assert (t > t_quantile(1 - 0.025 / pairs, cycles - 1)).mean() == pytest.approx(0.8, abs=0.008)
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize("structure", ["shuffled", "latin"])
 @pytest.mark.parametrize("drift", [0.0, 0.1])
 def test_intervals_cover_as_often_as_they_say_even_if_the_machine_drifts(structure, drift):

@@ -42,6 +42,7 @@ def last_contrast(blocks, analysis):
     return contrasts(values, analysis=analysis, positions=[block.positions for block in blocks])[-1]
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize(("analysis", "arms", "cycles"), [("paired", 2, 3), ("position", 2, 6), ("latin", 3, 6)])
 def test_intervals_keep_their_coverage_when_nodes_differ_in_level(analysis, arms, cycles):
     random = np.random.default_rng(7)
@@ -57,6 +58,7 @@ def test_intervals_keep_their_coverage_when_nodes_differ_in_level(analysis, arms
     assert width < 12 * NOISE < NODE_SD
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize("analysis", ["paired", "position"])
 def test_an_interaction_is_found_and_chance_is_not(analysis):
     random = np.random.default_rng(11)
@@ -80,6 +82,7 @@ def test_each_board_has_its_own_ratio():
     assert found["H100"].ci_low > found["A100"].ci_high
 
 
+@pytest.mark.simulations
 def test_intervals_of_a_board_keep_their_coverage():
     random = np.random.default_rng(5)
     found = [spread(campaign(random), 0, "position").ratios for _ in range(CAMPAIGNS)]

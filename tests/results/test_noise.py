@@ -80,6 +80,7 @@ def test_the_floor_does_not_contain_a_drift_from_cycle_to_cycle():
     assert drifting.floor.sd == pytest.approx(quiet.floor.sd, rel=0.6)
 
 
+@pytest.mark.simulations
 def test_the_interval_of_the_floor_covers_and_its_planning_limit_holds_as_often_as_it_says():
     sd = 0.01 * math.sqrt(2)
     floors = [noise(values(5, seed=seed)).floor for seed in range(400)]
@@ -133,6 +134,7 @@ def test_an_effect_of_the_position_is_seen_and_a_longer_gap_recommended():
     assert gap.setting == "--config-gap 40"
 
 
+@pytest.mark.simulations
 def test_a_drift_is_mistaken_neither_for_an_effect_of_the_position_nor_for_a_first_cell_unlike_the_others():
     found = [noise(values(8, sd=0.005, drift=0.2, seed=seed)) for seed in range(100)]
     assert all(each.drift.is_seen for each in found)
@@ -161,6 +163,7 @@ def test_cells_that_resemble_the_one_before_are_seen():
     assert found.neighbours.r > 0.4
 
 
+@pytest.mark.simulations
 def test_on_a_machine_without_effects_one_campaign_in_twenty_sees_any_and_one_in_twenty_is_a_false_alarm():
     found = [noise(values(6, seed=seed), seed=seed) for seed in range(300)]
     seen = [any(each.is_seen for each in (n.drift, n.first, n.position, n.neighbours)) for n in found]
@@ -168,6 +171,7 @@ def test_on_a_machine_without_effects_one_campaign_in_twenty_sees_any_and_one_in
     assert 0.02 <= sum(each.is_false_alarm for each in found) / len(found) <= 0.09
 
 
+@pytest.mark.simulations
 def test_intervals_of_changes_cover():
     found = [noise(values(6, seed=seed)) for seed in range(300)]
     for of in ("drift", "first", "position"):

@@ -38,6 +38,7 @@ def test_levels_of_plain_pairs_are_those_expected(limits):
     assert level == pytest.approx(EXPECTED[limits], abs=0.0015)
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize("analysis", ["paired", "position"])
 def test_a_quick_simulation_with_other_numbers_agrees_with_the_table(analysis):
     repetitions = 10_000
@@ -56,6 +57,7 @@ def test_a_quick_simulation_with_other_numbers_agrees_with_the_table(analysis):
             assert again.level == pytest.approx(each.level, abs=error)
 
 
+@pytest.mark.simulations
 @pytest.mark.parametrize("limits", [(6, 9), (6, 20), (5, 25), (7, 30), (9, 20), (20, 30)])
 def test_limits_within_calibrated_ones_cover_at_their_level(limits):
     found = calibrate.looks("position", limits[0], limits[1], 10_000, seed=8).within(*limits)
