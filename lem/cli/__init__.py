@@ -24,7 +24,7 @@ from lem.units import one_line
 
 # Importing a module registers its commands; the order of imports is the order of commands in lem --help.
 # isort: off
-from lem.cli import experiment, batch, campaign, config, results, inventory, doctor  # noqa: F401
+from lem.cli import experiment, batch, campaign, jobs, config, results, inventory, doctor  # noqa: F401
 # isort: on
 
 # Flags by the path of the configuration value that they set; an error about one of these values mentions the flag.
