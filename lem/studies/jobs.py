@@ -152,21 +152,23 @@ def _flag(seen: Seen) -> str:
 
 
 def _plain(seen: Seen) -> Mapping[str, Any]:
+    job_ids = {number: job_id for job_id, cells in seen.ledger.accepted for number in cells}
+    states = enumerate(seen.manifest.states)
     return {
         "name": seen.ledger.directory.name,
         "directory": str(seen.ledger.directory),
         "is_over": seen.ledger.is_over,
-        "experiments": [_plain_cell(state, seen) for state in seen.manifest.states],
+        "experiments": [_plain_cell(state, job_ids.get(number), seen) for number, state in states],
     }
 
 
-def _plain_cell(state: CellState, seen: Seen) -> Mapping[str, Any]:
+def _plain_cell(state: CellState, job_id: str | None, seen: Seen) -> Mapping[str, Any]:
     in_job = _in_job(state, seen)
     return {
         "label": state.cell.label,
         "experiment_id": state.directory.id if state.directory else None,
         "status": _status(state, seen),
-        "slurm_job_id": in_job.job_id or None if in_job else None,
+        "slurm_job_id": job_id,
         "slurm_node": in_job.node or None if in_job else None,
         "reason": in_job.reason or None if in_job else None,
         "error": state.error,

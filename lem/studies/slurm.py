@@ -286,9 +286,8 @@ class SlurmRunner(Runner):
         waiting = len(left) - sum(len(self._open(job)) for job in self.jobs)
         lines = [f"{_count(len(left) - waiting, 'experiment')} in {_count(len(self.jobs), 'Slurm job')}{self._ids()}."]
         if waiting:
-            lines.append(
-                f"{_count(waiting, 'experiment')} not submitted yet: lem jobs {study} submits them when it can."
-            )
+            are = "are" if waiting != 1 else "is"
+            lines.append(f"{_count(waiting, 'experiment')} {are} not submitted yet; lem jobs {study} submits more.")
         lines.append(f"To follow them and write their rows: lem jobs {study}")
         lines.append(f"To cancel them: lem jobs cancel {study}")
         return "\n".join(lines)

@@ -210,31 +210,28 @@ def attend(
         DiskFull: a disk is full; finished requests are kept.
     """
     runner: Runner | None = None
-    is_left = False
     try:
         manifest.open()
+        shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
         try:
             # Between cells, too, a signal must raise an exception.
-            with (
-                study_display(len(manifest.cells), at_once=at_once, settled=settled) as display,
-                signals_raise(stopped),
-            ):
+            with shown as display, signals_raise(stopped):
                 runner = make_runner(manifest, display)
                 _work(manifest, runner, work)
         except KeyboardInterrupt as stop:
             if runner is not None and runner.outlives_command:
                 runner.interrupted(str(stop))
             raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
-        except Left:
-            is_left = True
-            raise
-        finally:
-            if not is_left:
-                manifest.close()
-    except Interrupted as stop:
-        raise Interrupted(f"{stop.reason}\n{again}") from None
-    except DiskFull as full:
-        raise DiskFull(full.folder, f"Free some space. {again}") from None
+    except Left:  # the manifest stays open
+        raise
+    except BaseException as end:
+        manifest.close()
+        if isinstance(end, Interrupted):
+            raise Interrupted(f"{end.reason}\n{again}") from None
+        if isinstance(end, DiskFull):
+            raise DiskFull(end.folder, f"Free some space. {again}") from None
+        raise
+    manifest.close()
 
 
 def _work(manifest: Manifest, runner: Runner, work: Callable[[Runner], None]) -> None:

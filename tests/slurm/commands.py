@@ -18,10 +18,11 @@ from tests.slurm.cluster import Cluster
 
 # The defaults spare shared schedulers and slow file systems; here, both are this machine. Without exclusive nodes, four
 # jobs fit on the two nodes.
-HERE = (
-    "--launcher", "slurm", "-y", "hydra.launcher.poll_s=1", "hydra.launcher.settle_s=2",
+ASKING = (
+    "--launcher", "slurm", "hydra.launcher.poll_s=1", "hydra.launcher.settle_s=2",
     "hydra.launcher.never_starts_s=2", "hydra.launcher.exclusive=false", "hydra.launcher.mem_gb=1",
 )  # fmt: skip
+HERE = (*ASKING, "-y")
 COMMAND_S = 240.0
 
 
@@ -90,8 +91,13 @@ def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 90.0) -> 
         time.sleep(0.2)
 
 
-def measuring_jobs(lem: Lem) -> list[str]:
-    """Return the ids of the jobs whose experiments are running and have finished some requests."""
+def measuring_jobs(lem: Lem, cluster: Cluster | None = None) -> list[str]:
+    """Return the ids of the jobs whose experiments are running and have finished some requests.
+
+    With a cluster, lem is asked to look first, because no command follows the jobs.
+    """
+    if cluster is not None:
+        lem("jobs", cluster=cluster)
     cells = [cell for cell in lem.cells() if cell["status"] == "running"]
     return [
         Path(cell["log"]).parent.name
