@@ -59,8 +59,9 @@ class Array:
     """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
 
     `ids` is None as long as it is not known whether Slurm accepted the array, and empty if it did not. `is_refused`
-    means that its cells have failed for that reason. `at_s` is when the array was to be submitted, in seconds since
-    1970.
+    means that its cells have failed for that reason. `is_adopted` means that its submission was interrupted after Slurm
+    had accepted it, so that its jobs may have started without the files that they need. `at_s` is when the array was to
+    be submitted, in seconds since 1970.
     """
 
     file: str
@@ -68,6 +69,7 @@ class Array:
     at_s: float
     ids: list[str] | None = None
     is_refused: bool = False
+    is_adopted: bool = False
 
     @property
     def cells(self) -> Iterator[int]:
@@ -143,6 +145,7 @@ class Ledger:
             self.arrays.append(Array(**event["submitting"]))
         elif "submitted" in event:
             self.arrays[-1].ids = [str(each) for each in event["submitted"]]
+            self.arrays[-1].is_adopted = "adopted" in event
         elif "refused" in event:
             self.arrays[-1].is_refused = True
         self.is_cancelled |= "cancelled" in event
@@ -161,6 +164,10 @@ class Ledger:
     def submitted(self, ids: Sequence[str]) -> None:
         """Record the ids of the last array's jobs; without ids, that Slurm did not accept it, at least not now."""
         self._record({"submitted": list(ids)})
+
+    def adopted(self, ids: Sequence[str]) -> None:
+        """Record the ids of the last array's jobs, whose submission was interrupted."""
+        self._record({"submitted": list(ids), "adopted": True})
 
     def refused(self) -> None:
         """Record that the cells of the last array have failed because Slurm refused it."""
@@ -200,6 +207,11 @@ class Ledger:
     def unknown(self) -> Array | None:
         """The array of which it is not known whether Slurm accepted it; only the last one can be."""
         return self.arrays[-1] if self.arrays and self.arrays[-1].ids is None else None
+
+    @property
+    def adopted_ids(self) -> set[str]:
+        """The ids of jobs whose submission was interrupted."""
+        return {job_id for array in self.arrays if array.is_adopted for job_id in array.ids or ()}
 
     @property
     def accepted(self) -> Iterator[tuple[str, list[int]]]:

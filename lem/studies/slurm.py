@@ -516,7 +516,7 @@ class SlurmRunner(Runner):
             job_id, count = found[-1], len(array.jobs)
             ids = [job_id] if count == 1 else [f"{job_id}_{task}" for task in range(count)]
             complete(self.folder, slurm_job.run, _calls(self.folder / array.file, count), ids)
-            ledger.submitted(ids)
+            ledger.adopted(ids)
             self._accepted(ids, array.jobs)
         elif at_once or time.time() - array.at_s > SUBMITTING_S:
             ledger.submitted([])
@@ -687,7 +687,7 @@ class SlurmRunner(Runner):
         """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
         failures = []
         for job, reason in lost:
-            again = self._not_begun(job) if self.resubmits and not reason.startswith("CANCELLED") else []
+            again = [] if reason.startswith("CANCELLED") else self._to_submit_again(job)
             if again:
                 print_warnings(
                     f"Slurm job {job.id}: {reason.rstrip('.')}. The {_count(len(again), 'experiment')} that it had not "
@@ -702,12 +702,18 @@ class SlurmRunner(Runner):
         gone = {job.id for job, _ in lost}
         self.jobs = [job for job in self.jobs if job.id not in gone]
 
-    def _not_begun(self, job: Job) -> list[int]:
-        """Return the cells that a lost job has not begun; none if it has begun no cell, and would be lost again."""
+    def _to_submit_again(self, job: Job) -> list[int]:
+        """Return the cells that a lost job had not begun.
+
+        There are none if it had begun no cell, because another job would then be lost in the same way, unless the
+        job's submission was interrupted.
+        """
         left = self._open(job)
         attempts = {number: ExperimentDir(self.steps[number].directory).state().attempt for number in left}
         untouched = [number for number in left if attempts[number] <= self.steps[number].attempts]
-        return untouched if len(untouched) < len(job.cells) + job.others else []
+        has_begun = len(untouched) < len(job.cells) + job.others
+        is_adopted = self.ledger is not None and job.id in self.ledger.adopted_ids
+        return untouched if is_adopted or (self.resubmits and has_begun) else []
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
         """Cancel the jobs that have not started, because another job failed and --fail-fast was given."""

@@ -106,6 +106,23 @@ def measuring_jobs(lem: Lem, cluster: Cluster | None = None) -> list[str]:
     ]
 
 
+def process_of(job: str) -> int:
+    """Return the id of the process that Slurm started for a job."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            array, _, task = job.partition("_")
+            own = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
+            is_of_job = b"submitit.core._submit" in arguments and {each.encode() for each in own} <= set(variables)
+            if is_of_job and Path(os.fsdecode(arguments[0])).name.startswith("python"):
+                return int(entry.name)
+    raise AssertionError(f"Job {job} has no process.")
+
+
 def prompts(count: int) -> tuple[str, ...]:
     """Return the arguments that choose so many prompts."""
     return "-d", "sample", "-n", str(count)
