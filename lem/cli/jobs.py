@@ -17,7 +17,7 @@ def jobs(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SWEEP] | cancel SWEEP",
+            metavar="[STUDY] | cancel STUDY",
             help="A sweep, batch or campaign: its name, the beginning of its name, or its directory.",
             show_default=False,
         ),

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lem.errors import ResultsError
 from lem.results.codec import from_json, to_plain
@@ -190,10 +190,8 @@ class Ledger:
 
     def _record(self, event: dict[str, Any]) -> None:
         with needs_space(self.directory), (self.directory / FILE).open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            torn = b"" if file.read(1) == b"\n" else b"\n"
-            file.write(torn + json.dumps(event).encode() + b"\n")
+            _cut_torn_line(file)
+            file.write(json.dumps(event).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self._apply(event)
@@ -222,6 +220,15 @@ class Ledger:
     def tries(self) -> Counter[int]:
         """Return how many jobs each cell has had, including those that Slurm refused for good."""
         return Counter(number for array in self.arrays if array.ids or array.is_refused for number in array.cells)
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Remove the end of a file that follows its last line break: a command was killed while it wrote that."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) not in (b"\n", b""):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def cells_sha256(fingerprints: Iterable[str]) -> str:

@@ -199,10 +199,9 @@ def slow_sbatch(lem: Lem, script: str) -> None:
 def test_no_job_is_lost_or_doubled_if_the_command_is_killed_after_sbatch(
     cluster: Cluster, lem: Lem, is_held: bool
 ) -> None:
-    slow_sbatch(lem, '"$SBATCH" "$@"\necho $$ > waiting\nexec sleep 100')
-    held = ("hydra.launcher.additional_parameters={hold: true}",) * is_held
+    slow_sbatch(lem, f'"$SBATCH" {"--hold" * is_held} "$@"\necho $$ > waiting\nexec sleep 100')
     command = ("experiment", "quick.yaml", *prompts(4), "seed=1,2", "--multirun", *HERE)
-    kill_at_sbatch(lem, cluster, *command, *held)
+    kill_at_sbatch(lem, cluster, *command)
     (array,) = {job.partition("_")[0] for job in known(cluster, lem)}
     if is_held:
         cluster.command("scontrol", "release", array)
