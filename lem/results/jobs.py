@@ -31,6 +31,8 @@ from lem.spec.slurm import SlurmOptions
 
 FILE, LOCK, FOLDER = "jobs.jsonl", ".lock", "jobs"
 FORMAT_VERSION = 1
+# The list of a study's cells, and the statuses of those that have not ended.
+CELLS, OPEN = "experiments.json", ("not run", "queued", "running")
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,21 @@ def awaited(store: Store) -> list[Ledger]:
             ledger = Ledger.read(directory)
             if ledger is not None and not ledger.is_shown:
                 found.append(ledger)
+    return found
+
+
+def queued_in(store: Store) -> dict[str, str]:
+    """Return the experiments that jobs have still to run or to finish, by id, with the names of their studies.
+
+    Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
+    """
+    found: dict[str, str] = {}
+    for ledger in awaited(store):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if not ledger.is_over:
+                cells = json.loads((ledger.directory / CELLS).read_bytes())
+                left = [cell["experiment_id"] for cell in cells if cell["status"] in OPEN]
+                found |= dict.fromkeys(filter(None, left), ledger.directory.name)
     return found
 
 

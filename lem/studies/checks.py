@@ -10,6 +10,7 @@ from pathlib import Path
 from lem.errors import BadInput, ConfigError
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
+from lem.results.jobs import queued_in
 from lem.results.store import Store
 from lem.runner.job import fingerprint
 from lem.runner.preflight import Ready
@@ -91,15 +92,17 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
 def _unfinished(
     results_dir: str, digest: str, resumed: set[Path], marked: dict[str, Mapping[str, Sequence[str]]]
 ) -> ExperimentDir | None:
-    """Return the newest unfinished run of the same experiment that no other cell is resuming.
+    """Return the newest unfinished run of the same experiment that no other cell and no job is resuming.
 
     `marked` keeps the marks of each results directory, which are read once.
     """
     store = Store(results_dir)
     if results_dir not in marked:
-        marked[results_dir] = store.marked_by_fingerprint()
-    found = store.unfinished(digest, marked[results_dir])
-    left = [each for each in found if each.path not in resumed]
+        queued = queued_in(store)
+        found = store.marked_by_fingerprint().items()
+        marked[results_dir] = {digest: [name for name in names if name not in queued] for digest, names in found}
+    unfinished = store.unfinished(digest, marked[results_dir])
+    left = [each for each in unfinished if each.path not in resumed]
     if not left:
         return None
     resumed.add(left[-1].path)

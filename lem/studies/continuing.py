@@ -20,7 +20,7 @@ from pathlib import Path
 from lem.errors import ResultsError
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
-from lem.results.jobs import InJob, Ledger, attending, awaited, cells_sha256
+from lem.results.jobs import OPEN, InJob, Ledger, attending, awaited, cells_sha256
 from lem.results.store import Store, results_flag
 from lem.results.tables import Tables
 from lem.studies.ask import RunOptions, print_warnings
@@ -33,7 +33,6 @@ from lem.studies.study import Left, Runner, attend, run_study
 
 # How often to look whether another command still holds the lock of a study, in seconds.
 BUSY_S = 2.0
-OPEN = ("not run", "queued", "running")
 
 
 @dataclass(frozen=True)

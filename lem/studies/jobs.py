@@ -80,6 +80,8 @@ def look_at_all(store: Store) -> dict[Path, InJob]:
     """
     found: dict[Path, InJob] = {}
     for ledger in awaited(store):
+        if ledger.is_over:
+            continue
         try:
             found |= continuing.look_at(_study_at(ledger.directory), submits=False).in_jobs
         except BadInput as error:

@@ -34,7 +34,7 @@ from lem.record import ErrorInfo
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
 from lem.results.files import sync, synced_later, write_atomically
-from lem.results.jobs import FOLDER, InJob, Ledger, Terms, cells_sha256
+from lem.results.jobs import FOLDER, OPEN, InJob, Ledger, Terms, cells_sha256
 from lem.results.plan import FINISHED
 from lem.results.store import Store, results_flag
 from lem.runner.job import Outcome, collect, collect_together, fail, planned
@@ -282,7 +282,7 @@ class SlurmRunner(Runner):
         """Return sentences that say which jobs there are, and with which commands to follow or cancel them."""
         assert self.ledger is not None
         study = f"{self.ledger.directory.name}{results_flag(Store(self.ledger.terms.results_dirs[0]))}"
-        left = [n for n, state in enumerate(self.manifest.states) if state.status in ("not run", "queued", "running")]
+        left = [n for n, state in enumerate(self.manifest.states) if state.status in OPEN]
         waiting = len(left) - sum(len(self._open(job)) for job in self.jobs)
         lines = [f"{_count(len(left) - waiting, 'experiment')} in {_count(len(self.jobs), 'Slurm job')}{self._ids()}."]
         if waiting:

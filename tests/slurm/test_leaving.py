@@ -47,7 +47,7 @@ def queued(cluster: Cluster, lem: Lem) -> list[str]:
 
 def test_after_logging_out_the_jobs_are_found_again_at_each_stage(cluster: Cluster, lem: Lem) -> None:
     cluster.wait_until_idle()
-    command = [sys.executable, "-m", "lem", "experiment", "slow.yaml", *prompts(5), "seed=1,2,3", "--multirun", *HERE]
+    command = [sys.executable, "-m", "lem", "experiment", "slow.yaml", *prompts(4), "seed=1,2", "--multirun", *HERE]
     alone = ("hydra.launcher.nodelist=n1", "hydra.launcher.exclusive=true", "--detach")
     shell = subprocess.Popen(
         ["bash", "-c", '"$@"; sleep 100', "shell", *command, *alone],
@@ -60,12 +60,12 @@ def test_after_logging_out_the_jobs_are_found_again_at_each_stage(cluster: Clust
     )
     assert shell.stdout is not None
     lines = [shell.stdout.readline() for _ in range(3)]
-    assert lines[0].startswith("3 experiments in 3 Slurm jobs (")
+    assert lines[0].startswith("2 experiments in 2 Slurm jobs (")
     os.killpg(shell.pid, signal.SIGHUP)
     shell.wait(10)
     # Stored before the command returned, and never more than one job at a time, so each stage can be told apart.
     jobs = queued(cluster, lem)
-    assert [f"{jobs[0].partition('_')[0]}_{task}" for task in range(3)] == sorted(jobs)
+    assert [f"{jobs[0].partition('_')[0]}_{task}" for task in range(2)] == sorted(jobs)
     seen: list[tuple[str, ...]] = []
     name = lines[1].split()[-1]
     while True:
@@ -76,7 +76,7 @@ def test_after_logging_out_the_jobs_are_found_again_at_each_stage(cluster: Clust
         for one in by_id.values():
             if one["status"] == "running":
                 assert (one["slurm_node"], one["slurm_job_id"] in jobs) == ("n1", True)
-        if in_order == ["completed"] * 3:
+        if in_order == ["completed"] * 2:
             break
         cells = states(lem, cluster)
         assert [cell["slurm_job_id"] for cell in cells] == sorted(jobs)
@@ -88,11 +88,11 @@ def test_after_logging_out_the_jobs_are_found_again_at_each_stage(cluster: Clust
     )
     assert {"pending", "running", "completed"} == {status for stage in seen for status in stage}
     rows = lem.rows()
-    assert [(row["status"], row["requests_completed"]) for row in rows] == [("completed", 5)] * 3
+    assert [(row["status"], row["requests_completed"]) for row in rows] == [("completed", 4)] * 2
     assert sorted(row["slurm_job_id"] for row in rows) == sorted(jobs)
     done = lem("jobs", name, cluster=cluster)
     assert done.returncode == 0, done.stderr
-    assert "3 completed" in done.stdout
+    assert "2 completed" in done.stdout
     assert "No study in" in lem("jobs", cluster=cluster).stdout
 
 
@@ -101,6 +101,9 @@ def test_the_same_command_attaches_and_submits_nothing(cluster: Cluster, lem: Le
     first = lem(*command, "--detach", cluster=cluster)
     second = lem(*command, "--detach", cluster=cluster)
     assert (first.returncode, second.returncode) == (0, 0), second.stderr
+    waiting = lem.cells()[0]["experiment_id"]
+    done = lem("experiment", "--resume", waiting, "-y", cluster=cluster)
+    assert (done.returncode, f"{waiting} is to be run or finished by a job" in done.stderr) == (2, True)
     done = lem(*command, cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert "Following the jobs of" in done.stderr
@@ -109,10 +112,6 @@ def test_the_same_command_attaches_and_submits_nothing(cluster: Cluster, lem: Le
     assert [row["status"] for row in rows] == ["completed"] * 2
     assert len({str(row["slurm_job_id"]).partition("_")[0] for row in rows}) == 1
     assert len(list((lem.folder / "multirun").iterdir())) == 1
-    # Once the outcome has been shown, the command measures again.
-    done = lem("batch", "quick.yaml", *prompts(4), *HERE, cluster=cluster)
-    assert done.returncode == 0, done.stderr
-    assert len(lem.rows()) == 3
 
 
 @pytest.mark.parametrize("answer", ["y\n", "\n"], ids=["cancel", "leave"])
@@ -204,6 +203,7 @@ def test_no_job_is_lost_or_doubled_if_the_command_is_killed_after_sbatch(
     kill_at_sbatch(lem, cluster, *command)
     (array,) = {job.partition("_")[0] for job in known(cluster, lem)}
     if is_held:
+        assert [cell["slurm_job_id"] for cell in states(lem, cluster)] == [f"{array}_0", f"{array}_1"]
         cluster.command("scontrol", "release", array)
     else:  # because submitit creates the directory of their logs only after sbatch
         wait_for("their end", lambda: not queued(cluster, lem))
