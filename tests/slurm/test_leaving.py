@@ -96,7 +96,7 @@ def test_after_logging_out_the_jobs_are_found_again_at_each_stage(cluster: Clust
     assert "No study in" in lem("jobs", cluster=cluster).stdout
 
 
-def test_the_same_command_attaches_and_submits_nothing(cluster: Cluster, lem: Lem) -> None:
+def test_the_same_command_attaches_and_submits_nothing_while_others_look(cluster: Cluster, lem: Lem) -> None:
     command = ("batch", "slow.yaml", "quick.yaml", *prompts(4), *HERE)
     first = lem(*command, "--detach", cluster=cluster)
     second = lem(*command, "--detach", cluster=cluster)
@@ -104,10 +104,15 @@ def test_the_same_command_attaches_and_submits_nothing(cluster: Cluster, lem: Le
     waiting = lem.cells()[0]["experiment_id"]
     done = lem("experiment", "--resume", waiting, "-y", cluster=cluster)
     assert (done.returncode, f"{waiting} is to be run or finished by a job" in done.stderr) == (2, True)
-    done = lem(*command, cluster=cluster)
-    assert done.returncode == 0, done.stderr
-    assert "Following the jobs of" in done.stderr
-    assert "2 completed" in done.stdout
+    following = lem.start(*command, cluster=cluster)
+    others = [lem.start(*arguments, cluster=cluster) for arguments in (("jobs",), ("results", "list"))]
+    output, errors = following.communicate(timeout=120)
+    assert following.returncode == 0, errors
+    assert "Following the jobs of" in errors
+    assert "2 completed" in output
+    for other in others:
+        _, errors = other.communicate(timeout=60)
+        assert other.returncode == 0, errors
     rows = lem.rows()
     assert [row["status"] for row in rows] == ["completed"] * 2
     assert len({str(row["slurm_job_id"]).partition("_")[0] for row in rows}) == 1
@@ -272,26 +277,14 @@ def test_an_adaptive_campaign_submits_its_next_cycle_at_a_look(cluster: Cluster,
     done = lem(*command, *given, "--detach", cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 experiments in 1 Slurm job (")
-    wait_for("the next cycle", lambda: [cell["status"] for cell in states(lem, cluster)][2] == "pending")
-    assert [cell["status"] for cell in states(lem, cluster)][4] == "not run"
+    assert [cell["status"] for cell in states(lem, cluster)][-1] == "not run"
+    wait_for("the next cycle", lambda: [cell["status"] for cell in states(lem, cluster)][2] != "not run")
     done = lem("jobs", "cancel", "few", "-y", cluster=cluster)
     assert done.returncode == 0, done.stderr
     assert queued(cluster, lem) == []
     # The campaign is resumed as usual.
     preview = lem("campaign", "--resume", "few", "--launcher", "slurm", "--dry-run", cluster=cluster)
-    assert re.search("[24] of 60 cells are completed", preview.stdout), preview.stdout + preview.stderr
-
-
-def test_two_looks_at_once_collect_once(cluster: Cluster, lem: Lem) -> None:
-    done = lem("experiment", "quick.yaml", *prompts(4), "seed=1,2", "--multirun", *HERE, "--detach", cluster=cluster)
-    assert done.returncode == 0, done.stderr
-    cluster.wait_until_idle()
-    looks = [lem.start(*arguments, cluster=cluster) for arguments in (("jobs", "20"), ("jobs",), ("results", "list"))]
-    for look in looks:
-        _, errors = look.communicate(timeout=60)
-        assert look.returncode == 0, errors
-    assert [row["status"] for row in lem.rows()] == ["completed"] * 2
-    assert len(list((lem.folder / "results" / "experiments").glob("*.parquet"))) <= 2
+    assert re.search("[1-9] of 60 cells are completed", preview.stdout), preview.stdout + preview.stderr
 
 
 def test_a_lost_job_with_several_experiments_loses_only_those_that_had_begun(cluster: Cluster, lem: Lem) -> None:
