@@ -686,8 +686,10 @@ class SlurmRunner(Runner):
     def _lose(self, lost: Sequence[tuple[Job, str]]) -> None:
         """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
         failures = []
+        adopted = self.ledger.adopted_ids if self.ledger else set()
         for job, reason in lost:
-            again = [] if reason.startswith("CANCELLED") else self._to_submit_again(job)
+            is_again = not reason.startswith("CANCELLED")
+            again = self._to_submit_again(job, is_adopted=job.id in adopted) if is_again else []
             if again:
                 print_warnings(
                     f"Slurm job {job.id}: {reason.rstrip('.')}. The {_count(len(again), 'experiment')} that it had not "
@@ -702,17 +704,16 @@ class SlurmRunner(Runner):
         gone = {job.id for job, _ in lost}
         self.jobs = [job for job in self.jobs if job.id not in gone]
 
-    def _to_submit_again(self, job: Job) -> list[int]:
+    def _to_submit_again(self, job: Job, *, is_adopted: bool) -> list[int]:
         """Return the cells that a lost job had not begun.
 
         There are none if it had begun no cell, because another job would then be lost in the same way, unless the
-        job's submission was interrupted.
+        job's submission was interrupted (`is_adopted`).
         """
         left = self._open(job)
         attempts = {number: ExperimentDir(self.steps[number].directory).state().attempt for number in left}
         untouched = [number for number in left if attempts[number] <= self.steps[number].attempts]
         has_begun = len(untouched) < len(job.cells) + job.others
-        is_adopted = self.ledger is not None and job.id in self.ledger.adopted_ids
         return untouched if is_adopted or (self.resubmits and has_begun) else []
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
