@@ -34,6 +34,10 @@ COMMANDS = {
         "schedule",
         "Run an experiment or a campaign at planned times, for studies of how costs vary over time.",
     ),
+    "jobs": (
+        "jobs",
+        "List the studies with jobs on a Slurm cluster, follow the jobs of one until they end, or cancel them.",
+    ),
     "aggregate": (
         "results",
         "Build table rows from raw records; lem experiment does this automatically at the end of a run.",

@@ -33,6 +33,7 @@ def batch(
     config_dir: ConfigDir = None,
     launcher: flags.Launcher = None,
     per_job: flags.PerJob = None,
+    detach: flags.Detach = False,
     no_aggregate: flags.NoAggregate = False,
     results_dir: ResultsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")] = False,
@@ -62,10 +63,11 @@ def batch(
     ]
     slurm, overrides = flags.launcher_of(launcher, overrides, config_dir)
     flags.check_per_job(per_job, slurm)
+    flags.check_detach(detach, slurm)
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
-        launcher=slurm, per_job=per_job,
+        launcher=slurm, per_job=per_job, detach=detach,
     )  # fmt: skip
     raise typer.Exit(
         batch_app.main(patterns, overrides, options, parallel=parallel, fail_fast=fail_fast, config_dir=config_dir)

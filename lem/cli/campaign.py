@@ -80,6 +80,7 @@ def campaign(
         bool,
         typer.Option("--one-job", help="With --launcher slurm: run all cycles in one job, not each in its own."),
     ] = False,
+    detach: flags.Detach = False,
     across_nodes: Annotated[bool | None, typer.Option("--across-nodes", help=_HELP["across_nodes"])] = None,
     config_dir: ConfigDir = None,
     results_dir: ResultsDir = None,
@@ -100,6 +101,7 @@ def campaign(
     slurm, arguments = flags.launcher_of(launcher, arguments or [], config_dir)
     if one_job and slurm is None:
         raise ConfigError("--one-job needs --launcher slurm.")
+    flags.check_detach(detach, slurm)
     if per_job is not None:
         raise ConfigError(
             "--per-job: a campaign compares experiments on one node, so each cycle is one job; use --one-job to run "
@@ -108,7 +110,7 @@ def campaign(
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
-        launcher=slurm, one_job=one_job,
+        launcher=slurm, one_job=one_job, detach=detach,
     )  # fmt: skip
     settings = {
         "name": name,

@@ -67,6 +67,7 @@ def experiment(
     config_dir: ConfigDir = None,
     launcher: flags.Launcher = None,
     per_job: flags.PerJob = None,
+    detach: flags.Detach = False,
     multirun: Annotated[
         bool, typer.Option("--multirun", help="Run every combination of comma-separated override values.")
     ] = False,
@@ -111,10 +112,11 @@ def experiment(
     ]
     slurm, overrides = flags.launcher_of(launcher, overrides, config_dir or _conf_beside(config_file))
     flags.check_per_job(per_job, slurm, several=multirun)
+    flags.check_detach(detach, slurm)
     options = ask.RunOptions(
         yes=yes, dry_run=dry_run, force=force, write_tables=not no_aggregate, fresh=fresh,
         allow_command=allow_command, allow_code=allow_code, allow_key=allow_key,
-        launcher=slurm, per_job=per_job,
+        launcher=slurm, per_job=per_job, detach=detach,
     )  # fmt: skip
     if resume is not None:
         if slurm:

@@ -80,6 +80,13 @@ PerJob = Annotated[
     ),
 ]
 
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach", help="With --launcher slurm: end as soon as the jobs are submitted; lem jobs returns to them."
+    ),
+]
+
 # A key in Hydra's grammar. A path does not count as a key, except for hydra/launcher and similar settings.
 OVERRIDE = re.compile(r"(\+{0,2}|~)([\w.@:]+|hydra/[\w/@:]+)=|~[\w@:][\w.@:/]*$")
 
@@ -135,6 +142,12 @@ def check_per_job(per_job: int | None, launcher: config_launcher.Launcher | None
         raise ConfigError("--per-job needs --launcher slurm.")
     if per_job is not None and not several:
         raise ConfigError("--per-job needs several experiments: add --multirun, or use lem batch.")
+
+
+def check_detach(detach: bool, launcher: config_launcher.Launcher | None) -> None:
+    """Raise `ConfigError` if --detach is given to a command that submits no jobs."""
+    if detach and launcher is None:
+        raise ConfigError("--detach needs --launcher slurm.")
 
 
 def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> list[str]:

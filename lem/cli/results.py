@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lem.cli import complete
 from lem.cli.base import ResultsDir, app
+
+if TYPE_CHECKING:
+    from lem.results.jobs import InJob
+    from lem.results.store import Store
 
 results_app = typer.Typer(help="Show, compare, report, export and manage results.", no_args_is_help=True)
 app.add_typer(results_app, name="results")
@@ -48,12 +54,16 @@ def aggregate(
 def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
-        bool, typer.Option("--all", "-a", help="Include experiments without a row: planned, running, interrupted.")
+        bool,
+        typer.Option(
+            "--all", "-a", help="Include all experiments without a row, not only those that are jobs on a cluster."
+        ),
     ] = False,
     status: Annotated[
         str | None,
         typer.Option(
-            "--status", help="Only experiments with this status: completed, failed, interrupted, running or planned."
+            "--status",
+            help="Only experiments with this status: completed, failed, interrupted, running, pending or planned.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")] = None,
@@ -81,7 +91,20 @@ def results_list(
 
     selection = browse.Selection(status, model, backend, dataset, campaign, schedule, since, last, sort, reverse)
     store = browse.store_at(results_dir)
-    raise typer.Exit(browse.list_experiments(store, selection, everything=everything, as_json=as_json))
+    raise typer.Exit(
+        browse.list_experiments(store, selection, everything=everything, in_jobs=_in_jobs(store), as_json=as_json)
+    )
+
+
+def _in_jobs(store: Store) -> Mapping[Path, InJob]:
+    """Collect jobs of a Slurm cluster that have ended, and return what is known about those that have not."""
+    from lem.results.jobs import awaited
+
+    if not awaited(store):
+        return {}
+    from lem.studies.jobs import look_at_all  # takes a second to import
+
+    return look_at_all(store)
 
 
 @results_app.command("show")

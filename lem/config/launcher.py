@@ -99,6 +99,24 @@ def submit(
         raise Refused("; ".join(told) or " ".join(str(error).split())[:300]) from None
 
 
+def complete(folder: Path, run: Callable[..., None], calls: Sequence[Sequence[Any]], ids: Sequence[str]) -> None:
+    """Write the files that jobs wait for, if `submit` was interrupted after Slurm had accepted the jobs.
+
+    Args:
+        folder: as for `submit`.
+        run: as for `submit`.
+        calls: as for `submit`.
+        ids: the ids of the jobs.
+    """
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    for job_id, arguments in zip(ids, calls, strict=True):
+        file = JobPaths(folder.resolve() / "%j", job_id).submitted_pickle
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            DelayedSubmission(run, *arguments).dump(file)
+
+
 def is_of_launcher(text: str) -> bool:
     """Return whether an override chooses Hydra's launcher or sets one of its options."""
     return is_hydra_setting(text) and (_key(text) == GROUP or _key(text).startswith(f"{NODE}."))

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # Longest time that a command may take, in seconds.
 COMMAND_S = 30.0
@@ -87,6 +88,21 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
                     continue
                 found[name] = Queued(state, reason, int(restarts) if restarts.isdecimal() else 0, node)
     return found
+
+
+def submitted_from(folder: Path) -> list[str]:
+    """Return the ids of this user's jobs and arrays whose batch file is in a directory, as far as they are known.
+
+    Raises:
+        Unreachable: the controller does not answer.
+    """
+    code, text, error = _run("squeue", "--me", "--noheader", "--states=all", "--Format=ArrayJobID:|,Command:|")
+    if code:
+        raise Unreachable(" ".join(error.split()) or f"squeue ended with exit code {code}")
+    lines = [line.strip().rstrip("|").partition("|") for line in text.splitlines()]
+    return sorted(
+        {job_id.strip() for job_id, _, file in lines if Path(file.strip()).parent == folder.resolve()}, key=int
+    )
 
 
 @dataclass(frozen=True)

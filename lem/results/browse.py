@@ -6,11 +6,12 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import structs
@@ -23,6 +24,7 @@ from lem.results.choosing import check_status
 from lem.results.codec import to_json, to_plain
 from lem.results.delete import finish as finish_deleting
 from lem.results.directory import ExperimentDir
+from lem.results.jobs import InJob
 from lem.results.plan import FINISHED, State
 from lem.results.rows import Rows
 from lem.results.schema import CycleRow, ExperimentRow
@@ -118,11 +120,21 @@ def _sorted(listed: Sequence[Listed], column: str, reverse: bool) -> list[Listed
     return sorted(known, key=lambda one: getattr(one.row, column), reverse=reverse) + others
 
 
-def list_experiments(store: Store, selection: Selection, *, everything: bool, as_json: bool = False) -> int:
-    """Print a line for each experiment that has a row or, with `everything`, for all experiments."""
+def list_experiments(
+    store: Store,
+    selection: Selection,
+    *,
+    everything: bool,
+    in_jobs: Mapping[Path, InJob] = MappingProxyType({}),
+    as_json: bool = False,
+) -> int:
+    """Print a line for each experiment that has a row or is a job or, with `everything`, for all experiments.
+
+    `in_jobs` has the jobs of experiments that have not ended, by the experiments' directories.
+    """
     late = catch_up(store)
     with _no_collector():
-        damaged = _list(store, selection, everything or selection.status is not None, as_json)
+        damaged = _list(store, selection, everything or selection.status is not None, in_jobs, as_json)
     for problem in damaged:
         show.console(stderr=True).print(one_line(problem), markup=False, style="red")
     for text in [*late, *Tables(store).strangers()]:
@@ -130,7 +142,9 @@ def list_experiments(store: Store, selection: Selection, *, everything: bool, as
     return 1 if damaged else 0
 
 
-def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -> list[str]:
+def _list(
+    store: Store, selection: Selection, everything: bool, in_jobs: Mapping[Path, InJob], as_json: bool
+) -> list[str]:
     """Print the list; return a message for each file that could not be read."""
     more = [*([selection.sort] if selection.sort else []), *(["campaign"] if selection.campaign else [])]
     more += ["schedule"] if selection.schedule else []
@@ -138,9 +152,10 @@ def _list(store: Store, selection: Selection, everything: bool, as_json: bool) -
     rows, damaged = Tables(store).rows(None if as_json else list(of_table))
     ids = store.ids()
     raw, with_row = set(ids), {row.experiment_id for row in rows}
-    listed = [_with_row(store, row, row.experiment_id in raw) for row in rows]
-    if everything:
-        listed += [_without_row(store.directory(name)) for name in ids if name not in with_row]
+    of_ids = {directory.name: job for directory, job in in_jobs.items() if directory.parent == store.raw.resolve()}
+    listed = [_with_row(store, row, row.experiment_id in raw, of_ids.get(row.experiment_id)) for row in rows]
+    without_row = [name for name in ids if name not in with_row and (everything or name in of_ids)]
+    listed += [_without_row(store.directory(name), of_ids.get(name)) for name in without_row]
     chosen = selection.of(sorted(listed, key=lambda one: age(one.experiment_id)))
     if as_json:
         _print_json(chosen)
@@ -161,8 +176,10 @@ def _print_json(listed: Sequence[Listed]) -> None:
     print("]")
 
 
-def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Listed:
+def _with_row(store: Store, row: ExperimentRow, has_files: bool, job: InJob | None) -> Listed:
     listed = Listed(row.experiment_id, row.status, row.model, row.backend, row.dataset, row, row.error)
+    if job is not None:
+        return _with_job(listed, job)
     if row.status == "completed" or not has_files:
         return listed
     # The experiment may have been resumed since its row was written.
@@ -170,7 +187,11 @@ def _with_row(store: Store, row: ExperimentRow, has_files: bool) -> Listed:
     return replace(listed, status="running", detail=_where(state)) if state.status == "running" else listed
 
 
-def _without_row(directory: ExperimentDir) -> Listed:
+def _with_job(listed: Listed, job: InJob) -> Listed:
+    return replace(listed, status="running" if job.is_running else "pending", detail=job.words, job=job)
+
+
+def _without_row(directory: ExperimentDir, job: InJob | None) -> Listed:
     state = directory.state()
     status, detail = ("running", _where(state)) if state.status == "running" else (state.status, state.error)
     if state.status in FINISHED:
@@ -179,7 +200,8 @@ def _without_row(directory: ExperimentDir) -> Listed:
         wanted = directory.plan().experiment
     except ResultsError as error:
         return Listed(directory.id, status, "", "", "", detail=str(error))
-    return Listed(directory.id, status, wanted.model or "", wanted.backend.name, wanted.dataset.name, detail=detail)
+    found = Listed(directory.id, status, wanted.model or "", wanted.backend.name, wanted.dataset.name, detail=detail)
+    return found if job is None or state.status in FINISHED else _with_job(found, job)
 
 
 def _where(state: State) -> str:
@@ -189,8 +211,9 @@ def _where(state: State) -> str:
 def _plain(one: Listed) -> dict[str, Any]:
     if one.row is not None:
         return show.row_dict(one.row) | {"status": one.status}
-    known = {name: value for name, value in asdict(one).items() if name not in ("row", "detail")}
-    return known | {"error": one.detail if one.status in ("failed", "interrupted") else None}
+    known = {name: value for name, value in asdict(one).items() if name not in ("row", "detail", "job")}
+    job = {"slurm_job_id": one.job.job_id or None, "slurm_node": one.job.node or None} if one.job else {}
+    return known | job | {"error": one.detail if one.status in ("failed", "interrupted") else None}
 
 
 # ------------------------------------------------------------------ show
@@ -458,6 +481,7 @@ class Listed:
     dataset: str
     row: ExperimentRow | None = None
     detail: str | None = None
+    job: InJob | None = None
 
 
 def show_list(listed: Sequence[Listed]) -> None:

@@ -15,7 +15,7 @@ from lem.results.tables import Tables
 if TYPE_CHECKING:
     from lem.results.schema import ExperimentRow
 
-STATUSES = ("completed", "failed", "interrupted", "running", "planned")
+STATUSES = ("completed", "failed", "interrupted", "running", "pending", "planned")
 
 
 def check_status(status: str | None) -> None:

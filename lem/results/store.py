@@ -5,6 +5,7 @@
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
+    <results>/jobs/               marks of studies with jobs on a Slurm cluster, see lem.results.jobs
     <results>/unfinished/<id>     the fingerprint of an experiment that is not completed, or still lacks its rows
     <results>/experiments/        a table with a row for each experiment
     <results>/cycles/             a row for each cycle
@@ -51,7 +52,7 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = expanded(root)
-        self._raw = self.root / "raw"
+        self.raw = self.root / "raw"
         self.experiments_table = self.root / "experiments"
         self.cycles_table = self.root / "cycles"
         self.requests_table = self.root / "requests"
@@ -65,32 +66,32 @@ class Store:
         """
         base = f"exp_{now or datetime.now():%Y%m%d_%H%M%S}"
         try:
-            self._raw.mkdir(parents=True, exist_ok=True)
-            last, taken = _last_claims.get(self._raw, ("", 0))
+            self.raw.mkdir(parents=True, exist_ok=True)
+            last, taken = _last_claims.get(self.raw, ("", 0))
             for number in range(taken + 1 if last == base else 1, 100_000):
-                path = self._raw / (base if number == 1 else f"{base}_{number}")
+                path = self.raw / (base if number == 1 else f"{base}_{number}")
                 try:
                     path.mkdir()  # atomic, so only one of several processes gets the name
                 except FileExistsError:
                     continue
-                _last_claims[self._raw] = base, number
+                _last_claims[self.raw] = base, number
                 return ExperimentDir(path)
         except OSError as error:
             if error.errno in FULL:
                 raise DiskFull(self.root) from None
             raise ResultsError(f"The results directory {self.root} cannot be used: {error.strerror}.") from None
-        raise ResultsError(f"No free id is left under {self._raw}/{base}.")
+        raise ResultsError(f"No free id is left under {self.raw}/{base}.")
 
     def ids(self) -> list[str]:
         """Return the ids of all experiments, oldest first."""
-        if not self._raw.is_dir():
+        if not self.raw.is_dir():
             return []
         # The name is checked first, because another entry may be a broken link.
-        return sorted((e.name for e in os.scandir(self._raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
+        return sorted((e.name for e in os.scandir(self.raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
         """Return the directory of an experiment by its full id, whether or not it exists."""
-        return ExperimentDir(f"{self._raw}/{experiment_id}")
+        return ExperimentDir(f"{self.raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
         """Return the experiment with this id or beginning of an id; raises `ResultsError` if none or several match."""
@@ -99,7 +100,7 @@ class Store:
         ids = self.ids()
         matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
         if len(matches) == 1:
-            return ExperimentDir(self._raw / matches[0])
+            return ExperimentDir(self.raw / matches[0])
         if matches:
             raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
         close = nearest(text, ids) or ids[-1:]
@@ -137,7 +138,7 @@ class Store:
             marked: the result of `marked_by_fingerprint`, if a caller that looks for many has read it.
         """
         marked = self.marked_by_fingerprint() if marked is None else marked
-        found = [ExperimentDir(self._raw / name) for name in marked.get(fingerprint, ())]
+        found = [ExperimentDir(self.raw / name) for name in marked.get(fingerprint, ())]
         left = [each for each in found if each.state().status not in (*FINISHED, "running") and each.path.is_dir()]
         return [each for each in left if _says_the_same(each, fingerprint)]
 

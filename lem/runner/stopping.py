@@ -109,6 +109,20 @@ def signals_held() -> Iterator[None]:
         signal.raise_signal(held[0])
 
 
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold back signals, as `signals_held` does, also from the programs that are called inside.
+
+    A Ctrl-C reaches all processes of a terminal; this keeps it from ending a program whose work may already be done.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
+    try:
+        with signals_held():
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
     """Treat SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) like Ctrl-C: raise `error(name)`."""
 

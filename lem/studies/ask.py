@@ -37,6 +37,8 @@ class RunOptions:
     one_job: bool = False
     # The number of experiments that a job of a sweep or batch runs, one after another; None is 1.
     per_job: int | None = None
+    # Whether the command ends as soon as the jobs are submitted.
+    detach: bool = False
 
 
 def confirmed(question: str) -> bool:
@@ -53,6 +55,20 @@ def confirmed(question: str) -> bool:
         return typer.confirm(one_line(question), default=True, err=True)
     except typer.Abort:
         raise Interrupted("Nothing was run.") from None
+
+
+def wants_to_cancel(jobs: int) -> bool:
+    """Ask on a terminal, after Ctrl-C, whether to cancel jobs; False without a terminal, or if the answer is Ctrl-C."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    import typer
+
+    question = f"Cancel the {jobs} jobs?" if jobs != 1 else "Cancel the job?"
+    try:
+        return typer.confirm(f"{question} Otherwise, they continue without this command.", default=False, err=True)
+    except typer.Abort:
+        print(file=sys.stderr)
+        return False
 
 
 def catch_up_rows(results_dir: str | Path, options: RunOptions, ids: Sequence[str] = ()) -> None:

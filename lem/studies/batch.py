@@ -22,10 +22,11 @@ from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
 from lem.studies.consent import Consents
+from lem.studies.continuing import run_as_jobs
 from lem.studies.display import StudyDisplay
-from lem.studies.manifest import Cell, Manifest
+from lem.studies.manifest import Cell, Manifest, experiment_of
 from lem.studies.pool import Pool, Slot, are_disjoint, slots
-from lem.studies.slurm import AT_ONCE, SlurmRunner, preflight_for_job
+from lem.studies.slurm import preflight_for_job
 from lem.studies.study import OneByOne, Runner, run_study
 
 # The meters that read only the GPUs in use.
@@ -93,8 +94,7 @@ def _as_jobs(
 
     candidates = (Candidate(str(file), tuple(overrides), file, partial(check, file)) for file in files)
     cells = checked(candidates, fresh=options.fresh)
-    runner = partial(SlurmRunner, options=options, prompts=prompts, slurm=options.launcher.options)
-    return run_study(cells, options, overrides, runner, head="config", at_once=AT_ONCE, fail_fast=fail_fast)
+    return run_as_jobs(cells, options, overrides, prompts, head="config", fail_fast=fail_fast)
 
 
 def _composed(
@@ -158,6 +158,7 @@ class Check:
 
 def _shared_with(cell: Cell, shares: Sequence[Slot]) -> int:
     """Return how many other runs may affect this cell's numbers: none if its meter reads only its own GPUs."""
-    backend = backend_class(cell.experiment.backend.name)
-    has_own_gpus = backend.wants_gpu(cell.experiment, Host(shares[0].gpus)) and are_disjoint(shares)
-    return 0 if has_own_gpus and cell.experiment.energy.name in GPU_METERS else len(shares) - 1
+    experiment = experiment_of(cell)
+    backend = backend_class(experiment.backend.name)
+    has_own_gpus = backend.wants_gpu(experiment, Host(shares[0].gpus)) and are_disjoint(shares)
+    return 0 if has_own_gpus and experiment.energy.name in GPU_METERS else len(shares) - 1

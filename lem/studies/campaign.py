@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lem.config.campaign import (
     campaign_arms,
@@ -35,7 +35,7 @@ from lem.config.campaign import (
 from lem.config.compose import compose_quickly, prepare
 from lem.config.overrides import has_several_values, is_hydra_setting
 from lem.config.trust import all_asked, asked_by
-from lem.errors import BadInput, ConfigError, ResultsError, did_you_mean
+from lem.errors import BadInput, ConfigError, LemError, ResultsError, did_you_mean
 from lem.machine import host, slurm
 from lem.results import campaign as results
 from lem.results import show
@@ -46,6 +46,7 @@ from lem.results.codec import config_sha256, to_json, to_plain
 from lem.results.compare import expected_degrees_of_freedom
 from lem.results.directory import ExperimentDir
 from lem.results.files import NO_SPACE, DiskFull, needs_space, write_atomically
+from lem.results.jobs import Ledger
 from lem.results.merging import total
 from lem.results.plan import FINISHED
 from lem.results.statistics import summarise
@@ -73,13 +74,14 @@ from lem.studies import adaptive
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, summary_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
+from lem.studies.continuing import Submitted, follow
 from lem.studies.display import StudyDisplay
 from lem.studies.earlier import earlier_rows, mean_time_s, rows_like
-from lem.studies.manifest import Cell, CellState, Manifest
+from lem.studies.manifest import Cell, CellState, Manifest, read_manifest, row_of
 from lem.studies.node_types import kept_on_one_type
 from lem.studies.orders import Place, order
 from lem.studies.slurm import SlurmRunner, gpus_of_job, preflight_for_job
-from lem.studies.study import OneByOne, Runner, run_cells
+from lem.studies.study import Left, OneByOne, Runner, forget_jobs, run_cells
 
 # An arm is given up after this many failures in a row.
 GIVE_UP = 3
@@ -439,7 +441,7 @@ def plan(
     print_warnings(*warnings)
     print_warnings(*(f"{note.code}: {note.text}" for note in results.about_order(campaign, len(arms))))
     places = order(campaign.structure, len(arms), cycles, campaign.seed)
-    shifts = [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
+    shifts = _shifts(campaign, places)
     chosen = [ready[arms[place.arm].name, shift] for place, shift in zip(places, shifts, strict=True)]
     digests = ["+".join(dict.fromkeys(ready[arm.name, shift].prompts.sha256 for arm in arms)) for shift in seeds]
     if len(digests) > 1 and len(set(digests)) == 1:
@@ -462,6 +464,11 @@ def plan(
         words=[summary_of(each) for each in chosen],
         results_dir=expanded(arms[0].experiment.io.results_dir),
     )
+
+
+def _shifts(campaign: Campaign, places: Sequence[Place]) -> list[int]:
+    """Return what is added to the seed of each cell, so that each cycle has other prompts if that is wanted."""
+    return [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
 
 
 def _machine(machine: host.Host | None) -> Machine:
@@ -529,6 +536,8 @@ def _measure(
     if options.dry_run:
         _preview(planned, states)
         return 0
+    if kept and (ledger := Ledger.read(folder)) and not ledger.is_shown:
+        return follow(campaign_at(folder, presentation), options)
     if kept and _is_recorded(folder, states):
         manifest = _manifest(folder, states)
         _write_missing_rows(manifest, store, options)
@@ -542,17 +551,65 @@ def _measure(
         if kept is None:
             _begin(manifest, planned.definition)
         _write_missing_rows(manifest, store, options)
-        code = 1
         try:
             if any(not state.is_settled for state in states):
                 make_runner = partial(_runner, options=options, prompts=prompts, planned=planned)
                 run_cells(manifest, make_runner, [], again=f"To resume: {resume}", launcher=options.launcher)
             else:
                 manifest.open()
-        finally:
-            if (folder / results.CELLS).is_file():  # not where it was lost and there was no space for it
-                code = _present(planned, store, manifest, presentation)
+        except Left as left:
+            return left.show()
+        except BaseException:
+            _present_outcome(planned, store, manifest, presentation)
+            raise
+        return _present_outcome(planned, store, manifest, presentation)
+
+
+def _present_outcome(planned: Planned, store: Store, manifest: Manifest, presentation: Presentation) -> int:
+    """Present the answer unless the list of cells was lost and there was no space for it; return the exit code."""
+    folder = planned.folder
+    code = _present(planned, store, manifest, presentation) if (folder / results.CELLS).is_file() else 1
+    forget_jobs(folder)
     return code
+
+
+def campaign_at(folder: Path, presentation: Presentation = Presentation()) -> Submitted:
+    """Return a campaign whose cells are jobs, to be continued, given its directory.
+
+    Raises:
+        ResultsError: its files are missing or damaged.
+    """
+    store, kept = results.store_of(folder), results.read_definition(folder)
+    campaign = kept.campaign
+    arms = tuple(replace(arm, experiment=_moved(arm.experiment, store.root)) for arm in kept.arms)
+    places = order(campaign.structure, len(arms), cycles_at_most(campaign, len(arms)), campaign.seed)
+    of_arms = [arms[place.arm].experiment for place in places]
+    shifts = _shifts(campaign, places)
+    experiments = [replace(each, seed=each.seed + shift) for each, shift in zip(of_arms, shifts, strict=True)]
+    planned = Planned(replace(kept, arms=arms), places, experiments, [""] * len(places), store.root)
+
+    def read(ledger: Ledger) -> Manifest:
+        states = read_manifest(folder, ledger.terms.head).states
+        cells = _cells(planned)
+        if len(states) != len(cells):
+            raise ResultsError(f"{folder / results.CELLS} has {len(states)} cells instead of {len(cells)}.")
+        return _manifest(folder, [_reread(state, cell) for state, cell in zip(states, cells, strict=True)])
+
+    def runner(manifest: Manifest, display: StudyDisplay, options: RunOptions, ledger: Ledger) -> SlurmRunner:
+        return CampaignJobs(manifest, display, options, RecentPrompts(), ledger.terms.slurm, planned=planned)
+
+    def present(manifest: Manifest) -> int:
+        return _present(planned, store, manifest, presentation)
+
+    return Submitted(folder.resolve(), read, runner, present)
+
+
+def _reread(state: CellState, cell: Cell) -> CellState:
+    """Return the state of a cell with what the list of cells does not contain."""
+    is_planned = state.directory is not None and (state.directory.path / "spec.json").is_file()
+    unfinished = state.directory if state.status == "not run" and is_planned else None
+    row = row_of(state.directory) if state.status == "completed" else None
+    return replace(state, cell=replace(cell, unfinished=unfinished), row=row)
 
 
 def _manifest(folder: Path, states: Sequence[CellState]) -> Manifest:
@@ -804,39 +861,57 @@ class CampaignJobs(SlurmRunner):
     retried at the end, in a job for each of their cycles, on the node that ran the rest of the cycle.
     """
 
+    resubmits: ClassVar[bool] = False  # a cycle that is lost is retried as a whole
+
     planned: Planned
     waiting: list[int] = field(default_factory=list)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Plan a cell, and submit the cycle before it if that is complete; an adaptive campaign waits for it."""
-        if self._begins_a_part(number):
-            self._submit_waiting()
-        definition, places = self.planned.definition, self.planned.places
-        if definition.rule and not self.waiting:
-            super().finish()
-            before = places[number].cycle - 1
-            if adaptive.is_over(definition, places, self.manifest.states, before, self._given_up()):
-                self.manifest.leave_out(adaptive.after(places, before))
-                return
-        self._add(number, experiment)
+        """Leave the cell to `submit_more`, which plans cells when it submits them."""
 
-    def finish(self) -> None:
-        """Submit the last cycle, wait for all, and retry failed cells."""
-        self._submit_waiting()
-        super().finish()
-        for _ in range(self.planned.definition.campaign.retries):
-            for number in [n for n in self.steps if self.manifest.states[n].status == "failed"]:
+    def submit_more(self) -> None:
+        """Submit all cycles or, if the campaign is adaptive, the next one if it is needed; then retry failed cells."""
+        numbers = self._next()
+        with self.manifest.together():
+            for number in numbers:
                 if self._begins_a_part(number):
                     self._submit_waiting()
-                self.manifest.change(number, directory=None, row=None, error=None)
+                if self.manifest.states[number].status == "failed":
+                    self.manifest.change(number, status="not run", directory=None, row=None, error=None, log=None)
                 self._add(number, self.planned.experiments[number])
             self._submit_waiting()
-            super().finish()
+
+    def adopt_plan(self, number: int, directory: ExperimentDir) -> None:
+        """Leave the cell to `submit_more`, which resumes it as an unfinished one."""
+
+    def has_more(self) -> bool:
+        """Return whether cells are left to submit or to retry, now that no job is left."""
+        return bool(self._next())
+
+    def _next(self) -> list[int]:
+        """Return the numbers of the cells to submit next."""
+        definition, places, states = self.planned.definition, self.planned.places, self.manifest.states
+        tries = Counter[int]() if self.ledger is None else self.ledger.tries()
+        new = [n for n, state in enumerate(states) if not (state.is_settled or tries[n])]
+        if new and definition.rule:
+            before = places[new[0]].cycle - 1
+            if not adaptive.is_over(definition, places, states, before, self._given_up()):
+                return [n for n in new if places[n].cycle == before + 1]
+            self.manifest.leave_out(adaptive.after(places, before))
+            new = []
+        tries_at_most = 1 + definition.campaign.retries
+        return new or [n for n, state in enumerate(states) if state.status == "failed" and tries[n] < tries_at_most]
 
     def _add(self, number: int, experiment: Experiment) -> None:
         campaign, places = self.planned.definition.campaign, self.planned.places
         before = self.waiting[-1] if self.waiting else None
-        self.plan(number, experiment, 0.0 if before is None else pause_s(campaign, places[before], places[number]))
+        try:
+            self.plan(number, experiment, 0.0 if before is None else pause_s(campaign, places[before], places[number]))
+        except DiskFull:
+            raise
+        except LemError as error:
+            self.manifest.change(number, status="failed", error=str(error))
+            return
         self.waiting.append(number)
 
     def _begins_a_part(self, number: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lem.errors import BadInput, ConfigError
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
+from lem.results.jobs import queued_in
 from lem.results.store import Store
 from lem.runner.job import fingerprint
 from lem.runner.preflight import Ready
@@ -75,10 +76,13 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
             problems += [(problem, each.label) for problem in error.problems]
             continue
         warnings += [(str(warning), each.label) for warning in ready.warnings]
-        unfinished = None if fresh else _unfinished(ready, resumed, marked)
+        digest = fingerprint(ready)
+        unfinished = None if fresh else _unfinished(ready.experiment.io.results_dir, digest, resumed, marked)
         # Only the description is kept, because the prompts of a hundred cells could fill the memory.
         words = summary_of(ready)
-        cells.append(Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished))
+        cells.append(
+            Cell(each.label, ready.experiment, each.overrides, each.config_file, words, unfinished, fingerprint=digest)
+        )
     if problems:
         raise ConfigError(*_each_once(problems))
     print_warnings(*_each_once(warnings))
@@ -86,18 +90,19 @@ def checked(candidates: Iterable[Candidate], *, fresh: bool) -> list[Cell]:
 
 
 def _unfinished(
-    ready: Ready, resumed: set[Path], marked: dict[str, Mapping[str, Sequence[str]]]
+    results_dir: str, digest: str, resumed: set[Path], marked: dict[str, Mapping[str, Sequence[str]]]
 ) -> ExperimentDir | None:
-    """Return the newest unfinished run of the same experiment that no other cell is resuming.
+    """Return the newest unfinished run of the same experiment that no other cell and no job is resuming.
 
     `marked` keeps the marks of each results directory, which are read once.
     """
-    results_dir = ready.experiment.io.results_dir
     store = Store(results_dir)
     if results_dir not in marked:
-        marked[results_dir] = store.marked_by_fingerprint()
-    found = store.unfinished(fingerprint(ready), marked[results_dir])
-    left = [each for each in found if each.path not in resumed]
+        queued = queued_in(store)
+        found = store.marked_by_fingerprint().items()
+        marked[results_dir] = {digest: [name for name in names if name not in queued] for digest, names in found}
+    unfinished = store.unfinished(digest, marked[results_dir])
+    left = [each for each in unfinished if each.path not in resumed]
     if not left:
         return None
     resumed.add(left[-1].path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO, cast
 
 from lem.results import show
-from lem.runner.progress import Event, Report
+from lem.runner.progress import Event, Report, silent
 from lem.units import one_line
 
 TITLES = {
@@ -179,6 +179,17 @@ class StudyDisplay(Protocol):
 
     def end(self, number: int, sentence: str, *, failed: bool) -> None:
         """Show how a run ended."""
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def begin(self, _number: int, _label: str) -> Report:
+        """Return a function that ignores the run's events."""
+        return silent
+
+    def end(self, _number: int, _sentence: str, *, failed: bool) -> None:
+        """Show nothing."""
 
 
 @dataclass

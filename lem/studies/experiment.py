@@ -21,8 +21,9 @@ from lem.machine import host
 from lem.results.aggregate import aggregate
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
+from lem.results.jobs import queued_in
 from lem.results.plan import FINISHED
-from lem.results.store import Store, default_root
+from lem.results.store import Store, default_root, results_flag
 from lem.runner.job import fingerprint, run_ready
 from lem.runner.job import resume as resume_job
 from lem.runner.preflight import Ready, check_again, preflight
@@ -50,7 +51,8 @@ def main(
         _show_plan(ready)
         return 0
     store = Store(ready.experiment.io.results_dir)
-    unfinished = [] if options.fresh else store.unfinished(fingerprint(ready))
+    queued = queued_in(store)
+    unfinished = [] if options.fresh else [d for d in store.unfinished(fingerprint(ready)) if d.id not in queued]
     question = f"Run {summary_of(ready)}?"
     if unfinished:
         resumes = _resume_question(unfinished[-1])
@@ -84,6 +86,11 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
         raise ResultsError("--resume: the id is empty. Choose one from lem results list --all.")
     store = Store(results_dir or default_root())
     directory = store.find(experiment_id)
+    if (study := queued_in(store).get(directory.id)) is not None:
+        raise ResultsError(
+            f"{directory.id} is to be run or finished by a job on a Slurm cluster. Follow it with lem jobs {study}"
+            f"{results_flag(store)}, or cancel it first with lem jobs cancel {study}{results_flag(store)}"
+        )
     state, plan = directory.free_state(take_over=options.force), directory.plan()
     if state.status in FINISHED:
         if options.write_tables and not options.dry_run:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lem.errors import LemError, ResultsError
 from lem.results import show
 from lem.results.aggregate import read
 from lem.results.campaign import NOT_NEEDED
+from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.files import DiskFull, needs_space, write_atomically
 from lem.results.schema import ExperimentRow
@@ -29,16 +31,20 @@ SAVING_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Cell:
-    """One checked experiment of a study; `label` distinguishes it from other cells, and `words` describe it."""
+    """One checked experiment of a study; `label` distinguishes it from other cells, and `words` describe it.
+
+    `experiment` is None in a cell that was read from the manifest; the plan in the cell's directory has it.
+    """
 
     label: str
-    experiment: Experiment
+    experiment: Experiment | None
     overrides: tuple[str, ...]
     config_file: Path | None
     words: str
     unfinished: ExperimentDir | None = None
     campaign: CampaignCell | None = None
     schedule: ScheduleRun | None = None
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Manifest:
         self._is_saved = False
         pause_s = self._saving_took_s / SAVING_SHARE
         if not self._is_together or time.monotonic() - self._last_saved_s >= pause_s:
-            self._save()
+            self.save()
         return self.states[number]
 
     @contextmanager
@@ -135,13 +141,13 @@ class Manifest:
         finally:
             self._is_together = False
             if not self._is_saved:
-                self._save()
+                self.save()
 
     def leave_out(self, numbers: Iterable[int]) -> None:
         """Record that cells are no longer needed."""
         for number in numbers:
             self.states[number] = replace(self.states[number], status=NOT_NEEDED)
-        self._save()
+        self.save()
 
     def claim(self, number: int, directory: ExperimentDir) -> None:
         """Record where a cell's files are."""
@@ -171,7 +177,8 @@ class Manifest:
         print(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())}")
         print(f"List of experiments: {self.directory / FILE}")
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save all states now; raises `DiskFull` if that fails."""
         began_s = time.monotonic()
         with needs_space(self.directory):
             self._write()
@@ -181,6 +188,35 @@ class Manifest:
     def _write(self) -> None:
         text = show.as_json([state.plain() for state in self.states])
         write_atomically(self.directory / FILE, f"{text}\n")
+
+
+def experiment_of(cell: Cell) -> Experiment:
+    """Return the experiment of a cell that this command has checked."""
+    assert cell.experiment is not None
+    return cell.experiment
+
+
+def read_manifest(directory: Path, head: str, *, fail_fast: bool = False) -> Manifest:
+    """Return the manifest of a study that an earlier command began, with the states that it recorded last.
+
+    Raises:
+        ResultsError: the manifest is missing or damaged.
+    """
+    try:
+        states = [_read_state(entry) for entry in json.loads((directory / FILE).read_bytes())]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ResultsError(f"{directory / FILE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    manifest = Manifest(directory, [state.cell for state in states], head, fail_fast)
+    manifest.states = states
+    return manifest
+
+
+def _read_state(entry: Mapping[str, Any]) -> CellState:
+    file, path, log = (Path(entry[key]) if entry[key] else None for key in ("config_file", "directory", "log"))
+    directory = None if path is None else ExperimentDir(path)
+    campaign = from_json(CampaignCell, json.dumps(entry["campaign"])) if "campaign" in entry else None
+    cell = Cell(entry["label"], None, tuple(entry["overrides"]), file, words="", campaign=campaign)
+    return CellState(cell, entry["status"], directory, None, entry["error"], log)
 
 
 def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:

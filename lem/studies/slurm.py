@@ -4,23 +4,28 @@
 
 This process and a job (`lem.studies.slurm_job`) communicate only through files on a shared file system. An experiment's
 own state tells whether the experiment has ended. Slurm tells only whether a job still exists and, if not, why it ended.
+
+Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do;
+`lem.studies.continuing` then creates a runner from the ledger that continues where this one stopped.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lem.backends import backend_class
-from lem.config.launcher import Refused, submit
-from lem.errors import ResultsError
+from lem.config.launcher import Refused, complete, submit
+from lem.errors import Interrupted, ResultsError
 from lem.machine import slurm
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
@@ -29,21 +34,23 @@ from lem.record import ErrorInfo
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
 from lem.results.files import sync, synced_later, write_atomically
+from lem.results.jobs import FOLDER, OPEN, InJob, Ledger, Terms, cells_sha256
 from lem.results.plan import FINISHED
-from lem.results.store import Store
+from lem.results.store import Store, results_flag
 from lem.runner.job import Outcome, collect, collect_together, fail, planned
 from lem.runner.preflight import Ready, preflight
+from lem.runner.stopping import signals_blocked, signals_raise
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
 from lem.spec.slurm import SlurmOptions
 from lem.studies import slurm_job
-from lem.studies.ask import RunOptions, print_warnings
+from lem.studies.ask import RunOptions, print_warnings, wants_to_cancel
 from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.slurm_job import JobFile, Step
-from lem.studies.study import Runner
+from lem.studies.study import Left, Runner, stopped
 from lem.workload.traffic import recorded_times_s
 
 # The time before the first query of the queue, and the factor by which the time between two queries grows.
@@ -52,6 +59,8 @@ FIRST_PAUSE_S, SLOWER = 0.5, 1.3
 UNREACHABLE_S = 600.0
 # How long cancelled jobs may take to save their finished requests.
 STOP_S = 30.0
+# How long sbatch may take to submit an array although the command that called it has been killed.
+SUBMITTING_S = 30.0
 LOST = "SlurmJobLost"
 LINES_OF_LOG = 2
 # Jobs run side by side, so they are shown like the runs of a parallel batch.
@@ -144,6 +153,8 @@ class Job:
 
     id: str
     cells: list[int]
+    # How many further cells it has had that ended before this command began.
+    others: int = 0
     node: str = ""
     restarts: int = 0
     gone_since_s: float | None = None
@@ -167,12 +178,20 @@ class SlurmRunner(Runner):
     another.
     """
 
+    outlives_command: ClassVar[bool] = True
+    # Whether the cells that a lost job had not begun are submitted again.
+    resubmits: ClassVar[bool] = True
+
     manifest: Manifest
     display: StudyDisplay
     options: RunOptions
     prompts: RecentPrompts
     slurm: SlurmOptions
+    # What has been submitted; None before the first job.
+    ledger: Ledger | None = None
     jobs: list[Job] = field(default_factory=list)
+    # What Slurm said about the jobs when it was last asked.
+    seen: Mapping[str, Queued] = field(default_factory=dict)
     # Planned cells that are not submitted yet; jobs (the cells of each) that Slurm does not accept before others end;
     # and the number of jobs that have ended since it was last asked to.
     unsubmitted: list[int] = field(default_factory=list)
@@ -185,6 +204,8 @@ class SlurmRunner(Runner):
     shown: set[int] = field(default_factory=set)
     incomplete_since_s: dict[int, float] = field(default_factory=dict)
     silent_since_s: float | None = None
+    # Whether only one look is taken at the jobs, so that Slurm need not answer later.
+    looks_once: bool = False
     has_warned: set[str] = field(default_factory=set)
 
     def run(self, number: int, experiment: Experiment) -> None:
@@ -193,17 +214,93 @@ class SlurmRunner(Runner):
         self.unsubmitted.append(number)
 
     def finish(self) -> None:
-        """Submit the planned cells, and wait until all cells have ended."""
-        self.submit_planned()
+        """Submit the planned cells, and wait until all cells have ended, unless the user does not want to wait."""
+        self.submit_more()
+        if self.options.detach and not self.is_over:
+            raise Left(self.how_to_return())
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until all cells have ended; submit more of them as jobs end."""
         pause_s = FIRST_PAUSE_S
-        while self.jobs:
+        while not self.is_over:
             time.sleep(pause_s)
             pause_s = min(self.slurm.poll_s, pause_s * SLOWER)
+            self.look()
+        if self.ledger is not None:
+            self.ledger.end()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no job is left to wait for or to submit."""
+        is_unknown = self.ledger is not None and self.ledger.unknown is not None
+        return not (self.jobs or self.unsubmitted or self.deferred or is_unknown)
+
+    def look(self, *, submits: bool = True) -> None:
+        """Record which cells have started or ended and, if `submits`, submit more of them."""
+        self._settle_unknown()
+        if self.jobs:
             self._look()
+        if submits and self.deferred:
             self._submit_deferred()
+        if submits and not (self.jobs or self.deferred or self._is_unknown):
+            self.submit_more()
+
+    def look_once(self, *, submits: bool) -> None:
+        """Take one look, which lasts until it is clear what became of jobs that are gone."""
+        self.looks_once = True
+        self.look(submits=submits)
+        while any(job.gone_since_s is not None or self._has_missing_files(job) for job in self.jobs):
+            time.sleep(FIRST_PAUSE_S)
+            self.look(submits=submits)
+        if self.is_over and self.ledger is not None and (submits or not self.has_more()):
+            self.ledger.end()
+
+    def submit_more(self) -> None:
+        """Submit what is left to submit; called at the start, and whenever no job is left."""
+        self.submit_planned()
+
+    def has_more(self) -> bool:
+        """Return whether `submit_more` would submit cells that are not planned yet."""
+        return False
+
+    def interrupted(self, by_signal: str) -> None:
+        """Leave the jobs in the queue or, if the user says so after Ctrl-C, cancel them.
+
+        Raises:
+            Left: the jobs continue without this command.
+        """
+        count = len(self.jobs)
+        if self.ledger is not None and not self.is_over:
+            if by_signal or self.options.yes or not wants_to_cancel(count):
+                raise Left(f"{by_signal}\n{self.how_to_return()}".strip(), Interrupted.exit_code)
+            print(f"Cancelling {count} job{'s' * (count != 1)}.", file=sys.stderr)
+        with signals_raise(stopped):
+            self.stop()
+
+    def how_to_return(self) -> str:
+        """Return sentences that say which jobs there are, and with which commands to follow or cancel them."""
+        assert self.ledger is not None
+        study = f"{self.ledger.directory.name}{results_flag(Store(self.ledger.terms.results_dirs[0]))}"
+        left = [n for n, state in enumerate(self.manifest.states) if state.status in OPEN]
+        waiting = len(left) - sum(len(self._open(job)) for job in self.jobs)
+        lines = [f"{_count(len(left) - waiting, 'experiment')} in {_count(len(self.jobs), 'Slurm job')}{self._ids()}."]
+        if waiting:
+            are = "are" if waiting != 1 else "is"
+            lines.append(f"{_count(waiting, 'experiment')} {are} not submitted yet; lem jobs {study} submits more.")
+        lines.append(f"To follow them and write their rows: lem jobs {study}")
+        lines.append(f"To cancel them: lem jobs cancel {study}")
+        return "\n".join(lines)
+
+    def _ids(self) -> str:
+        ids = [job.id for job in self.jobs]
+        return f" ({ids[0]}{f' to {ids[-1]}' if len(ids) > 1 else ''})" if ids else ""
 
     def stop(self) -> None:
         """Cancel all jobs, wait until running ones have saved their work, and record what remains to resume."""
+        if self.ledger is not None:
+            self.ledger.cancel()
+            self._settle_unknown(at_once=True)
         slurm.cancel([job.id for job in self.jobs])
         deadline_s = time.monotonic() + STOP_S
         while self.jobs and time.monotonic() < deadline_s:
@@ -219,6 +316,53 @@ class SlurmRunner(Runner):
                 self._interrupted(number)
         self._sync()
         self.jobs.clear()
+        self.unsubmitted.clear()
+        self.deferred.clear()
+        if self.ledger is not None:
+            self.ledger.end()
+
+    # -------------------------------------------------------------- continuing after an earlier command
+    def restore_jobs(self, cells: Mapping[str, list[int]]) -> None:
+        """Continue with jobs that have been submitted, given the cells of each that have not ended."""
+        assert self.ledger is not None
+        self.jobs = [Job(job_id, all_cells) for job_id, all_cells in self.ledger.accepted if job_id in cells]
+        for job in self.jobs:
+            # The others have ended, or a later job runs them.
+            job.others = len(job.cells) - len(cells[job.id])
+            job.cells = cells[job.id]
+
+    def adopt_plan(self, number: int, directory: ExperimentDir) -> None:
+        """Submit a cell that has been planned, but not submitted."""
+        self.steps[number] = Step(str(directory.path), directory.state().attempt)
+        self.unsubmitted.append(number)
+
+    def peek(self) -> None:
+        """Look at the jobs without recording anything, because another command does that."""
+        with suppress(Unreachable):
+            self.seen = slurm.queue([job.id for job in self.jobs])
+        for job in self.jobs:
+            if (seen := self.seen.get(job.id)) is None or seen.is_waiting:
+                continue
+            for number in self._open(job):
+                if ExperimentDir(self.steps[number].directory).state().status == "running":
+                    self.manifest.states[number] = replace(self.manifest.states[number], status="running")
+
+    def cancel_jobs(self) -> None:
+        """Cancel the jobs and leave the rest to the command that follows them."""
+        slurm.cancel([job.id for job in self.jobs])
+
+    def in_jobs(self) -> dict[Path, InJob]:
+        """Return what Slurm says about each experiment that has not ended, by the experiment's directory."""
+        found = {Path(self.steps[number].directory): InJob("") for number in self._not_submitted()}
+        if self.ledger is not None and self.ledger.unknown is not None:
+            found |= {Path(self.steps[number].directory): InJob("") for number in self.ledger.unknown.cells}
+        for job in self.jobs:
+            seen = self.seen.get(job.id)
+            node, reason = ("", "") if seen is None else (seen.node, seen.reason)
+            for number in self._open(job):
+                is_running = self.manifest.states[number].status == "running"
+                found[Path(self.steps[number].directory)] = InJob(job.id, node, reason, is_running)
+        return found
 
     # -------------------------------------------------------------- submitting
     def plan(self, number: int, experiment: Experiment, pause_s: float = 0.0) -> None:
@@ -259,7 +403,7 @@ class SlurmRunner(Runner):
         """Yield the cells in groups that request the same from Slurm."""
         groups: dict[str, list[int]] = {}
         for number in numbers:
-            parameters = sbatch_parameters([self.experiments[number]], self.slurm)
+            parameters = sbatch_parameters([self._experiment(number)], self.slurm)
             groups.setdefault(json.dumps(parameters, sort_keys=True), []).append(number)
         yield from groups.values()
 
@@ -278,30 +422,105 @@ class SlurmRunner(Runner):
                 self._warn_once(f"Slurm accepts no more jobs now ({refusal}); the others are submitted as jobs end.")
                 return
             if refusal:
+                self._opened_ledger().refused()
                 self._fail([(n, "", f"Slurm refused the job: {refusal}") for cells in jobs[:size] for n in cells])
             jobs = jobs[size:]
 
     def _try(self, jobs: Sequence[list[int]]) -> str | None:
         """Submit an array, or a single job; return why Slurm refuses it, or None."""
-        folder = self.manifest.directory / "jobs"
-        file = folder / f"c{jobs[0][0]:03d}.json"
+        ledger, folder = self._opened_ledger(), self.folder
+        file = folder / ledger.new_file()
         tasks = tuple(tuple(self.steps[number] for number in cells) for cells in jobs)
         write_atomically(file, to_json(JobFile(tasks, self.slurm.requeue, self.slurm.max_num_timeout)))
         numbers = [number for cells in jobs for number in cells]
-        parameters = sbatch_parameters([self.experiments[number] for number in numbers], self.options_of(numbers))
+        parameters = sbatch_parameters([self._experiment(number) for number in numbers], self.options_of(numbers))
+        parameters = self._after_others(parameters, len(jobs))
         self._sync()
-        calls = [(str(file.resolve()), task) for task in range(len(jobs))]
-        try:
-            ids = submit(folder, slurm_job.run, calls, self._after_others(parameters, len(jobs)), self.slurm.python)
-        except Refused as refusal:
-            return str(refusal)
+        ledger.submitting(file.name, jobs)
+        with signals_blocked():
+            try:
+                ids = submit(folder, slurm_job.run, _calls(file, len(jobs)), parameters, self.slurm.python)
+            except Refused as refusal:
+                ledger.submitted([])
+                file.unlink()
+                return str(refusal)
+            ledger.submitted(ids)
+        self._accepted(ids, jobs)
+        return None
+
+    @property
+    def folder(self) -> Path:
+        """The directory for the files of jobs."""
+        return self.manifest.directory / FOLDER
+
+    def _opened_ledger(self) -> Ledger:
+        if self.ledger is None:
+            # The plans of all cells must be known to a command that continues after this one.
+            self.manifest.save()
+            roots = dict.fromkeys(Path(step.directory).parent.parent for step in self.steps.values())
+            self.ledger = Ledger.begin(
+                self.manifest.directory,
+                Terms(
+                    slurm=self.slurm,
+                    cells_sha256=cells_sha256(cell.fingerprint for cell in self.manifest.cells),
+                    head=self.manifest.head,
+                    fail_fast=self.manifest.fail_fast,
+                    write_tables=self.options.write_tables,
+                    force=self.options.force,
+                    one_job=self.options.one_job,
+                    per_job=self.options.per_job,
+                    results_dirs=tuple(map(str, roots)),
+                    working_dir=os.getcwd(),
+                ),
+            )
+        return self.ledger
+
+    def _experiment(self, number: int) -> Experiment:
+        if number not in self.experiments:  # planned by an earlier command
+            self.experiments[number] = ExperimentDir(self.steps[number].directory).plan().experiment
+        return self.experiments[number]
+
+    def _accepted(self, ids: Sequence[str], jobs: Sequence[Sequence[int]]) -> None:
+        """Add jobs that Slurm has accepted."""
         self.jobs += [Job(job_id, list(cells)) for job_id, cells in zip(ids, jobs, strict=True)]
         with self.manifest.together():
             for job_id, cells in zip(ids, jobs, strict=True):
-                log = folder / job_id / f"{job_id}_0_log.out"
                 for number in cells:
-                    self.manifest.change(number, status="queued", log=log)
-        return None
+                    self.manifest.change(number, status="queued", log=self.log_of(job_id))
+
+    def log_of(self, job_id: str) -> Path:
+        """Return the file to which a job writes its output."""
+        return self.folder / job_id / f"{job_id}_0_log.out"
+
+    @property
+    def _is_unknown(self) -> bool:
+        return self.ledger is not None and self.ledger.unknown is not None
+
+    def _settle_unknown(self, *, at_once: bool = False) -> None:
+        """Find out whether Slurm accepted the array whose submission was interrupted.
+
+        If it did, its jobs are this runner's. If not, its cells are still to be submitted. Because sbatch may still be
+        running, this is decided only after a while, unless `at_once`.
+        """
+        ledger = self.ledger
+        if ledger is None or ledger.unknown is None:
+            return
+        array = ledger.unknown
+        known = {job_id.partition("_")[0] for job_id, _ in ledger.accepted}
+        try:
+            found = [job_id for job_id in slurm.submitted_from(self.folder) if job_id not in known]
+        except Unreachable as problem:
+            self._without_slurm(str(problem))
+            return
+        if found:
+            job_id, count = found[-1], len(array.jobs)
+            ids = [job_id] if count == 1 else [f"{job_id}_{task}" for task in range(count)]
+            complete(self.folder, slurm_job.run, _calls(self.folder / array.file, count), ids)
+            ledger.adopted(ids)
+            self._accepted(ids, array.jobs)
+        elif at_once or time.time() - array.at_s > SUBMITTING_S:
+            ledger.submitted([])
+            self.unsubmitted += array.cells
 
     def _after_others(self, parameters: dict[str, Any], count: int) -> dict[str, Any]:
         """Return the parameters of `count` new jobs, which start after earlier ones if only some may run at once.
@@ -333,6 +552,7 @@ class SlurmRunner(Runner):
 
     def _not_submitted(self) -> list[int]:
         """Return the planned cells that have no job; a signal may arrive while some of them are being submitted."""
+        # A cell that is being submitted may still be listed as unsubmitted.
         planned = [*self.unsubmitted, *(number for cells in self.deferred for number in cells)]
         return [number for number in planned if self.manifest.states[number].status == "not run"]
 
@@ -344,7 +564,7 @@ class SlurmRunner(Runner):
     def _look(self) -> None:
         """Record which cells have started or ended, and give up on jobs that Slurm has lost or cannot start."""
         try:
-            known = slurm.queue([job.id for job in self.jobs])
+            self.seen = known = slurm.queue([job.id for job in self.jobs])
             self.silent_since_s = None
         except Unreachable as problem:
             self._without_slurm(str(problem))
@@ -369,6 +589,9 @@ class SlurmRunner(Runner):
     def _has_ended(self, job: Job) -> bool:
         """Return whether all remaining cells of a job have ended, so that only their files are still to arrive."""
         return all(number in self.incomplete_since_s for number in self._open(job))
+
+    def _has_missing_files(self, job: Job) -> bool:
+        return any(number in self.incomplete_since_s for number in self._open(job))
 
     def _ended(self, job: Job, known: Mapping[str, Queued] | None) -> Iterator[_Ended]:
         """Yield the cells of a job that have ended, and record which one has started.
@@ -462,21 +685,43 @@ class SlurmRunner(Runner):
 
     def _lose(self, lost: Sequence[tuple[Job, str]]) -> None:
         """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
-        self._fail(
-            [
-                (number, job.id, f"Slurm job {job.id}: {reason.rstrip('.')}.")
-                for job, reason in lost
-                for number in self._open(job)
-            ]
-        )
+        failures = []
+        adopted = self.ledger.adopted_ids if self.ledger else set()
+        for job, reason in lost:
+            is_again = not reason.startswith("CANCELLED")
+            again = self._to_submit_again(job, is_adopted=job.id in adopted) if is_again else []
+            if again:
+                print_warnings(
+                    f"Slurm job {job.id}: {reason.rstrip('.')}. The {_count(len(again), 'experiment')} that it had not "
+                    "begun will be submitted again."
+                )
+                self.deferred.append(again)
+                for number in again:
+                    self.manifest.change(number, status="not run")
+            message = f"Slurm job {job.id}: {reason.rstrip('.')}."
+            failures += [(number, job.id, message) for number in self._open(job)]
+        self._fail(failures)
         gone = {job.id for job, _ in lost}
         self.jobs = [job for job in self.jobs if job.id not in gone]
+
+    def _to_submit_again(self, job: Job, *, is_adopted: bool) -> list[int]:
+        """Return the cells that a lost job had not begun.
+
+        There are none if it had begun no cell, because another job would then be lost in the same way, unless the
+        job's submission was interrupted (`is_adopted`).
+        """
+        left = self._open(job)
+        attempts = {number: ExperimentDir(self.steps[number].directory).state().attempt for number in left}
+        untouched = [number for number in left if attempts[number] <= self.steps[number].attempts]
+        has_begun = len(untouched) < len(job.cells) + job.others
+        return untouched if is_adopted or (self.resubmits and has_begun) else []
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
         """Cancel the jobs that have not started, because another job failed and --fail-fast was given."""
         for number in self._not_submitted():
             self._interrupted(number)
         self.deferred.clear()
+        self.unsubmitted.clear()
         waiting = [job for job in self.jobs if job.id in known and known[job.id].is_waiting and not job.restarts]
         slurm.cancel([job.id for job in waiting])
         for job in waiting:
@@ -488,7 +733,12 @@ class SlurmRunner(Runner):
         now_s = time.monotonic()
         if self.silent_since_s is None:
             self.silent_since_s = now_s
-            self._warn_once(f"Slurm does not answer ({problem}); asking again for {UNREACHABLE_S / 60:g} minutes.")
+            later = (
+                "the jobs' states are unknown"
+                if self.looks_once
+                else f"asking again for {UNREACHABLE_S / 60:g} minutes"
+            )
+            self._warn_once(f"Slurm does not answer ({problem}); {later}.")
         if now_s - self.silent_since_s > UNREACHABLE_S:
             reason = f"Slurm has not answered for {UNREACHABLE_S / 60:g} minutes ({problem})"
             self._lose([(job, reason) for job in self.jobs])
@@ -542,6 +792,15 @@ class SlurmRunner(Runner):
         if text not in self.has_warned:
             self.has_warned.add(text)
             print_warnings(text)
+
+
+def _calls(file: Path, jobs: int) -> list[tuple[str, int]]:
+    """Return the arguments of `slurm_job.run` in each job of an array."""
+    return [(str(file.resolve()), task) for task in range(jobs)]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _end_of_log(file: Path | None) -> list[str]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lem.config.compose import to_experiment
 from lem.config.launcher import Launcher
 from lem.config.multirun import run_plan, submit_plan, sweep_dir
 from lem.config.overrides import is_hydra_setting
-from lem.errors import Interrupted, LemError
+from lem.errors import Interrupted, LemError, ResultsError
 from lem.machine import host
 from lem.results.files import NO_SPACE, DiskFull, needs_space
+from lem.results.jobs import Ledger, attending
 from lem.results.schema import ExperimentRow
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
@@ -31,13 +33,30 @@ from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay, study_display
-from lem.studies.manifest import Cell, Manifest, row_of
+from lem.studies.manifest import Cell, Manifest, experiment_of, row_of
 
 AGAIN = "The same command resumes unfinished experiments and runs all others again, even completed ones."
 
 
+class Left(Exception):
+    """The command ends before the jobs of its cells do; the text says how to return to them."""
+
+    def __init__(self, text: str, exit_code: int = 0) -> None:
+        """Store the exit code, which is 0 if the user asked for this."""
+        self.exit_code = exit_code
+        super().__init__(text)
+
+    def show(self) -> int:
+        """Print the text, and return the exit code."""
+        print(self, file=sys.stderr if self.exit_code else sys.stdout)
+        return self.exit_code
+
+
 class Runner(ABC):
     """Runs cells, one after another in this process, several at once in child processes, or as jobs of a cluster."""
+
+    # Whether cells continue to run when this process ends, so that the user can choose to leave them.
+    outlives_command: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, number: int, experiment: Experiment) -> None:
@@ -48,6 +67,14 @@ class Runner(ABC):
 
     def stop(self) -> None:
         """End the cells that are still running, at the user's request, and record that."""
+
+    def interrupted(self, by_signal: str) -> None:
+        """End after a signal (described by a sentence, which is empty for Ctrl-C); called once the display is gone.
+
+        Raises:
+            Left: the cells continue without this command.
+        """
+        self.stop()
 
 
 def run_study(
@@ -81,18 +108,50 @@ def run_study(
         return 0
     if not (options.yes or confirmed(_question(cells, at_once, options))):
         return 0
-    for results_dir in dict.fromkeys(cell.experiment.io.results_dir for cell in cells):
+    for results_dir in dict.fromkeys(experiment_of(cell).io.results_dir for cell in cells):
         catch_up_rows(results_dir, options)
     for cell in cells:
         if cell.unfinished:
             print(f"{cell.label}: resuming {_resumed(cell)}.", file=sys.stderr)
     settings = [text for text in overrides if is_hydra_setting(text)]
     manifest = Manifest(sweep_dir(settings), cells, head, fail_fast)
-    try:
-        run_cells(manifest, make_runner, settings, at_once=at_once, launcher=options.launcher)
-    finally:
+    with alone_with_jobs(manifest.directory) if options.launcher else nullcontext():
+        try:
+            run_cells(manifest, make_runner, settings, at_once=at_once, launcher=options.launcher)
+        except Left as left:
+            return left.show()
+        except BaseException:
+            manifest.show()
+            forget_jobs(manifest.directory)
+            raise
         manifest.show()
+        forget_jobs(manifest.directory)
     return 0 if manifest.all_completed else 1
+
+
+@contextmanager
+def alone_with_jobs(directory: Path) -> Iterator[None]:
+    """Hold the lock of a new study whose cells are jobs.
+
+    Raises:
+        ResultsError: the directory belongs to a study whose jobs have not been collected.
+    """
+    name = directory.resolve().name
+    with attending(directory) as is_alone:
+        ledger = Ledger.read(directory)
+        if not is_alone or (ledger is not None and not ledger.is_over):
+            raise ResultsError(
+                f"{directory} has jobs of another study in the queue. Choose another directory (hydra.sweep.dir), or "
+                f"end that study first: lem jobs {name}, or lem jobs cancel {name}"
+            )
+        yield
+
+
+def forget_jobs(directory: Path) -> None:
+    """Record that the outcome of a study has been shown, if its cells were jobs and none of them is left."""
+    ledger = Ledger.read(directory)
+    if ledger is not None and ledger.is_over and not ledger.is_shown:
+        ledger.forget()
 
 
 def run_cells(
@@ -118,23 +177,79 @@ def run_cells(
         Interrupted: the study was interrupted; finished requests are kept.
         DiskFull: a disk is full; finished requests are kept.
     """
+
+    def start(runner: Runner) -> None:
+        _start(manifest, runner, settings, launcher)
+
+    settled = [number for number, state in enumerate(manifest.states) if state.is_settled]
+    attend(manifest, make_runner, start, at_once=at_once, settled=settled, again=again)
+
+
+def attend(
+    manifest: Manifest,
+    make_runner: Callable[[Manifest, StudyDisplay], Runner],
+    work: Callable[[Runner], None],
+    *,
+    at_once: int,
+    settled: Sequence[int],
+    again: str,
+) -> None:
+    """Let a runner work on the cells of a manifest, show that, and handle interruptions.
+
+    Args:
+        manifest: the state of each cell.
+        make_runner: creates the runner of the cells.
+        work: called with the runner; returns when all cells have ended.
+        at_once: the number of cells that run at the same time.
+        settled: the numbers of the cells that have already ended.
+        again: how to continue after an interruption or a full disk, as a sentence for the user.
+
+    Raises:
+        Left: the cells continue without this command.
+        Interrupted: the study was interrupted; finished requests are kept.
+        DiskFull: a disk is full; finished requests are kept.
+    """
+    runner: Runner | None = None
     try:
         manifest.open()
+        shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
         try:
-            settled = [number for number, state in enumerate(manifest.states) if state.is_settled]
-            shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
             # Between cells, too, a signal must raise an exception.
-            with shown as display, signals_raise(_stopped):
-                _run_cells(manifest, make_runner(manifest, display), settings, launcher)
-        finally:
-            manifest.close()
-    except Interrupted as stop:
-        raise Interrupted(f"{stop.reason}\n{again}") from None
-    except DiskFull as full:
-        raise DiskFull(full.folder, f"Free some space. {again}") from None
+            with shown as display, signals_raise(stopped):
+                runner = make_runner(manifest, display)
+                _work(manifest, runner, work)
+        except KeyboardInterrupt as stop:
+            if runner is not None and runner.outlives_command:
+                runner.interrupted(str(stop))
+            raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
+    except Left:  # the manifest stays open
+        raise
+    except BaseException as end:
+        manifest.close()
+        if isinstance(end, Interrupted):
+            raise Interrupted(f"{end.reason}\n{again}") from None
+        if isinstance(end, DiskFull):
+            raise DiskFull(end.folder, f"Free some space. {again}") from None
+        raise
+    manifest.close()
 
 
-def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], launcher: Launcher | None) -> None:
+def _work(manifest: Manifest, runner: Runner, work: Callable[[Runner], None]) -> None:
+    try:
+        with needs_space(manifest.directory):
+            work(runner)
+    except (_NoSpace, DiskFull) as end:
+        runner.stop()
+        raise (end.full if isinstance(end, _NoSpace) else end) from None
+    except KeyboardInterrupt:
+        if not runner.outlives_command:
+            runner.stop()
+        raise
+
+
+def _start(manifest: Manifest, runner: Runner, settings: Sequence[str], launcher: Launcher | None) -> None:
+    """Give all cells to a runner, through Hydra, and wait for them."""
+
     def run(number: int, composed: Any) -> None:
         if manifest.is_over or manifest.states[number].is_settled:
             return
@@ -148,22 +263,14 @@ def _run_cells(manifest: Manifest, runner: Runner, settings: Sequence[str], laun
     def submit_all() -> None:
         with manifest.together():
             for number, cell in enumerate(manifest.cells):
-                run(number, cell.experiment)
+                run(number, experiment_of(cell))
 
-    try:
-        with needs_space(manifest.directory):
-            if launcher is None:
-                cells = [(cell.label, cell.experiment) for cell in manifest.cells]
-                run_plan(manifest.directory, cells, settings, run)
-            else:
-                submit_plan(manifest.directory, settings, submit_all, launcher)
-            runner.finish()
-    except (_NoSpace, DiskFull) as end:
-        runner.stop()
-        raise (end.full if isinstance(end, _NoSpace) else end) from None
-    except KeyboardInterrupt as stop:
-        runner.stop()
-        raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
+    if launcher is None:
+        cells = [(cell.label, experiment_of(cell)) for cell in manifest.cells]
+        run_plan(manifest.directory, cells, settings, run)
+    else:
+        submit_plan(manifest.directory, settings, submit_all, launcher)
+    runner.finish()
 
 
 class _NoSpace(KeyboardInterrupt):
@@ -173,7 +280,8 @@ class _NoSpace(KeyboardInterrupt):
         self.full = full
 
 
-def _stopped(signal_name: str) -> KeyboardInterrupt:
+def stopped(signal_name: str) -> KeyboardInterrupt:
+    """Return the exception that a signal raises while cells run."""
     return KeyboardInterrupt(f"Stopped by {signal_name}; finished requests are kept.")
 
 

@@ -14,7 +14,8 @@ from lem.runner.preflight import Ready, preflight
 from lem.studies.ask import RunOptions
 from lem.studies.checks import Candidate, RecentPrompts, checked
 from lem.studies.consent import Consents
-from lem.studies.slurm import AT_ONCE, SlurmRunner, preflight_for_job
+from lem.studies.continuing import run_as_jobs
+from lem.studies.slurm import preflight_for_job
 from lem.studies.study import OneByOne, run_study
 
 
@@ -47,8 +48,7 @@ def main(
     if len(cells) == 1 and not launcher:
         print("No value is varied: give several values, as in batching.batch_size=1,2,4.", file=sys.stderr)
     if launcher:
-        submitter = partial(SlurmRunner, options=options, prompts=prompts, slurm=launcher.options)
-        return run_study(cells, options, overrides, submitter, head="overrides", at_once=AT_ONCE)
+        return run_as_jobs(cells, options, overrides, prompts, head="overrides")
     runner = partial(OneByOne, options=options, prompts=prompts)
     return run_study(cells, options, overrides, runner, head="overrides")
 

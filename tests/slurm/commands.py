@@ -18,10 +18,11 @@ from tests.slurm.cluster import Cluster
 
 # The defaults spare shared schedulers and slow file systems; here, both are this machine. Without exclusive nodes, four
 # jobs fit on the two nodes.
-HERE = (
-    "--launcher", "slurm", "-y", "hydra.launcher.poll_s=1", "hydra.launcher.settle_s=2",
+ASKING = (
+    "--launcher", "slurm", "hydra.launcher.poll_s=1", "hydra.launcher.settle_s=2",
     "hydra.launcher.never_starts_s=2", "hydra.launcher.exclusive=false", "hydra.launcher.mem_gb=1",
 )  # fmt: skip
+HERE = (*ASKING, "-y")
 COMMAND_S = 240.0
 
 
@@ -90,14 +91,36 @@ def wait_for(what: str, is_there: Callable[[], bool], seconds: float = 90.0) -> 
         time.sleep(0.2)
 
 
-def measuring_jobs(lem: Lem) -> list[str]:
-    """Return the ids of the jobs whose experiments are running and have finished some requests."""
+def measuring_jobs(lem: Lem, cluster: Cluster | None = None) -> list[str]:
+    """Return the ids of the jobs whose experiments are running and have finished some requests.
+
+    With a cluster, lem is asked to look first, because no command follows the jobs.
+    """
+    if cluster is not None:
+        lem("jobs", cluster=cluster)
     cells = [cell for cell in lem.cells() if cell["status"] == "running"]
     return [
         Path(cell["log"]).parent.name
         for cell in cells
         if any(file.read_bytes().count(b"\n") > 2 for file in Path(cell["directory"]).glob("journal_*"))
     ]
+
+
+def process_of(job: str) -> int:
+    """Return the id of the process that Slurm started for a job."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            array, _, task = job.partition("_")
+            own = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
+            is_of_job = b"submitit.core._submit" in arguments and {each.encode() for each in own} <= set(variables)
+            if is_of_job and Path(os.fsdecode(arguments[0])).name.startswith("python"):
+                return int(entry.name)
+    raise AssertionError(f"Job {job} has no process.")
 
 
 def prompts(count: int) -> tuple[str, ...]:

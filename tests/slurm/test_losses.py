@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.commands import HERE, Lem, measuring_jobs, prompts, wait_for
+from tests.slurm.commands import HERE, Lem, measuring_jobs, process_of, prompts, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -49,23 +48,6 @@ def test_lost_jobs_are_failed_rows_with_reasons(either_cluster: Cluster, lem: Le
     assert [rows[job]["status"] for job in nodes] == ["failed"] * 4
     assert all(rows[job]["requests_completed"] > 0 for job in nodes)
     assert errors.count("accounting") == 0
-
-
-def process_of(job: str) -> int:
-    """Return the id of the process that Slurm started for a job."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                arguments = (entry / "cmdline").read_bytes().split(b"\0")
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            array, _, task = job.partition("_")
-            own = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}
-            is_of_job = b"submitit.core._submit" in arguments and {each.encode() for each in own} <= set(variables)
-            if is_of_job and Path(os.fsdecode(arguments[0])).name.startswith("python"):
-                return int(entry.name)
-    raise AssertionError(f"Job {job} has no process.")
 
 
 REASONS = {

@@ -1,8 +1,6 @@
-"""Jobs on a real Slurm cluster that are stopped on purpose: by Ctrl-C, and by jobs that take precedence."""
+"""Jobs on a real Slurm cluster that are stopped on purpose: cancelled, or by jobs that take precedence."""
 
 from __future__ import annotations
-
-import signal
 
 import pytest
 
@@ -12,14 +10,14 @@ from tests.slurm.commands import HERE, Lem, measuring_jobs, prompts, wait_for
 pytestmark = pytest.mark.slurm
 
 
-def test_ctrl_c_cancels_the_jobs_and_the_same_command_resumes(cluster: Cluster, lem: Lem) -> None:
+def test_cancelled_jobs_save_their_work_and_the_same_command_resumes(cluster: Cluster, lem: Lem) -> None:
     command = ("experiment", "slow.yaml", *prompts(12), "seed=1,2", "--multirun", *HERE)
-    process = lem.start(*command, "hydra.launcher.nodelist=n1", "hydra.launcher.exclusive=true", cluster=cluster)
-    wait_for("a running experiment", lambda: bool(measuring_jobs(lem)))
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=90)
-    assert process.returncode == 130, errors
-    assert "1 interrupted, 1 not run" in output
+    given = ("hydra.launcher.nodelist=n1", "hydra.launcher.exclusive=true", "--detach")
+    assert lem(*command, *given, cluster=cluster).returncode == 0
+    wait_for("a running experiment", lambda: bool(measuring_jobs(lem, cluster)))
+    done = lem("jobs", "cancel", "20", "-y", cluster=cluster)  # the beginning of its name, which is a date
+    assert done.returncode == 0, done.stderr
+    assert "1 interrupted, 1 not run" in done.stdout
     assert cluster.command("squeue", "-h", "-t", "PENDING,RUNNING") == ""
     (row,) = lem.rows()
     assert row["status"] == "interrupted"

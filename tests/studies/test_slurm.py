@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import yaml
 from lem.config.launcher import chosen_launcher
 from lem.machine import gpu
 from lem.machine.slurm import Ended, Queued
+from lem.results.codec import to_json
+from lem.results.jobs import Ledger, Terms
 from lem.spec.engines import OpenaiBackend, PytorchBackend, SimulatedBackend, VllmBackend
 from lem.spec.experiment import Experiment, Parallelism
 from lem.spec.slurm import SlurmOptions
 from lem.studies.slurm import gpus_of_job, sbatch_parameters
-from lem.studies.slurm_job import use_only_granted_gpus
+from lem.studies.slurm_job import JobFile, Step, use_only_granted_gpus
 
 SLURM = ("--launcher", "slurm", "-y")
 
@@ -160,7 +163,7 @@ def test_gpus_that_were_not_granted_are_hidden(monkeypatch):
 def test_granted_gpus_are_named_by_uuid(driver):
     code = """
     import json, os
-    from lem.studies.slurm_job import use_only_granted_gpus
+    from lem.studies.slurm_job import JobFile, Step, use_only_granted_gpus
     use_only_granted_gpus()
     print(json.dumps(os.environ["CUDA_VISIBLE_DEVICES"]))
     """
@@ -205,3 +208,69 @@ def test_several_experiments_in_a_job_need_a_sweep_on_slurm(lem, tmp_path):
     ):
         done = lem(*arguments, "--per-job", "2")
         assert (done.code, message in done.err) == (2, True), done.err
+
+
+def test_detaching_needs_jobs(lem, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: any\nbackend: {name: simulated}\n")
+    for arguments in (("experiment", "a.yaml"), ("batch", "a.yaml"), ("campaign", "a.yaml", "a.yaml")):
+        done = lem(*arguments, "--detach")
+        assert (done.code, "--detach needs --launcher slurm." in done.err) == (2, True), done.err
+
+
+def test_jobs_that_do_not_exist_are_named(lem, tmp_path):
+    assert lem("jobs").out == f"No study in {tmp_path}/results has jobs to wait for.\n"
+    assert lem("jobs", "--json").out == "[]\n"
+    for arguments, message in (
+        (("sizes",), "No study 'sizes' in "),
+        (("cancel", "sizes", "-y"), "No study 'sizes' in "),
+        (("cancel",), "lem jobs cancel needs the name of a study"),
+        (("",), "The name of the study is empty"),
+        (("sizes", "-y"), "--yes: only lem jobs cancel asks"),
+        (("a", "b"), "lem jobs takes one study, not 2: a, b."),
+        (("cancel", "a", "--json"), "leave it out with cancel"),
+    ):
+        done = lem("jobs", *arguments)
+        assert (done.code, message in done.err) == (2, True), done.err
+
+
+@pytest.fixture
+def left_study(tmp_path):
+    """A study with a job of one experiment, on a machine without Slurm."""
+    study, raw = tmp_path / "multirun" / "mine", tmp_path / "results" / "raw" / "exp_20260102_030405"
+    raw.mkdir(parents=True)
+    entry = {
+        "label": "a.yaml", "config_file": "a.yaml", "overrides": [], "experiment_id": raw.name, "status": "queued",
+        "directory": str(raw), "error": None, "log": None,
+    }  # fmt: skip
+    study.mkdir(parents=True)
+    (study / "experiments.json").write_text(json.dumps([entry]))
+    (study / "jobs").mkdir()
+    (study / "jobs" / "array0000.json").write_text(to_json(JobFile(((Step(str(raw)),),), True, 3)))
+    results = str(tmp_path / "results")
+    ledger = Ledger.begin(
+        study, Terms(SlurmOptions(), "", "config", False, True, False, False, None, (results,), str(tmp_path))
+    )
+    ledger.submitting("array0000.json", [[0]])
+    ledger.submitted(["4711"])
+    return raw
+
+
+def test_without_slurm_the_states_of_jobs_are_unknown_and_nothing_changes(lem, left_study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = lem("jobs")
+    assert (done.code, "mine: 1 experiments, 1 pending" in done.out) == (0, True), done.err
+    assert done.err.count("Slurm does not answer") == 1
+    (study,) = json.loads(lem("jobs", "min", "--json").out)
+    assert [(cell["status"], cell["slurm_job_id"]) for cell in study["experiments"]] == [("pending", "4711")]
+    done = lem("jobs", "mina")
+    assert (done.code, "Did you mean 'mine'?" in done.err) == (2, True)
+    done = lem("experiment", "--resume", left_study.name, "-y")
+    assert (done.code, "Follow it with lem jobs mine" in done.err) == (2, True)
+
+
+def test_a_study_that_cannot_be_read_is_reported_and_does_not_hide_results(lem, left_study, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "multirun" / "mine" / "experiments.json").write_text("[")
+    done = lem("results", "list")
+    assert done.code == 0
+    assert "experiments.json cannot be read" in done.err
