@@ -29,6 +29,7 @@ from lem.errors import ResultsError
 from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.files import needs_space, open_to_read, replacing
+from lem.results.schedule import not_copied
 from lem.results.store import ID, Store
 from lem.results.tables import KINDS, SHARED_FILE, RowLocation, Tables, file_name, read_file
 from lem.spec.campaign import NAME
@@ -362,7 +363,8 @@ def archive(store: Store, chosen: Content, output: Path) -> int:
 
     manifest = write(store, chosen, output)
     print(one_line(f"{output}: {words(manifest)}, {quantity(output.stat().st_size, 'B', 3)}"))
-    for sentence in chosen.left_out:
+    schedules = not_copied(store)
+    for sentence in [*chosen.left_out, *([schedules] if schedules else [])]:
         print(f"Warning: {sentence}.", file=sys.stderr)
     return 1 if chosen.left_out else 0
 

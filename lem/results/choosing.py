@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lem.errors import ResultsError, did_you_mean, nearest
+from lem.results.jobs import queued_in
 from lem.results.plan import FINISHED
 from lem.results.store import Store, age
 from lem.results.tables import Tables
@@ -64,9 +65,15 @@ class Known:
         return "completed" if state.status in FINISHED else state.status
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether an experiment runs or its processes are still ending."""
+        """Return whether an experiment runs, its processes are still ending, or a Slurm job has yet to run it."""
         directory = self.store.directory(experiment_id)
-        return experiment_id in self.raw and (directory.state().status == "running" or directory.is_held())
+        if experiment_id not in self.raw:
+            return False
+        return experiment_id in self._in_jobs or directory.state().status == "running" or directory.is_held()
+
+    @cached_property
+    def _in_jobs(self) -> Mapping[str, str]:
+        return queued_in(self.store)
 
     def campaign(self, experiment_id: str) -> str | None:
         """Return the name of the campaign that an experiment belongs to, or None."""

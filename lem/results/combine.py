@@ -31,6 +31,7 @@ from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.directory import AGGREGATED
 from lem.results.files import needs_space, open_to_read, sync, try_to_lock, write_atomically
+from lem.results.schedule import not_copied
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, age
 from lem.results.tables import KINDS, RowLocation, Tables, file_name, read_file
@@ -474,5 +475,7 @@ def report(target: Store, sources: Sequence[Path]) -> int:
             print(one_line(f"  {sentence}"))
         for sentence in done.left_out:
             print(one_line(f"Warning: {done.source}: {sentence}."), file=sys.stderr)
+        if done.source.is_dir() and (schedules := not_copied(Store(done.source))):
+            print(one_line(f"Warning: {done.source}: {schedules}."), file=sys.stderr)
         code = code or int(bool(done.left_out))
     return code

@@ -154,6 +154,18 @@ def results_hint(folder: Path) -> str:
 
 
 # ------------------------------------------------------------------ reading and writing
+def not_copied(store: Store) -> str | None:
+    """Return a sentence for commands that copy experiments but not the files of schedules; None without schedules."""
+    known = names(store)
+    if not known:
+        return None
+    which = f"{known[0]} and {len(known) - 1} more" if len(known) > 1 else known[0]
+    return (
+        f"the files of schedules ({which}) are not copied; their experiments are, and lem results list --schedule "
+        f"{known[0]} lists them"
+    )
+
+
 def names(store: Store) -> list[str]:
     """Return the names of all schedules of a results directory."""
     folder = store.root / FOLDER

@@ -17,7 +17,6 @@ import pytest
 
 from lem.results.schedule import LOG, due, load_schedule
 from lem.results.store import Store
-from lem.spec.schema import leaves
 from tests.conftest import SUMMARY, begin, command
 
 SIMULATED = ("--dataset", "sample", "-n", "2", "--model", "any", "backend=simulated", "energy=none", "--yes")
@@ -83,9 +82,6 @@ def test_a_program_in_a_file_needs_consent_before_the_table_is_written(lem, tmp_
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.skipif(
-    "energy.carbon_trace" not in {each.path for each in leaves()}, reason="no experiment has a carbon trace"
-)
 def test_a_carbon_trace_is_that_of_every_run(lem, tmp_path):
     (tmp_path / "carbon.csv").write_text("time,g/kWh\nnoon,300\n")
     done = lem("schedule", *SIMULATED, *EVERY, "--carbon-trace", "carbon.csv")
