@@ -27,6 +27,9 @@ def results_report(
         Path, typer.Option("--output", "-o", parser=literal, metavar="FILE", help="The page to write.")
     ] = Path("report.html"),
     campaign: Annotated[str | None, typer.Option("--campaign", help="Report on the campaign with this name.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Report on the schedule with this name, id or directory.")
+    ] = None,
     grid: Annotated[
         Path | None,
         typer.Option("--grid", parser=literal, metavar="DIR", help="Report on the experiments of this sweep or batch."),
@@ -44,17 +47,19 @@ def results_report(
 ) -> None:
     """Write a page with warnings, figures and charts that opens offline in any browser."""
     from lem.errors import ResultsError
-    from lem.reports.content import of_campaign, of_experiments, of_grid
+    from lem.reports.content import of_campaign, of_experiments, of_grid, of_schedule
     from lem.reports.page import page
     from lem.results import browse
     from lem.results.files import write_atomically
     from lem.units import one_line, timestamp
 
-    if sum((bool(ids), campaign is not None, grid is not None)) > 1:
-        raise ResultsError("Experiment ids, --campaign and --grid are alternatives; use one of them.")
+    if sum((bool(ids), campaign is not None, schedule is not None, grid is not None)) > 1:
+        raise ResultsError("Experiment ids, --campaign, --schedule and --grid are alternatives; use one of them.")
     store = browse.store_at(results_dir)
     if campaign is not None:
         content = of_campaign(store, campaign)
+    elif schedule is not None:
+        content = of_schedule(store, schedule)
     elif grid is not None:
         content = of_grid(grid)
     else:

@@ -15,7 +15,9 @@ from typing import Any
 from lem.results.campaign import MEASURES, Answer
 from lem.results.comparison import config_of
 from lem.results.merging import is_estimated
+from lem.results.schedule_answer import Answer as ScheduleAnswer
 from lem.results.schema import ExperimentRow
+from lem.results.variation import Variation
 
 Spec = dict[str, Any]
 # Above these numbers of experiments, a chart with a bar or a cell for each of them would be unreadable.
@@ -385,6 +387,66 @@ def over_the_campaign(answer: Answer) -> list[Chart]:
             )
         )
     return found
+
+
+def over_time(answer: ScheduleAnswer) -> list[Chart]:
+    """Return the charts of a schedule: the primary metric of its runs, and its means by time of day and weekday."""
+    unit, words = MEASURES[PRIMARY]
+    value = {"type": "quantitative", "title": f"{words} ({unit})", "scale": {"zero": False}}
+    values = [
+        # The browser is told that the local time is UTC, so that it does not convert it to its own time zone.
+        {"at": f"{run.at.isoformat()}Z", "arm": arm or "runs", "value": own}
+        for run in answer.runs
+        for arm in answer.arms
+        if (own := run.value(arm, PRIMARY))
+    ]
+    if not values:
+        return []
+    zone = answer.manifest.time_zone
+    several = len(answer.arms) > 1
+    spec = {
+        "data": {"values": values},
+        "mark": {"type": "line", "point": True, "tooltip": True},
+        "encoding": {
+            "x": {"field": "at", "type": "temporal", "scale": {"type": "utc"}, "title": f"planned start ({zone})"},
+            "y": {"field": "value", **value},
+            "color": {"field": "arm", "type": "nominal", "title": "arm" if several else None},
+        },
+    }
+    lines = [(str(each["at"]).removesuffix("Z").replace("T", " "), each["arm"], each["value"]) for each in values]
+    headers = (f"planned start ({zone})", "arm", f"{words} ({unit})")
+    found = [Chart(f"{words.capitalize()} over time", f"{len(values)} runs in order.", spec, headers, lines)]
+    for primary in (each for each in answer.found if each.is_primary):
+        for variation in (primary.by_time, primary.by_weekday):
+            if len(variation.levels) > 1:
+                found.append(_by_level(variation, primary.arm, value))
+    return found
+
+
+def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
+    """Return the chart of a schedule's means by time of day or by weekday, with their intervals."""
+    levels = variation.levels
+    values = [{"level": each.name, "mean": each.mean, "low": each.ci95_low, "high": each.ci95_high} for each in levels]
+    x = {**_category("level", [each.name for each in levels]), "title": variation.factor, "axis": {"labelAngle": 0}}
+    spec = {
+        "data": {"values": values},
+        "layer": [
+            {"mark": "rule", "encoding": {"x": x, "y": {"field": "low", **value}, "y2": {"field": "high"}}},
+            {
+                "mark": {"type": "point", "filled": True, "size": 60, "tooltip": True},
+                "encoding": {"x": x, "y": {"field": "mean", **value}},
+            },
+        ],
+    }
+    of_arm = f" of {arm}" if arm else ""
+    return Chart(
+        f"Means by {variation.factor}{of_arm}",
+        f"{len(levels)} means; verdict: {variation.verdict}.",
+        spec,
+        (variation.factor, "runs", "days", "mean", "95 % from", "95 % to"),
+        [(each.name, each.runs, each.days, each.mean, each.ci95_low, each.ci95_high) for each in levels],
+        "Geometric means, with Student's t-intervals over the days.",
+    )
 
 
 def _category(field: str, order: Sequence[str]) -> Spec:

@@ -6,19 +6,20 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lem.errors import LemError, ResultsError
-from lem.record import PowerRecord, RequestRecord
+from lem.record import CodedWarning, PowerRecord, RequestRecord
 from lem.reports import charts
 from lem.reports.charts import Chart, flat_config
-from lem.results import campaign, parquet
+from lem.results import campaign, parquet, schedule, schedule_answer, schedule_show
 from lem.results.aggregate import catch_up, read
 from lem.results.campaign import Answer
 from lem.results.campaign_show import sentences
 from lem.results.directory import ExperimentDir
+from lem.results.schedule import Start
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import Tables, read_file
@@ -28,6 +29,8 @@ from lem.warning_codes import WARNINGS
 MOST_TRACES = 4
 # Of more experiments, the plans are not read for their commands.
 MOST_COMMANDS = 500
+# The starts of a schedule that a report names, because they have no result.
+NO_RESULT = ("failed", "skipped", "missed", "interrupted")
 # A trace with more samples is thinned out to this number; the table says how many there were.
 MOST_SAMPLES = 3_000
 # Columns of the table of experiments, with their headers and units.
@@ -127,6 +130,33 @@ def of_campaign(store: Store, name: str) -> Content:
     return _content(store, f"Campaign {definition.name}", rows, [], found)
 
 
+def of_schedule(store: Store, text: str) -> Content:
+    """Return the content of a report on a schedule, given its name, its id or its directory.
+
+    Raises:
+        ResultsError: there is no such schedule, or its file is damaged.
+    """
+    folder = Path(text)
+    if not (folder / schedule.TABLE).is_file():
+        folder = schedule.folder_of(store, schedule.load_schedule(store, text).name)
+    manifest, store = schedule.read_manifest(folder), schedule.store_of(folder)
+    found = schedule_answer.answer(store, manifest)
+    rows = [row for run in found.runs for own in run.rows.values() for row in own]
+    content = _content(store, f"Schedule {manifest.name}", rows, [], extra=charts.over_time(found))
+    notes = [_trust_in(note) for note in found.warnings]
+    return replace(
+        content,
+        trust=[*notes, *content.trust],
+        sentences=list(schedule_show.sentences(found)),
+        problems=[_without_result(run.start) for run in found.runs if run.start.status in NO_RESULT],
+    )
+
+
+def _without_result(start: Start) -> str:
+    reason = f": {start.error}" if start.error else ""
+    return f"Run {start.number} ({start.planned_at}) {start.status}{reason}."
+
+
 def of_grid(folder: Path) -> Content:
     """Return the content of a report on the experiments of a grid, batch or sweep, given its directory.
 
@@ -162,7 +192,12 @@ def _known_row(store: Store, experiment_id: str) -> ExperimentRow | None:
 
 
 def _content(
-    store: Store, title: str, rows: Sequence[ExperimentRow], problems: Sequence[str], answer: Answer | None = None
+    store: Store,
+    title: str,
+    rows: Sequence[ExperimentRow],
+    problems: Sequence[str],
+    answer: Answer | None = None,
+    extra: Sequence[Chart] = (),
 ) -> Content:
     completed = [row for row in rows if row.status == "completed"]
     names = _names(rows)
@@ -171,7 +206,7 @@ def _content(
         source=str(store.root.resolve()),
         rows=rows,
         trust=list(_trust(rows, answer)),
-        charts=list(_charts(store, completed, names, answer)),
+        charts=[*extra, *_charts(store, completed, names, answer)],
         settings=_settings(rows),
         commands=_commands(store, rows) if len(rows) <= MOST_COMMANDS else {},
         answer=answer,
@@ -200,10 +235,15 @@ def _names(rows: Sequence[ExperimentRow]) -> dict[str, str]:
     }
 
 
+def _trust_in(note: CodedWarning) -> Trust:
+    kind = WARNINGS[note.code]
+    return Trust(note.code, 1, kind.meaning, kind.remedy, note.text)
+
+
 def _trust(rows: Sequence[ExperimentRow], answer: Answer | None) -> Iterator[Trust]:
     """Yield the warnings of the campaign, and then of the experiments, the most frequent first."""
     for note in answer.warnings if answer else ():
-        yield Trust(note.code, 1, WARNINGS[note.code].meaning, WARNINGS[note.code].remedy, note.text)
+        yield _trust_in(note)
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for row in rows:

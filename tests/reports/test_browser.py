@@ -72,17 +72,20 @@ def reports(tmp_path_factory):
         (root / f"arm{number}.yaml").write_text(f"model: any\nbatching: {{batch_size: {number}}}\n")
     arms = ("arm1.yaml", "arm2.yaml", "--campaign-name", "two", "-y", "-o", str(root / "campaign"))
     lem(root, "campaign", *arms, *SIMULATED[1:])
+    schedule = ("--interval", "2s", "--duration", "7s", "-y", "--name", "often", "-o", str(root / "schedule"))
+    lem(root, "schedule", *SIMULATED, *schedule)
     sweep = next((root / "multirun").iterdir())
     for name, arguments in {
         "experiments": ("--results-dir", str(store.root)),
         "grid": ("--grid", str(sweep)),
+        "schedule": ("--schedule", "often", "--results-dir", str(root / "schedule")),
         "campaign": ("--campaign", "two", "--results-dir", str(root / "campaign")),
     }.items():
         lem(root, "results", "report", *arguments, "-o", str(root / f"{name}.html"))
     return root
 
 
-KINDS = {"experiments": 5, "grid": 4, "campaign": 6}
+KINDS = {"experiments": 5, "grid": 4, "campaign": 6, "schedule": 5}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -206,6 +206,7 @@ def test_no_element_loads_anything(store):
     [
         (["nothing"], "There is no experiment 'nothing'"),
         (["--campaign", "nothing"], "no campaign 'nothing'"),
+        (["--schedule", "nothing"], "no schedule 'nothing'"),
         (["--grid", "nowhere"], "--grid"),
         (["x", "--campaign", "y"], "alternatives"),
         (["--output", "/dev/null/r.html"], "cannot be written"),
