@@ -9,7 +9,18 @@ import typer
 
 from lem.cli import complete
 from lem.cli.base import ResultsDir
-from lem.cli.results import results_app
+from lem.cli.results import (
+    Last,
+    OfBackend,
+    OfCampaign,
+    OfDataset,
+    OfModel,
+    OfSchedule,
+    Reverse,
+    Since,
+    Sort,
+    results_app,
+)
 from lem.errors import ResultsError
 from lem.spec.paths import literal
 
@@ -54,23 +65,15 @@ def results_export(
         str | None,
         typer.Option("--status", help="Only experiments with this status: completed, failed or interrupted."),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")] = None,
-    campaign: Annotated[
-        str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")
-    ] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", help="Only experiments started at this time or later.")
-    ] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments.")] = None,
-    sort: Annotated[
-        str | None, typer.Option("--sort", help="Column of the experiments table to sort by (default: start).")
-    ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")] = False,
+    model: OfModel = None,
+    backend: OfBackend = None,
+    dataset: OfDataset = None,
+    campaign: OfCampaign = None,
+    schedule: OfSchedule = None,
+    since: Since = None,
+    last: Last = None,
+    sort: Sort = None,
+    reverse: Reverse = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write the tables as CSV, JSON or Parquet, or in the shape of another project."""

@@ -19,6 +19,21 @@ results_app = typer.Typer(help="Show, compare, report, export and manage results
 app.add_typer(results_app, name="results")
 
 
+# Flags that select experiments; `lem results export` has them too.
+OfModel = Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")]
+OfBackend = Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")]
+OfDataset = Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")]
+OfCampaign = Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")]
+OfSchedule = Annotated[str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")]
+Since = Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")]
+Last = Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments in the list.")]
+Sort = Annotated[
+    str | None,
+    typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
+]
+Reverse = Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")]
+
+
 @app.command()
 def aggregate(
     experiment_id: Annotated[
@@ -66,24 +81,15 @@ def results_list(
             help="Only experiments with this status: completed, failed, interrupted, running, pending or planned.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")] = None,
-    campaign: Annotated[
-        str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")
-    ] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", help="Only experiments started at this time or later.")
-    ] = None,
-    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments in the list.")] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
-    ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="Largest or newest first.")] = False,
+    model: OfModel = None,
+    backend: OfBackend = None,
+    dataset: OfDataset = None,
+    campaign: OfCampaign = None,
+    schedule: OfSchedule = None,
+    since: Since = None,
+    last: Last = None,
+    sort: Sort = None,
+    reverse: Reverse = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all columns.")] = False,
 ) -> None:
     """List experiments, oldest first."""
