@@ -162,7 +162,10 @@ class Pytorch(Backend):
             yield from super().serve(arrivals, at_most)
 
     def forget(self) -> None:
-        """Reset the counts that `warnings` reports for a window; nothing is cached between prompts."""
+        """Reset the counts that `warnings` reports for a window.
+
+        There is no cache to empty, because nothing is kept between prompts.
+        """
         self._running.noticed = Noticed()
 
     def under_way(self) -> Sequence[Begun]:

@@ -433,7 +433,7 @@ class TensorrtSession(Session[Followed]):
         return scheduled_ns, first_ns if scheduled_ns is not None and first_ns is not None else None
 
     def _count(self, request: Followed) -> None:
-        """Add the counts that the engine reports for a request to the counters."""
+        """Add to the counters what the engine reports for a request."""
         metrics, result = _metrics(request), request.result
         of_cache = getattr(metrics, "kv_cache_metrics", None)
         of_drafts = getattr(metrics, "speculative_decoding", None)

@@ -123,7 +123,10 @@ class Vllm(SessionBackend["VllmSession"]):
         return VllmSession(self._experiment, loaded, self._degree)
 
     def synchronize(self) -> None:
-        """Wait for the GPUs of all workers; on a CPU, a step is finished when it returns."""
+        """Wait for the GPUs of all workers.
+
+        On a CPU there is nothing to wait for, because a step has finished by the time its call returns.
+        """
         if self._loaded is not None and self._on_gpu and not self._is_broken:
             on_workers(self._loaded.engine, vllm_source.worker_synchronize)
 

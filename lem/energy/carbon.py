@@ -34,7 +34,9 @@ class WindowEnergy:
 
 
 def carbon_of(energy: Energy, window: WindowEnergy | None) -> Carbon | None:
-    """Return the carbon intensity of a window; None if none is configured, or there is no window for a trace.
+    """Return the carbon intensity of a window.
+
+    Returns None if none is configured, or if a carbon trace is configured but there is no window to apply it to.
 
     Raises:
         ConfigError: the country is not in the tables.

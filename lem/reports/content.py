@@ -169,8 +169,8 @@ def of_grid(folder: Path) -> Content:
         places = [Path(entry["directory"]) for entry in entries if entry["directory"]]
     except (OSError, ValueError, TypeError, KeyError):
         raise ResultsError(
-            f"--grid: {file} cannot be read; give the directory that lem batch or a sweep names at its end "
-            "(List of experiments: …)."
+            f"--grid: {file} cannot be read; give the directory that lem batch or a sweep prints when it "
+            "finishes (List of experiments: …)."
         ) from None
     rows = [row for place in places if (row := _known_row(Store(place.parent.parent), place.name)) is not None]
     if not rows:

@@ -243,13 +243,13 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
     """Open an archive and check its manifest, and the names, kinds and sizes of its members, but not their content.
 
     Raises:
-        ResultsError: it is not an archive of lem, or something about it is wrong.
+        ResultsError: it is not an archive of lem, it was written by a newer lem, or something about it is wrong.
     """
     if file.exists() and not file.is_file():  # opening a pipe could block forever
         raise ResultsError(f"{file} is not a file.")
     try:
         with file.open("rb") as source, zipfile.ZipFile(source) as archive:
-            manifest = _manifest(archive)
+            manifest = _manifest(file, archive)
             _check_members(archive, manifest)
             yield archive, manifest
     except OSError as error:
@@ -260,7 +260,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
         raise ResultsError(f"{file} is not an intact archive: {what}; get it again from where it was made.") from None
 
 
-def _manifest(archive: zipfile.ZipFile) -> Manifest:
+def _manifest(file: Path, archive: zipfile.ZipFile) -> Manifest:
     if MANIFEST not in archive.namelist():
         raise ValueError(f"it has no {MANIFEST}")
     with archive.open(MANIFEST) as source:
@@ -268,8 +268,13 @@ def _manifest(archive: zipfile.ZipFile) -> Manifest:
     if len(content) > MOST_MANIFEST_BYTES:
         raise ValueError(f"{MANIFEST} is too large")
     manifest = from_json(Manifest, content)
-    if manifest.format != FORMAT or manifest.format_version > FORMAT_VERSION:
-        raise ValueError(f"its format is {manifest.format} {manifest.format_version}, which this lem does not read")
+    if manifest.format != FORMAT:
+        raise ValueError(f"its format is {one_line(manifest.format[:100])!r} instead of '{FORMAT}'")
+    if manifest.format_version > FORMAT_VERSION:
+        raise ResultsError(
+            f"{file} has the archive format {manifest.format_version}, which this version of lem cannot read; use a "
+            "newer lem."
+        )
     return manifest
 
 

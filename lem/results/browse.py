@@ -277,7 +277,7 @@ def _refuse_flags(store: Store, name: str, what: str, *, raw: bool, environment:
     """Raise `ResultsError` if an option was given that applies only to experiments."""
     for flag in (flag for flag, is_given in (("--raw", raw), ("--environment", environment)) if is_given):
         raise ResultsError(
-            f"{flag}: it shows one experiment, and '{name}' is a {what}; to list its experiments: "
+            f"{flag} applies to a single experiment, but '{name}' is a {what}. To list its experiments: "
             f"lem results list --{what} {name}{results_flag(store)}"
         )
 

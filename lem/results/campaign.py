@@ -150,7 +150,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
-    is_primary: Annotated[bool, "Whether this is the primary measure, which decides the comparison."]
+    is_primary: Annotated[bool, "Whether this is the primary metric, which decides the comparison."]
     source: Annotated[
         str | None, "Source of the energy: counter, integral, estimate, replay or simulated; null without energy."
     ]
@@ -169,7 +169,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
     arm: Annotated[str, "Name of the arm."]
     baseline: Annotated[str, "Name of the baseline arm."]
     measure: Annotated[str, "Column of the experiments table that is compared."]
-    is_primary: Annotated[bool, "Whether this is the primary measure, which decides the comparison."]
+    is_primary: Annotated[bool, "Whether this is the primary metric, which decides the comparison."]
     cycles: Annotated[int, "Cycles in which both arms have a value."]
     ratio: Annotated[float | None, units.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
@@ -556,7 +556,7 @@ def _comparable(definition: Definition, found: Found) -> Found:
 
 
 def _spread(definition: Definition, names: Sequence[str], comparable: Found) -> Spread | None:
-    """Return how far nodes and boards differ by the primary metric; None unless cycles ran on several nodes."""
+    """Return how much nodes and boards differ in the primary metric; None unless cycles ran on several nodes."""
     campaign = definition.campaign
     if campaign.structure == "grouped":
         return None

@@ -1,11 +1,11 @@
 """Merges results directories and archives into one results directory: `lem results merge`.
 
-    <target>/.merging/                 what is being copied; abandoned after a kill, and removed by the next merge
-    <target>/raw/<id>/merged.json      of an experiment that was renamed: its id and digest where it came from
+    <target>/.merging/                 what is being copied; left behind if the merge is killed, and removed by the next
+    <target>/raw/<id>/merged.json      for an experiment that was renamed: its original id and its digest in the source
 
-An experiment is copied completely and then moved to its place, so that it is there as a whole or not at all. Rows
-follow, and then campaigns. An experiment or a campaign that is already there is recognised by its content and left
-alone, so a merge that was cut short is finished by doing it again. The sources are only read.
+An experiment is copied completely and then moved to its place, so the target contains either all of it or none of it.
+Rows are written next, and then campaigns. An experiment or a campaign that the target already contains is recognised by
+its content and left alone, so repeating an interrupted merge completes it. The sources are only read.
 """
 
 from __future__ import annotations

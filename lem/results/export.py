@@ -194,7 +194,7 @@ def _sink(output: Path | None) -> Iterator[IO[bytes]]:
 
 
 def _write(sink: IO[bytes], kind: str, table: str, tables: Iterator[Any]) -> int:
-    """Write Arrow tables in a format; return the number of rows."""
+    """Write Arrow tables in the given format; return the number of rows."""
     writer: Writer
     if kind == "csv":
         writer = _Csv(sink, table)

@@ -207,7 +207,7 @@ def _is_estimate(answer: Answer, measure: str) -> bool:
 
 
 def _pairs(cells: Sequence[CellEntry], measure: str) -> dict[int, tuple[float, float]]:
-    """Return, for each cycle in which both cells have a value, the logarithms of the first and of the second."""
+    """Return the logarithms of the first and second cells' values, for each cycle in which both cells have a value."""
     values = {(cell.cycle, cell.position): value for cell in cells if (value := _value(cell, measure))}
     cycles = sorted({cycle for cycle, _ in values})
     both = {c: (values[c, 1], values[c, 2]) for c in cycles if (c, 1) in values and (c, 2) in values}
@@ -398,7 +398,7 @@ def _warm_up(noise: Noise) -> Advice:
         return Advice("warm-up", "a longer warm-up (--warmup-prompts), or an extra first cell that is not counted", why)
     if noise.drift.is_seen:
         assert noise.drift.change is not None
-        why = f"the measure changes by {percent(noise.drift.change, '+')} over the campaign."
+        why = f"the metric changes by {percent(noise.drift.change, '+')} over the campaign."
         return Advice("warm-up", WARNINGS["campaign_trend"].remedy.rstrip("."), why)
     if warned := _of_warnings(noise, "warm-up", OF_WARM_UP):
         return warned

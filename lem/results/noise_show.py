@@ -38,7 +38,7 @@ def show_noise(noise: Noise) -> None:
     _print_pairs(_lines(noise))
     others = [floor for floor in noise.floors if floor is not noise.floor]
     if others:
-        print("\nOther measures")
+        print("\nOther metrics")
         _print_pairs((MEASURES[floor.measure][1], _short(floor)) for floor in others)
     print("\nRecommended")
     _print_pairs((advice.about, f"{advice.setting}: {advice.why}") for advice in noise.advice)

@@ -30,7 +30,7 @@ NEITHER = (
 
 
 def starts(settings: Schedule, now: datetime) -> list[datetime]:
-    """Return the times at which runs start, in the time zone of the schedule, from `now` until the duration is over.
+    """Return the times at which runs start, in the schedule's time zone, from `now` until its duration has elapsed.
 
     Args:
         settings: the settings of the schedule.

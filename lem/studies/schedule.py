@@ -101,7 +101,9 @@ def main(request: Request, options: RunOptions) -> int:
 
 
 def resume(name: str, results_dir: Path, options: RunOptions) -> int:
-    """Go on with a schedule, given its name; return the exit code unless the daemon takes over.
+    """Continue a schedule, given its name, and return the exit code.
+
+    If the daemon takes over, this process is replaced and the function does not return.
 
     Raises:
         ResultsError: there is no such schedule, or its files are damaged.

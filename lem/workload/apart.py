@@ -1,7 +1,7 @@
 """Calls a function in a process of its own, so that the heavy libraries it needs are never loaded into this one.
 
-The `lem` command stays small in this way while a worker runs, and a command that only checks files ends sooner. The
-functions that are called come from the rooms above; this module knows nothing about them.
+This keeps the memory use of the `lem` command low while a worker runs, and lets a command that only checks files finish
+sooner. The functions that are called belong to the rooms above; this module knows nothing about them.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def choose_column(columns: Sequence[str], asked: str | None, source: str, hint: 
 
 def _once(column: str, columns: Sequence[str], source: str) -> str:
     if columns.count(column) > 1:
-        raise DatasetError(f"{source} has two columns '{column}'; rename one of them.")
+        raise DatasetError(f"{source} has more than one column named '{column}'; rename the others.")
     return column
 
 

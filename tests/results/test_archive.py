@@ -195,7 +195,7 @@ TAMPERING = {
     "a link": (link, "is not a file of a results directory"),
     "a longer file": (grow, "is not the file that MANIFEST.json describes"),
     "no manifest": (no_manifest, "it has no MANIFEST.json"),
-    "a later format": (of_the_future, "its format is lem-archive 99"),
+    "a later format": (of_the_future, "bad.zip has the archive format 99, which this version of lem cannot read"),
     "a huge file": (huge, "it is larger than any results directory"),
     **{
         f"the path {name}": (renamed(name), "is not a file of a results directory")
@@ -215,7 +215,8 @@ def test_tampering_is_found_and_nothing_is_written_elsewhere(packed, tmp_path, l
     done = lem("results", "archive", "--check", str(bad))
     assert done.code == 2
     assert error in done.err
-    assert done.err.endswith("; get it again from where it was made.\n")
+    remedy = "use a newer lem" if change is of_the_future else "get it again from where it was made"
+    assert done.err.endswith(f"; {remedy}.\n")
     before = set(tmp_path.rglob("*"))
     done = lem("results", "merge", str(bad), "-o", "target")
     assert done.code == 2

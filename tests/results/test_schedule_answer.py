@@ -291,7 +291,7 @@ def test_bad_requests_name_the_remedy(three_days, lem):
     where = ("-o", str(store.root))
     done = lem("results", "show", "nights", "--raw", *where)
     assert done.code == 2
-    assert "it shows one experiment, and 'nights' is a schedule; to list its experiments: lem results list" in done.err
+    assert "--raw applies to a single experiment, but 'nights' is a schedule. To list its experiments: " in done.err
     done = lem("results", "show", "nigths", *where)
     assert done.code == 2
     assert "Nearest: nights." in done.err

@@ -237,7 +237,7 @@ def test_what_shows_an_experiment_is_refused_for_a_campaign(lem, arms):
     for flag, name in (("--raw", "--raw"), ("-e", "--environment")):
         done = lem("results", "show", "one", flag)
         assert (done.code, done.out) == (2, "")
-        assert f"Error: {name}: it shows one experiment, and 'one' is a campaign" in done.err
+        assert f"Error: {name} applies to a single experiment, but 'one' is a campaign" in done.err
         assert "lem results list --campaign one" in done.err
     done = lem("results", "show", "on")
     assert done.code == 2

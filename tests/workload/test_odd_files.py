@@ -239,7 +239,7 @@ REFUSED = [
     ("p.csv", b'id,prompt\n1,a\n2, "b"\n', ", line 3 has a space before a quote"),
     ("p.csv", b'prompt\n"[{""role"": ""user"", ""content"": ""a""}]"\n', ", line 2: column 'prompt' contains a conv"),
     ("p.txt", b'a\n[{"from": "human", "value": "b"}]\n', ", line 2: column 'text' contains a conversation"),
-    ("p.parquet", two_columns_parquet, " has two columns 'text'"),
+    ("p.parquet", two_columns_parquet, " has more than one column named 'text'"),
     ("p.csv", b"prompt,prompt\na,b\n", ", line 1 names two columns 'prompt'"),
     ("p.csv", b'prompt\n"never closed\n', ", line 2 cannot be read as CSV"),
     ("p.csv", b'prompt\n"a" b\n', ", line 2 cannot be read as CSV"),
