@@ -82,8 +82,8 @@ class SlurmOptions:
         float,
         Field(
             ge=0,
-            description="How long a job may wait for a reason that cannot pass by itself (a limit, a hold, a closed "
-            "partition) before it is cancelled and counts as failed, in seconds.",
+            description="How long a job may wait for a reason that will not go away by itself (a limit, a hold, a "
+            "closed partition) before it is cancelled and counts as failed, in seconds.",
         ),
     ] = 60.0
     poll_s: Annotated[float, Field(ge=0.2, description="Longest pause between two looks at the queue, in seconds.")] = (
