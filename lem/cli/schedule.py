@@ -1,4 +1,4 @@
-"""The `lem schedule` command, which runs an experiment or a campaign again and again at planned times."""
+"""The `lem schedule` command, which runs an experiment or a campaign repeatedly at planned times."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def schedule(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Go on with a schedule, until its original end. The command that began it does the same.",
+            help="Continue a schedule until its original end. Repeating the command that began it does the same.",
             autocompletion=complete.schedules,
         ),
     ] = None,
@@ -99,7 +99,7 @@ def schedule(
     if resume is not None:
         given = [*(arguments or []), *(flag for flag, value in {**timing, **what}.items() if value is not None)]
         if given:
-            raise ConfigError(f"--resume goes on with a schedule as it was planned; leave out {', '.join(given)}.")
+            raise ConfigError(f"--resume continues a schedule as it was planned; leave out {', '.join(given)}.")
         raise typer.Exit(study.resume(resume, results_dir or default_root(), options))
     settings = Schedule(
         interval_s=None if interval is None else seconds_of(interval, "--interval"),
@@ -122,7 +122,7 @@ def schedule(
 
 
 def _existing(text: str) -> str:
-    """Return the absolute path of the file of carbon intensities, which is read again after each run."""
+    """Return the absolute path of the file with carbon intensities, which is read again after each run."""
     file = expanded(text).absolute()
     if not file.is_file():
         raise ConfigError(f"--carbon-trace: there is no file {text}. Give a CSV file with times and g/kWh.")

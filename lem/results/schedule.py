@@ -34,7 +34,7 @@ FOLDER, TABLE, WHAT, LOG = "schedules", "schedule.json", "what.json", "schedule.
 FORMAT_VERSION = 1
 
 Status = Literal["planned", "running", "done", "failed", "skipped", "missed", "interrupted"]
-# The statuses of runs that have been cut off and go on when the schedule does.
+# The statuses of runs that have been cut off and are resumed when the schedule continues.
 CUT: tuple[Status, ...] = ("running", "interrupted")
 # How each status is counted in sentences, in this order.
 WORDS: dict[Status, str] = {
@@ -44,10 +44,10 @@ WORDS: dict[Status, str] = {
 
 
 class Start(Struct, omit_defaults=True):
-    """A planned start and what became of it.
+    """A planned start and its outcome.
 
-    Times are ISO 8601 with the offset of the schedule's time zone. `late_s` is how many seconds after the planned time
-    the run started. `error` also says why a start was skipped or missed.
+    Times are ISO 8601 with the UTC offset of the schedule's time zone. `late_s` is how many seconds after the planned
+    time the run started. `error` is the reason why a run failed or was interrupted, or a start was skipped or missed.
     """
 
     number: int
@@ -62,7 +62,7 @@ class Start(Struct, omit_defaults=True):
 
 
 class Config(Struct, frozen=True):
-    """What each run measures, for people; `what.json` has all values.
+    """What each run measures, in a form for people to read; `what.json` has all values.
 
     `prompts_sha256` is the digest of the prompts, which must be the same in every run. `forced` means that inadvisable
     options were accepted with --force. `working_dir` is the directory in which the schedule was started: relative
@@ -103,13 +103,13 @@ class ScheduleManifest(Struct):
         return ScheduleRun(self.name, start.number, start.planned_at, start.started_at, self.time_zone)
 
     def counts(self) -> str:
-        """Return how many starts have each status, in words."""
+        """Return a phrase that states how many starts have each status."""
         found = Counter(start.status for start in self.starts)
         return ", ".join(f"{found[status]} {word}" for status, word in WORDS.items() if found[status])
 
 
 class RunOutcome(Struct):
-    """The experiment or campaign of a run and, when it has ended, how; written by the run's own process."""
+    """The experiment or campaign of a run and, once it has ended, its outcome; written by the run's own process."""
 
     status: Literal["running", "done", "failed", "interrupted"] = "running"
     experiment_id: str | None = None
@@ -144,25 +144,25 @@ def due(start: Start) -> datetime:
 
 
 def resume_command(folder: Path) -> str:
-    """Return the command that goes on with a schedule."""
+    """Return the command that continues a schedule."""
     return f"lem schedule --resume {folder.name}{results_flag(store_of(folder))}"
 
 
 def results_hint(folder: Path) -> str:
-    """Return a sentence that says how to see the results of a schedule."""
+    """Return a sentence that tells the user how to see the results of a schedule."""
     return f"To see the results: lem results show {folder.name}{results_flag(store_of(folder))}"
 
 
 # ------------------------------------------------------------------ reading and writing
 def not_copied(store: Store) -> str | None:
-    """Return a sentence for commands that copy experiments but not the files of schedules; None without schedules."""
+    """Return a note for commands that copy experiments, which do not copy the files of schedules; None without any."""
     known = names(store)
     if not known:
         return None
     which = f"{known[0]} and {len(known) - 1} more" if len(known) > 1 else known[0]
     return (
-        f"the files of schedules ({which}) are not copied; their experiments are, and lem results list --schedule "
-        f"{known[0]} lists them"
+        f"the files of schedules ({which}) are not copied, but their experiments are; to list them: lem results list "
+        f"--schedule {known[0]}"
     )
 
 

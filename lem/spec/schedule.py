@@ -25,7 +25,7 @@ FULL_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday"
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the runs of a schedule start, and for how long it goes on."""
+    """When the runs of a schedule start, and for how long the schedule lasts."""
 
     interval_s: Annotated[
         float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d; elapsed time.")
@@ -45,7 +45,7 @@ class Schedule:
         Field(
             gt=0,
             description="Time during which runs start, such as 24h or 7d (a day is 24 hours); a run that has started "
-            "finishes.",
+            "is allowed to finish.",
         ),
     ] = DEFAULT_DURATION_S
     time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"

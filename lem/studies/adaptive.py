@@ -1,4 +1,4 @@
-"""Decides after each cycle of an adaptive campaign whether it goes on, and describes the plan beforehand.
+"""Decides after each cycle of an adaptive campaign whether to continue, and describes the plan beforehand.
 
 The rule and its level are in `lem.results.stopping`, and the decision is in `lem.results.campaign`; this module passes
 them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed and

@@ -1,8 +1,8 @@
 """The table of a schedule's starts, computed in advance from its settings, the current time and the time zone.
 
 Days and times of day are local, and intervals are elapsed time. A local time that does not exist, because the clock is
-set forward, becomes the next minute that exists; one that comes twice, because the clock is set back, is the first of
-the two. This module has no state and does not read the clock.
+set forward, becomes the next minute that exists. A local time that occurs twice, because the clock is set back, means
+the first of the two. This module has no state and does not read the clock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lem.spec.schedule import WEEKDAYS, Schedule, length_of
 
 # A schedule with more starts would not fit into a table that is rewritten after each run.
 MOST_STARTS = 100_000
-# Days and times of day that come at all come within this time.
+# Any combination of days and times of day that occurs at all occurs within this time.
 NEXT_ONE = timedelta(days=9)
 NEITHER = (
     "A schedule needs --interval, such as --interval 6h, or --at, such as --at 09:00; with both, the first run starts "
@@ -78,18 +78,18 @@ def _starts(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime) 
         return
     days = {WEEKDAYS.index(day) for day in settings.days or WEEKDAYS}
     for number in range(math.ceil((end - first).total_seconds() / settings.interval_s)):
-        # Arithmetic with local times would count the hours of the wall clock, not elapsed time.
+        # Arithmetic with local times would count hours on the clock, not elapsed time.
         start = (first.astimezone(UTC) + timedelta(seconds=number * settings.interval_s)).astimezone(zone)
         if start.weekday() in days:
             yield start
 
 
 def _at_times(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime) -> Iterator[datetime]:
-    """Yield the times of day on the chosen days that lie in [begin, end), in order and each once."""
+    """Yield the starts at the chosen times and days that lie in [begin, end), in order and without duplicates."""
     from dateutil.rrule import DAILY, rrule, rruleset
 
     days = [WEEKDAYS.index(day) for day in settings.days or WEEKDAYS]
-    # A day more at either side, because a time that does not exist moves, possibly over midnight.
+    # One more day on either side, because a time that does not exist is moved, possibly past midnight.
     since = begin.astimezone(zone).date() - timedelta(days=1)
     until = end.astimezone(zone).replace(tzinfo=None) + timedelta(days=1)
     rules = rruleset()
@@ -104,7 +104,10 @@ def _at_times(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime
 
 
 def localized(local: datetime, zone: ZoneInfo) -> datetime:
-    """Return a local time with its offset: the first of two, or the next minute that exists if this one does not."""
+    """Return a local time with its UTC offset.
+
+    If the time occurs twice, this is the first of the two. If it does not exist, this is the next minute that does.
+    """
     aware = local.replace(tzinfo=zone, fold=0)
     if _exists(aware):
         return aware
@@ -119,7 +122,7 @@ def _exists(aware: datetime) -> bool:
 
 
 def _nothing(settings: Schedule, zone: ZoneInfo, begin: datetime) -> str:
-    """Return the message about a schedule without starts, with the time at which the next one would be."""
+    """Return the error message for a schedule without starts, which names the time of the next possible start."""
     longer = replace(settings, interval_s=None) if settings.at else settings
     following = next(_starts(longer, zone, begin, begin + NEXT_ONE), None)
     duration = length_of(settings.duration_s)
@@ -144,7 +147,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def machine_zone(environ: os._Environ[str] | dict[str, str] = os.environ, etc: Path = Path("/etc")) -> str:
-    """Return the IANA name of this machine's time zone, from TZ, else from /etc; raises `ConfigError` if unknown."""
+    """Return the IANA name of this machine's time zone, from TZ or else /etc; raises `ConfigError` if unknown."""
     if wanted := environ.get("TZ", "").removeprefix(":"):
         candidates = [wanted.partition("/zoneinfo/")[2] or wanted]
     else:

@@ -1,10 +1,10 @@
 """Works through a schedule's table: `python -m lem.studies.daemon <the schedule's directory>`.
 
-    wait for the next start ─> run, a child process ─> its outcome into the table ─> wait …
+    wait for the next start ─> a run in a child process ─> write its outcome into the table ─> wait …
 
-`lem schedule` replaces itself by this process, which waits for days: it imports nothing heavy, and each run is a
-process of its own (`lem.studies.scheduled_run`). It sleeps briefly and looks at the clock on the wall each time, so
-that it notices a suspended machine and a clock that was set. It does not know what a run measures.
+`lem schedule` replaces itself by this process. Because the daemon may wait for days, it imports nothing heavy, and each
+run has a process of its own (`lem.studies.scheduled_run`). The daemon sleeps only briefly and reads the clock each
+time, so it notices if the machine was suspended or the clock was set. It does not know what a run measures.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from lem.spec.schedule import length_of
 from lem.units import one_line
 
 LONGEST_SLEEP_S = 30.0
-# A start that is later than this is missed: measured at another time, it would answer another question.
+# A start that is later than this is missed, because a run at another time would say nothing about the planned time.
 GRACE_S = 60.0
-# Differences between the clock and the time slept that are reported.
+# A difference between the clock and the time slept is reported if it exceeds this.
 CLOCK_STEP_S = 5.0
 LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -55,9 +55,9 @@ NOT_AWAKE = "the machine was suspended, or its clock was set forward"
 
 
 class Clock:
-    """The clock on the wall, and sleep that a signal or the end of a child process ends.
+    """The system clock, and a sleep that ends early when a signal arrives or a child process ends.
 
-    The signals are blocked and fetched while sleeping, so that none is lost and none interrupts anything else.
+    Signals are blocked and are fetched only while sleeping, so none is lost and none interrupts anything else.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Screen:
         self._shown = ""
 
     def say(self, now: datetime, text: str) -> None:
-        """Print a line, and write it to the log with the time; neither may end the schedule if it fails."""
+        """Print a line, and write it to the log with the time; if either fails, the schedule continues."""
         self.show("")
         line = one_line(text)
         try:
@@ -111,7 +111,7 @@ class Screen:
             self._log = None
 
     def show(self, text: str) -> None:
-        """Show a text in the last line of the terminal, replacing the one before; do nothing without a terminal."""
+        """Show a text on the last line of the terminal, replacing the previous text; do nothing without a terminal."""
         if self.is_live and text != self._shown:
             width = shutil.get_terminal_size().columns - 1
             self._shown = text
@@ -125,8 +125,8 @@ class Screen:
 class Daemon:
     """Works through the starts of a schedule, one run at a time, and keeps its table up to date.
 
-    `begin_run` starts a run; it is called after the table says that the run is going, so that a run whose start was
-    recorded is never started a second time. `save` writes the table.
+    `begin_run` starts a run. It is called only after the table states that the run is running, so no run is started a
+    second time. `save` writes the table.
     """
 
     folder: Path
@@ -149,14 +149,14 @@ class Daemon:
         """Work through all starts that are left; return the exit code.
 
         Returns:
-            0; 1 if a run failed or none was done; 130 if a signal ended the schedule early.
+            1 if a run failed or none was done, 130 if a signal ended the schedule early, and 0 otherwise.
         """
         self._catch_up()
         while self._step():
             pass
         self.screen.show("")
         if self._next() is not None or any(start.status in CUT for start in self.manifest.starts):
-            self._say(f"Stopped: {self.manifest.counts()}. To go on: {resume_command(self.folder)}")
+            self._say(f"Stopped: {self.manifest.counts()}. To continue: {resume_command(self.folder)}")
             return Interrupted.exit_code
         self._say(f"Schedule {self.manifest.name} is over: {self.manifest.counts()}. {results_hint(self.folder)}")
         return exit_code(self.manifest)
@@ -235,7 +235,7 @@ class Daemon:
 
     # -------------------------------------------------------------- runs
     def _begin(self, start: Start) -> None:
-        """Start a run, or go on with one that was cut off."""
+        """Start a run, or resume one that was cut off."""
         now = self.clock.now()
         is_new = start.started_at is None
         if is_new:
@@ -247,7 +247,7 @@ class Daemon:
         self._say(f"{self._label(start)} {'started' if is_new else 'resumed'}{late}.")
         try:
             self.current = start, self.begin_run(start)
-        except OSError as error:  # such as no memory for a process; the next run may have it
+        except OSError as error:  # for example, there is no memory for a process; there may be some at the next run
             self._record(start, RunOutcome("failed", error=f"its process could not be started ({error.strerror})"))
 
     def _end_run(self) -> None:
@@ -281,11 +281,11 @@ class Daemon:
             self._say(f"{name}: interrupting run {start.number}.")
             run.interrupt()
         else:
-            self._say(f"{name}: nothing more starts; run {start.number} finishes. A second signal interrupts it.")
+            self._say(f"{name}: no further run starts; waiting for run {start.number}. A second signal interrupts it.")
 
     # -------------------------------------------------------------- after a crash
     def _catch_up(self) -> None:
-        """Settle what happened while no process worked through the schedule, and resume a run that was cut off."""
+        """Record what happened while no process worked through the schedule, and resume a run that was cut off."""
         cut = None
         for start in self.manifest.starts:
             if start.status not in (*CUT, "planned"):
@@ -308,7 +308,7 @@ class Daemon:
     def _save(self) -> None:
         try:
             self.save(self.folder, self.manifest)
-        except (DiskFull, OSError) as error:  # the schedule goes on; the next change is saved with this one
+        except (DiskFull, OSError) as error:  # the schedule continues; the next change is saved together with this one
             self._say(f"Warning: the table of starts was not saved. {error}")
 
     def _say(self, text: str) -> None:
@@ -324,7 +324,7 @@ class Daemon:
         if not self.screen.is_live:
             return
         if self.current is not None:
-            # This text never changes, so that the measurement is not disturbed by drawing it.
+            # This text never changes during a run, so that redrawing it does not disturb the measurement.
             running = self.current[0]
             began = datetime.fromisoformat(running.started_at or running.planned_at)
             self.screen.show(f"{self._label(running)} is running since {began:%H:%M:%S}")
@@ -333,7 +333,7 @@ class Daemon:
 
 
 def _coarse(seconds: float) -> str:
-    """Return a length of time in seconds below a minute and in minutes above, so that it rarely has to be redrawn."""
+    """Return a length of time as text: in seconds below a minute, else in minutes, so that it rarely changes."""
     return length_of(max(0.0, seconds) if seconds <= LAST_MINUTE_S else 60.0 * round(seconds / 60))
 
 
@@ -343,9 +343,10 @@ def exit_code(manifest: ScheduleManifest) -> int:
 
 
 class ChildRun:
-    """A run in a process of its own, in its own session, so that a Ctrl-C reaches only the daemon.
+    """A run in a process of its own and in its own session, so that a Ctrl-C reaches only the daemon.
 
-    Its standard input is a pipe to which nothing is written: when the pipe closes, the daemon is gone.
+    The process's standard input is a pipe to which nothing is written. When the pipe closes, the process knows that the
+    daemon has ended.
     """
 
     def __init__(self, folder: Path, start: Start, working_dir: str) -> None:
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (argument,) = sys.argv[1:] if argv is None else argv
     folder = Path(argument)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may only know ASCII
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may be limited to ASCII
     try:
         with held(folder):
             clock, manifest = Clock(), read_manifest(folder)

@@ -1,9 +1,10 @@
-"""`lem schedule`: checks what to measure, writes the table of all starts, and becomes the daemon that works through it.
+"""`lem schedule`: checks what is to be measured, writes the table of all starts, and becomes the daemon.
 
     settings ─> composed, checked ─> table of starts ─> schedule.json, what.json ─> lem.studies.daemon, this process
 
-Everything that imports heavy libraries or may ask the user happens here, before the daemon replaces this process. A
-schedule that has begun goes on with the same command or with its name, without checking again what it measures.
+Everything that imports heavy libraries or may ask the user a question happens here, before the daemon, which works
+through the table, replaces this process. A schedule that has begun is continued by the same command or by its name,
+without checking again what it measures.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ from lem.studies.scheduled_run import What, digest_of
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for: the config file and overrides, the settings, and names from flags, None if not given.
+    """What the user asks for on the command line; None stands for what was not given.
 
-    `sample_size` is the number of prompts of an experiment or of every arm. `origin` is a name for the schedule that
-    follows from the flags, in case that there is no config file.
+    `sample_size` is the number of prompts of an experiment or of every arm. `origin` names the schedule if there is
+    neither a config file nor a `name`; it is derived from the flags.
     """
 
     config_file: Path | None
@@ -66,12 +67,14 @@ class Request:
 
 
 def main(request: Request, options: RunOptions) -> int:
-    """Start a schedule, or go on with it if it has begun; return the exit code unless the daemon takes over.
+    """Start a schedule, or continue it if it has begun, and return the exit code.
+
+    If the daemon takes over, this process is replaced and the function does not return.
 
     Raises:
-        BadInput: raised before anything is written.
+        BadInput: the input is wrong; nothing has been written.
     """
-    starts(request.settings, datetime.now(UTC))  # raises first what is wrong with the settings
+    starts(request.settings, datetime.now(UTC))  # wrong settings are reported first
     name = _name(request)
     what, overrides = _what(request, Consents(options))
     store = Store(_experiments(what)[0].io.results_dir)
@@ -133,7 +136,7 @@ def _go_on(folder: Path, manifest: ScheduleManifest, options: RunOptions) -> int
 
 
 def _become_daemon(folder: Path) -> int:
-    """Replace this process by the daemon, which keeps its terminal, its process id and little of its memory."""
+    """Replace this process by the daemon, which keeps the terminal and the process id but needs little memory."""
     sys.stdout.flush()
     sys.stderr.flush()
     # The daemon fetches the signals that arrive while its interpreter starts.
@@ -173,7 +176,7 @@ def _experiments(what: What) -> list[Experiment]:
 def _checked(
     what: What, overrides: Sequence[str], request: Request, options: RunOptions, store: Store
 ) -> tuple[Config, float | None]:
-    """Check what each run measures; return it in words, and the time that a run takes according to earlier rows."""
+    """Check what each run measures; return its description, and the time that a run takes according to earlier rows."""
     rows = earlier_rows(store)
     if what.experiment is not None:
         ready = preflight(what.experiment, host.look(), force=options.force)
@@ -252,7 +255,7 @@ def _kept(folder: Path) -> What:
 def _check_same(manifest: ScheduleManifest, folder: Path, what: What, settings: Schedule) -> None:
     if manifest.settings != settings or _kept(folder) != what:
         raise ConfigError(
-            f"A schedule '{manifest.name}' with other settings already exists. Choose another --name, or go on with "
+            f"A schedule '{manifest.name}' with other settings already exists. Choose another --name, or continue "
             f"the existing one: {files.resume_command(folder)}"
         )
 
@@ -270,13 +273,13 @@ def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[st
     shortest_s = min(((after - before).total_seconds() for before, after in pairwise(times)), default=None)
     if each_s is not None and shortest_s is not None and each_s > shortest_s:
         yield (
-            f"A run takes about {length_of(each_s)} according to earlier ones, but two starts are only "
+            f"A run takes about {length_of(each_s)} according to earlier ones, but two of the starts are only "
             f"{length_of(shortest_s)} apart; starts that come while a run is still going are skipped."
         )
 
 
 def _preview(manifest: ScheduleManifest, each_s: float | None) -> None:
-    """Print the table of starts, with what became of them if the schedule has begun, and the time a run may take."""
+    """Print the table of starts and the time a run may take; if the schedule has begun, also the starts' outcomes."""
     show.say(f"Schedule {manifest.name}: {_words(manifest)}")
     width = len(str(len(manifest.starts)))
     for start in manifest.starts:

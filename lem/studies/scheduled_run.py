@@ -1,8 +1,8 @@
 """One run of a schedule: `python -m lem.studies.scheduled_run <the schedule's directory> <number>`.
 
-The daemon (`lem.studies.daemon`) starts it and gives it a log for its output. It measures the experiment or the
-campaign in `what.json`, or goes on with the one that an earlier attempt has begun, and records in `runs/<number>.json`
-which one that is and how it ended. It knows nothing about Hydra or about other runs.
+The daemon (`lem.studies.daemon`) starts this process and redirects its output to a log. The process measures the
+experiment or campaign in `what.json`, or resumes the one that an earlier attempt began. It records in
+`runs/<number>.json` which experiment or campaign that is and how it ended. It knows nothing about Hydra or other runs.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ScheduledRun:
         self._outcome = RunOutcome()
 
     def main(self) -> int:
-        """Measure, and record how it ended; return the exit code."""
+        """Measure, record the outcome, and return the exit code."""
         try:
             # The run of a daemon that was killed may still be ending.
             with held(self._folder, RUN_LOCK, wait=True):
@@ -84,7 +84,7 @@ class ScheduledRun:
                     error = self._measure(manifest)
                     self._end(manifest, "failed" if error else "done", error)
                 except Interrupted:
-                    # The message would name a command that knows nothing of the schedule.
+                    # The error's own message would name a command that knows nothing about the schedule.
                     self._end(manifest, "interrupted", "finished requests are kept")
                     raise
                 except LemError as error:
@@ -102,7 +102,7 @@ class ScheduledRun:
         return int(self._outcome.status != "done")
 
     def _measure(self, manifest: ScheduleManifest) -> str | None:
-        """Measure the run; return the reason if it did not complete."""
+        """Measure the run; return None if it completed, else the reason."""
         start = manifest.starts[self._number - 1]
         what = from_json(What, (self._folder / WHAT).read_bytes())
         options = RunOptions(yes=True, force=manifest.config.forced)
@@ -151,7 +151,7 @@ class ScheduledRun:
     def _measure_campaign(
         self, what: What, manifest: ScheduleManifest, start: Start, options: RunOptions
     ) -> str | None:
-        """Measure a campaign of its own for this run, or go on with the one of an earlier attempt."""
+        """Measure a separate campaign for this run, or resume the one that an earlier attempt began."""
         from lem.studies import campaign as study
         from lem.studies.checks import RecentPrompts
 
@@ -184,7 +184,7 @@ class ScheduledRun:
 
 
 def digest_of(prompts_sha256: Sequence[str]) -> str:
-    """Return one digest for all prompts of a campaign, given those of its cycles."""
+    """Return one digest for all prompts of a campaign, given the digests of its cycles."""
     return "+".join(prompts_sha256)
 
 

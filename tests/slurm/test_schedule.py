@@ -48,7 +48,7 @@ def test_a_job_works_through_a_schedule_and_goes_on_when_it_is_submitted_again(c
     found = table(lem)
     assert found is not None
     assert [start.status for start in found.starts] == ["done", "planned", "planned"]
-    assert "To go on: lem schedule --resume nights" in (lem.folder / "job.out").read_text()
+    assert "To continue: lem schedule --resume nights" in (lem.folder / "job.out").read_text()
     job = cluster.command(*submit).strip()
     cluster.wait_until_idle()
     found = table(lem)

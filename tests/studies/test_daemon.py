@@ -195,7 +195,7 @@ def test_the_first_signal_lets_the_run_finish(folder):
     assert of_status(manifest, "done") == [1, 2, 3]
     assert world.true_s == pytest.approx(1800 * 2 + 600)
     assert of_status(manifest, "planned") == list(range(4, 13))
-    assert world.said[-1].startswith("Stopped: 3 done, 9 not started. To go on: lem schedule --resume one -o ")
+    assert world.said[-1].startswith("Stopped: 3 done, 9 not started. To continue: lem schedule --resume one -o ")
 
 
 def test_a_signal_ends_the_waiting(folder):

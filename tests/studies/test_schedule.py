@@ -221,7 +221,7 @@ def test_one_signal_lets_the_run_finish_and_two_interrupt_it(tmp_path):
     daemon.send_signal(signal.SIGINT)
     out, err = daemon.communicate(timeout=60)
     assert daemon.returncode == 130, err
-    assert out.splitlines()[-1] == "Stopped: 1 interrupted, 2 not started. To go on: lem schedule --resume any"
+    assert out.splitlines()[-1] == "Stopped: 1 interrupted, 2 not started. To continue: lem schedule --resume any"
     assert (table_of(tmp_path).starts[0].status, len(plans_of(tmp_path))) == ("interrupted", 1)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     daemon = begin("schedule", *LONG, cwd=tmp_path)  # the same command goes on
