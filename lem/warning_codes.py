@@ -483,8 +483,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Keep the file up to date while you measure; each run reads it anew.",
     ),
     "schedule_runs_missing": WarningKind(
-        "Some runs of a schedule failed, were skipped or missed, or were interrupted. They are in no mean. If they are "
-        "always the runs at the same time of day, what is left may not show how that time differs.",
+        "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
+        "If they are always the runs at the same time of day, the other runs may not show how that time differs.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
     ),
     "schedule_environment_changed": WarningKind(
@@ -495,7 +495,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "schedule_meters_differ": WarningKind(
         "The runs of a schedule differ in the scope or components of their energy, or some of it is estimated, so "
-        "there is no verdict on it.",
+        "there is no verdict on the energy.",
         "Set one meter (energy=…), and find out why a run used a different meter.",
     ),
     "schedule_estimate": WarningKind(

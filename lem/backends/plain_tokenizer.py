@@ -1,7 +1,7 @@
-"""Loads tokenizers without transformers, which takes seconds to import, if transformers would change nothing in them.
+"""Loads tokenizers without transformers, which takes seconds to import, if transformers would use them unchanged.
 
-transformers takes a tokenizer from tokenizer.json as it is if the model's files name no class of their own for it and
-no tokens that tokenizer.json lacks. Any file, option or model type that might change the tokenizer makes `load` return
+transformers uses tokenizer.json unchanged if the model's other files name neither a special tokenizer class nor any
+token that tokenizer.json lacks. Any file, option or model type that might change the tokenizer makes `load` return
 None. A test compares these tokenizers with those of transformers.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 from lem.backends import transformers_source
 from lem.workload.models import Model
 
-# The classes that stand for a tokenizer without a class of its own.
+# The general classes; a model that names one of these has no special tokenizer class.
 CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# Options in tokenizer_config.json that change no token of a prompt. If there is a tokenizer.json, transformers ignores
-# add_bos_token and add_eos_token.
+# Options in tokenizer_config.json that do not change the tokens of a prompt. If there is a tokenizer.json, transformers
+# ignores add_bos_token and add_eos_token.
 WITHOUT_EFFECT = frozenset({
     "add_bos_token", "add_eos_token", "backend", "chat_template", "clean_up_tokenization_spaces", "is_local",
     "local_files_only", "model_input_names", "model_max_length", "name_or_path", "padding_side", "processor_class",
@@ -31,7 +31,7 @@ LARGEST_VOCABULARY = 100_000
 
 
 class PlainTokenizer:
-    """A tokenizer with the part of the interface of transformers' tokenizers that prompts without a template need."""
+    """A tokenizer with the methods of transformers' tokenizers that are needed for prompts without a template."""
 
     def __init__(self, tokenizer: Any) -> None:
         tokenizer.no_truncation()
@@ -51,7 +51,7 @@ class PlainTokenizer:
 
 
 def load(model: Model) -> PlainTokenizer | None:
-    """Return the model's tokenizer, or None if only transformers can tell what it is."""
+    """Return the model's tokenizer, or None if it must be loaded with transformers."""
     folder = model.folder
     if folder is None or not _takes_it_as_it_is(model):
         return None
@@ -71,7 +71,7 @@ def _takes_it_as_it_is(model: Model) -> bool:
 
 
 def _is_complete(folder: Path, content: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether tokenizer.json has everything that the other files say about the tokens."""
+    """Return whether tokenizer.json contains everything about tokens that the other files contain."""
     if not content.get("post_processor") or (folder / "added_tokens.json").exists():
         return False
     if not WITHOUT_EFFECT | NAMED | SEVERAL | {"added_tokens_decoder"} >= config.keys():
@@ -85,7 +85,7 @@ def _is_complete(folder: Path, content: Mapping[str, Any], config: Mapping[str, 
 
 
 def _special(named: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the special tokens that a file names; anything unknown is yielded too, and is then not found."""
+    """Yield the special tokens that a file names, and anything unknown, which tokenizer.json then does not contain."""
     for key, value in named.items():
         if key in SEVERAL:
             yield from value.values() if isinstance(value, dict) else value or ()

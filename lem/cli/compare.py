@@ -37,14 +37,14 @@ def results_compare(
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="With --fail-if: exit with code 2 if it cannot be told.")
+        bool, typer.Option("--strict", help="With --fail-if: exit with code 2 if the outcome is: cannot tell.")
     ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(
             "--allow",
             metavar="REASON",
-            help="Compare although this differs: board, driver, engine, prompts, lengths, window, throttled, shared, "
+            help="Accept a difference in: board, driver, engine, prompts, lengths, window, throttled, shared, "
             "meter or estimate (repeatable).",
         ),
     ] = None,

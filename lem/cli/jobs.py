@@ -43,7 +43,7 @@ def jobs(
         if name is None:
             raise ConfigError("lem jobs cancel needs the name of a study; lem jobs lists them.")
         if as_json:
-            raise ConfigError("--json: it shows the states of experiments; leave it out with cancel.")
+            raise ConfigError("--json shows the states of experiments; leave it out with cancel.")
         raise typer.Exit(study.cancel(store, name, yes=yes))
     if yes:
         raise ConfigError("--yes: only lem jobs cancel asks a question; leave it out.")

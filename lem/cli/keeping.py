@@ -50,7 +50,7 @@ def results_export(
         ),
     ] = None,
     table: Annotated[
-        str, typer.Option("--table", help="experiments, cycles or requests: what a row stands for.")
+        str, typer.Option("--table", help="The table to export: experiments, cycles or requests.")
     ] = "experiments",
     output: Annotated[
         Path | None,
@@ -92,7 +92,7 @@ def results_delete(
     ids: Ids = None,
     results_dir: ResultsDir = None,
     campaign: Annotated[
-        str | None, typer.Option("--campaign", help="The campaign with this name: all its cells, and its files.")
+        str | None, typer.Option("--campaign", help="Delete the campaign with this name: all its cells, and its files.")
     ] = None,
     status: Annotated[
         str | None,
@@ -115,9 +115,9 @@ def results_archive(
     ids: Ids = None,
     results_dir: ResultsDir = None,
     campaign: Annotated[
-        str | None, typer.Option("--campaign", help="The campaign with this name, with all its cells.")
+        str | None, typer.Option("--campaign", help="Archive the campaign with this name, with all its cells.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All experiments and campaigns.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Archive all experiments and campaigns.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", parser=literal, metavar="FILE", help="The zip file to write.")
     ] = None,

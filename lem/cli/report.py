@@ -45,7 +45,7 @@ def results_report(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write a page with warnings, figures and charts that opens offline in any browser."""
+    """Write an HTML page with warnings, figures and charts, which any browser can open offline."""
     from lem.errors import ResultsError
     from lem.reports.content import of_campaign, of_experiments, of_grid, of_schedule
     from lem.reports.page import page

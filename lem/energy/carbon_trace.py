@@ -1,8 +1,8 @@
 """Carbon intensity over time, from a CSV file, and its mean over a window.
 
-The file has the columns `time` (ISO 8601 with a UTC offset) and `g/kWh`; other columns are ignored. Each value holds
-from its time until the next one, and the last value for as long as the one before it. All values hold equally long, so
-that a missing line is noticed. This module knows nothing about meters or records.
+The file has the columns `time` (ISO 8601 with a UTC offset) and `g/kWh`; other columns are ignored. Each value applies
+from its time until the next one, and the last value applies for as long as the one before it. All times must be equally
+far apart, so that a missing line is noticed. This module knows nothing about meters or records.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CarbonTrace:
 
     @property
     def end_s(self) -> float:
-        """When the last value ends."""
+        """The time until which the last value applies."""
         return 2 * self.starts_s[-1] - self.starts_s[-2]
 
     def at(self, time_s: float) -> Piece:
@@ -119,7 +119,7 @@ def read_carbon_trace(path: str) -> CarbonTrace:
         values.append(intensity)
         lines.append(rows.line_num)
     if len(values) < 2:
-        raise BadInput(f"{path} has {len(values)} values. Give at least two, so that their distance is known.")
+        raise BadInput(f"{path} has {len(values)} values. Give at least two, so that the time between them is known.")
     return CarbonTrace(path, hashlib.sha256(content).hexdigest(), tuple(starts_s), tuple(values))
 
 
@@ -177,7 +177,7 @@ def _intensity(text: str) -> float:
 
 
 def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
-    """Raise `ValueError` unless a time follows the one before it at the same distance as the times before."""
+    """Raise `ValueError` unless a time is as far from the one before it as the earlier times are from each other."""
     if not before_s:
         return
     step_s = time_s - before_s[-1]
@@ -189,8 +189,8 @@ def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
         return
     usual_s = before_s[1] - before_s[0]
     if not math.isclose(step_s, usual_s, abs_tol=1e-3):
-        what = "there is a gap" if step_s > usual_s else "the lines are closer than before"
+        what = "there is a gap" if step_s > usual_s else "the times are closer together than before"
         raise ValueError(
             f"{what}: the time is {step_s:g} s after that of line {lines[-1]}, but the first two times are {usual_s:g} "
-            "s apart. Give all times the same distance."
+            "s apart. Make all times equally far apart."
         )

@@ -237,7 +237,7 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
             )
             for each in values
         ],
-        "The intervals, where there are any, are those over the cycles of an experiment.",
+        "The intervals, where shown, are computed over the cycles of an experiment.",
     )  # fmt: skip
 
 

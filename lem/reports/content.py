@@ -25,11 +25,11 @@ from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 from lem.warning_codes import WARNINGS
 
-# Of more experiments, the requests are not read, because their distributions could not be told apart.
+# With more experiments than this, no power traces are shown.
 MOST_TRACES = 4
-# Of more experiments, the plans are not read for their commands.
+# With more experiments than this, their plans are not read, so the commands that run them again are not shown.
 MOST_COMMANDS = 500
-# The starts of a schedule that a report names, because they have no result.
+# A report names the starts of a schedule that have these statuses, because they have no result.
 NO_RESULT = ("failed", "skipped", "missed", "interrupted")
 # A trace with more samples is thinned out to this number; the table says how many there were.
 MOST_SAMPLES = 3_000
@@ -115,7 +115,7 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
         return _content(store, ", ".join(row.experiment_id for row in rows), rows, late)
     rows, damaged = Tables(store).rows()
     if not rows:
-        raise ResultsError(f"{store.root} has no experiments to report on; lem results list --all shows its content.")
+        raise ResultsError(f"{store.root} has no experiments to report on; lem results list --all lists its content.")
     return _content(store, f"{len(rows)} experiments", rows, [*late, *damaged])
 
 

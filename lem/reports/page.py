@@ -26,7 +26,7 @@ from lem.units import printable
 
 # The rows of longer tables are added by the page's script, a screenful at a time.
 MOST_ROWS = 500
-# The length of a text that is not wrapped in a table.
+# A text in a table is not wrapped if it is at most this long.
 SHORT = 32
 NAMED = ' class="name"'
 SCRIPTS = ("vega.min.js", "vega-lite.min.js", "page.js")
@@ -68,7 +68,7 @@ def page(content: Content, created_at: str) -> str:
 
 
 def embedded(value: object) -> str:
-    """Return plain data as JSON that can stand inside a script element, whatever its texts contain."""
+    """Return plain data as JSON that is safe inside a script element, whatever its texts contain."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:  # some number is not finite

@@ -40,7 +40,7 @@ FORMAT, FORMAT_VERSION = "lem-archive", 1
 CHUNK = 1 << 20
 # Limits on what is read from an archive, far above any real one, so that a crafted archive ends in an error.
 MOST_MANIFEST_BYTES, MOST_BYTES, MOST_FILES = 1 << 30, 1 << 43, 10_000_000
-# The files of a campaign that only the cluster needs on which it ran; some of them hold code.
+# Files of a campaign that are needed only on the cluster on which it ran; some of them contain code.
 JOBS = "jobs"
 # Files that deflating does not make smaller.
 COMPRESSED = (".parquet",)
@@ -81,7 +81,7 @@ class Content:
 
 
 def content(store: Store, texts: Sequence[str], campaign: str | None, *, everything: bool) -> Content:
-    """Return what a command archives.
+    """Return the experiments and campaigns that a command is to archive.
 
     Raises:
         ResultsError: nothing or too much was selected, or a selected experiment is running.
@@ -95,7 +95,7 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
     if everything:
         ids, campaigns = known.ids, names_in(store)
     elif campaign is not None:
-        read_definition(folder_of(store, campaign))  # says so if there is no such campaign
+        read_definition(folder_of(store, campaign))  # raises if there is no such campaign
         ids, campaigns = known.of_campaign(campaign), [campaign]
     else:
         ids = known.named(texts)
@@ -337,7 +337,7 @@ def unpack(file: Path, folder: Path) -> Manifest:
         free = shutil.disk_usage(folder).free
         if manifest.size_bytes > free:
             wanted, there = quantity(manifest.size_bytes, "B"), quantity(free, "B")
-            raise ResultsError(f"{file} needs {wanted} in {folder}, where {there} are free.")
+            raise ResultsError(f"{file} needs {wanted} in {folder}, but only {there} are free.")
         for name, entry in manifest.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +363,7 @@ def _chunks(archive: zipfile.ZipFile, name: str, entry: Entry) -> Iterator[bytes
 
 # ------------------------------------------------------------------ the commands
 def archive(store: Store, chosen: Content, output: Path) -> int:
-    """Write an archive and say what it holds; return 1 if experiments had to be left out, else 0."""
+    """Write an archive and print what it holds; return 1 if experiments had to be left out, else 0."""
     import sys
 
     manifest = write(store, chosen, output)
@@ -375,7 +375,7 @@ def archive(store: Store, chosen: Content, output: Path) -> int:
 
 
 def report_check(file: Path) -> int:
-    """Check an archive and say what it holds; return 0.
+    """Check an archive and print what it holds; return 0.
 
     Raises:
         ResultsError: it is not an archive of lem, or not intact.

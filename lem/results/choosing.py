@@ -1,4 +1,4 @@
-"""Finds the experiments that a command works on, by id, campaign or status, with or without rows or raw files."""
+"""Finds the experiments to which a command applies, by id, campaign or status; they may lack rows or raw files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STATUSES = ("completed", "failed", "interrupted", "running", "pending", "planned
 
 
 def check_status(status: str | None) -> None:
-    """Raise `ResultsError` if a text is given that is not a status."""
+    """Raise `ResultsError` if the given text is not a status."""
     if status is not None and status not in STATUSES:
         known = ", ".join(STATUSES)
         raise ResultsError(f"--status: '{status}' is not one of {known}.{did_you_mean(status, STATUSES)}")
 
 
 class Known:
-    """The experiments of a results directory, with what their rows and states say about them.
+    """The experiments of a results directory, with their statuses and campaigns according to rows and states.
 
     Raises:
         ResultsError: a file of the tables is damaged.
@@ -65,7 +65,7 @@ class Known:
         return "completed" if state.status in FINISHED else state.status
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether an experiment runs, its processes are still ending, or a Slurm job has yet to run it."""
+        """Return whether an experiment is running, its processes are still ending, or a Slurm job has yet to run it."""
         directory = self.store.directory(experiment_id)
         if experiment_id not in self.raw:
             return False

@@ -38,11 +38,11 @@ from lem.results.tables import KINDS, RowLocation, Tables, file_name, read_file
 from lem.units import one_line
 
 FOLDER, LOCK, ORIGIN = ".merging", ".merging.lock", "merged.json"
-# The number of experiments that are copied before the disk is waited for.
+# The number of experiments that are copied before waiting for the disk to store them.
 TOGETHER = 500
-# Files that do not tell whether two experiments are the same: they say what was done with its results.
+# Files that do not matter for whether two experiments are the same: they record what was done with the results.
 NOT_ITS_OWN = frozenset({AGGREGATED, ORIGIN})
-# The files that name their experiment.
+# The files that contain the id of their experiment.
 NAMING = re.compile(r"spec\.json|process_\d+_c\d+_a\d+\.json|journal_\d+_a\d+\.jsonl")
 
 
@@ -185,7 +185,7 @@ class _Merge:
         self._new[old] = digest
 
     def _place_row(self, old: str) -> None:
-        """Do the same for an experiment whose raw files have been removed, and which has only rows."""
+        """Do what `_place` does, for an experiment that has only rows because its raw files have been removed."""
         for name in self._siblings(old):
             if name not in self._there.rows:
                 continue
@@ -214,7 +214,7 @@ class _Merge:
         return [name for name in self._names[_start(old)] if name in there]
 
     def _free(self, old: str) -> str:
-        """Return the id itself or, if the target has another experiment of that id, one with an unused suffix."""
+        """Return the id itself or, if the target has another experiment with that id, the id with an unused suffix."""
         if old not in self._there.raw and old not in self._there.rows:
             return old
         names = self._names[_start(old)]
@@ -309,7 +309,7 @@ class _Merge:
         if not place.is_dir():
             os.rename(copy, place)
         else:
-            # The list of cells comes last, so that every campaign it completes has its other files.
+            # The list of cells comes last, so that a campaign that has its list also has its other files.
             for path in sorted(archive.files_in(copy), key=lambda path: path.name == CELLS):
                 (place / path.relative_to(copy)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place / path.relative_to(copy))
@@ -317,7 +317,7 @@ class _Merge:
         self._done.campaigns.append(new)
 
     def _rename_campaign(self, folder: Path, old: str, name: str) -> None:
-        """Put the names of the target into the files of a campaign."""
+        """Put the names that the target uses into the files of a campaign."""
         from lem.results.campaign import CELLS, DEFINITION
 
         if name != old:
@@ -424,7 +424,7 @@ def _rename(folder: Path, old: str, new: str, campaign: str | None) -> None:
 
 
 def _name_campaign(file: Path, name: str) -> None:
-    """Change the name under `campaign` in a JSON file, and leave everything else as it is written there."""
+    """Change the name under `campaign` in a JSON file, and leave everything else as it is."""
     whole = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
     campaign = msgspec.json.decode(whole["campaign"], type=dict[str, msgspec.Raw])
     campaign["name"] = msgspec.Raw(msgspec.json.encode(name))
@@ -455,7 +455,7 @@ def _definition(folder: Path) -> Any:
     """Return a campaign's definition as plain data, without its name, which may differ between copies."""
     from lem.results.campaign import DEFINITION, read_definition
 
-    read_definition(folder)  # says so if it is damaged
+    read_definition(folder)  # raises if it is damaged
     found = json.loads((folder / DEFINITION).read_bytes())
     return found | {"campaign": found["campaign"] | {"name": None}}
 

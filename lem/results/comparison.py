@@ -3,8 +3,8 @@
     sides ─> cases that match ─> objections, ratios with intervals, what differs ─> limits (`--fail-if`)
 
 The arms of one campaign are compared by `lem.results.campaign`, which pairs them cycle by cycle. Measurements made at
-different times have nothing in common that they could be paired by, so this module uses Welch's t-test. It does not
-know how results are stored or shown; `lem.results.sides` reads them.
+different times cannot be paired, so this module uses Welch's t-test. It does not know how results are stored or shown;
+`lem.results.sides` reads them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared, as the user named it, and its cases; `left_out` counts incomplete runs."""
+    """One of the things that are compared: its name, as the user gave it, and its cases; `left_out` counts incomplete runs."""
 
     name: str
     cases: Sequence[Case]
@@ -82,7 +82,7 @@ class Side:
 class Ratio:
     """A side's value of a metric divided by the baseline's (geometric means), with an interval if there is one.
 
-    `basis` is None, and so is the interval, if a side has a single value; `reason` says what is missing. `is_estimate`
+    If a side has a single value, `basis` and the interval are None, and `reason` states what is missing. `is_estimate`
     means that the energy of at least one experiment is an estimate or simulated.
     """
 
@@ -194,7 +194,7 @@ def parse_limit(text: str) -> Limit:
 
 
 def metric_named(name: str, flag: str) -> str:
-    """Return the column that a metric's name means; its parts may come in any order (energy_j_per_output_token).
+    """Return the column that a metric's name stands for; the order of its parts is free (energy_j_per_output_token).
 
     Raises:
         ResultsError: no column that can be compared has that name.
@@ -235,7 +235,8 @@ def check_allowed(allowed: Iterable[str]) -> None:
 def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comparison]:
     """Compare every side with the first one, case by case.
 
-    If each side has a single case, those are compared whatever their keys; otherwise, cases with the same key are.
+    If each side has a single case, the cases are compared even if their keys differ. Otherwise, cases with the same key
+    are compared.
 
     Args:
         sides: at least two sides.
@@ -331,7 +332,7 @@ def _has_estimates(case: Case) -> bool:
 def _repeated(
     metric: str, base: Case, other: Case, values: Sequence[Sequence[float | None]]
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
-    """Return the values whose spread gives the interval: of the experiments or, of two single ones, of their cycles."""
+    """Return the values from whose spread the interval follows: of the experiments or, if single, of their cycles."""
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
         if all(len(side) > 1 for side in cycles):
@@ -448,7 +449,7 @@ def _apart(what: str, sides: Sequence[str]) -> str:
 
 
 def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield warnings that do not speak against a comparison but that its readers must know."""
+    """Yield warnings about a comparison that its readers must know, although they are no objections to it."""
     if len(base.experiments) == len(other.experiments) == 1 and len(base.experiments[0].cycles) > 1:
         yield warning(
             "compare_within_run",

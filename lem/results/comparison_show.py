@@ -41,7 +41,7 @@ def show_comparisons(found: Sequence[Comparison], judged: Sequence[Judged], allo
 
 
 def title(comparison: Comparison) -> str:
-    """Return what is compared with what."""
+    """Return a heading that names the two sides."""
     case = "" if comparison.case == comparison.side else f" ({comparison.case})"
     return f"{comparison.side}{case} compared with the baseline {comparison.baseline}"
 
@@ -101,13 +101,13 @@ def _interval(ratio: Ratio) -> str:
 def _valued(value: float | None, unit: str, mark: str) -> str:
     if value is None:
         return show.NOT_MEASURED
-    # Only these units take a prefix that people write.
+    # Only these units are commonly written with a prefix.
     is_scaled = unit in ("J", "W", "s", "B") or unit.startswith("J/")
     return mark + (quantity(value, unit) if is_scaled else plain(value, unit))
 
 
 def unit_of(metric: str) -> str:
-    """Return the unit of a column, as its schema has it."""
+    """Return the unit of a column, as the schema defines it."""
     if metric in MEASURES:
         return MEASURES[metric][0]
     return str((schema(CycleRow).field(metric).metadata or {}).get(b"unit", b"").decode())

@@ -2,10 +2,10 @@
 
     <results>/.deleted/<id>     the raw files of an experiment that is being deleted
 
-Moving the raw files there is one step that either happens or does not, and from then on the experiment counts as
-deleted. Its rows and its mark go next, and the raw files last. A deletion that is killed at any moment is therefore
-found, and the next `lem results` or `lem aggregate` command finishes it. This module knows files and rows, not their
-meaning.
+Moving the raw files there is a single step that happens either completely or not at all; from then on, the experiment
+counts as deleted. Its rows and its mark are removed next, and the raw files last. If a deletion is killed at any
+moment, the next `lem results` or `lem aggregate` command therefore finds and finishes it. This module handles files and
+rows, but does not know their meaning.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Deletion:
         """Delete everything.
 
         Raises:
-            ResultsError: something is in use; what comes before it in order has been deleted.
+            ResultsError: something is in use; everything before it in the order has been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
@@ -91,7 +91,7 @@ def planned(store: Store, texts: Sequence[str], campaign: str | None, status: st
 
     Args:
         store: the results directory.
-        texts: ids or beginnings of ids; if there are none, all experiments are selected from.
+        texts: ids or beginnings of ids; if there are none, the selection is made from all experiments.
         campaign: only cells of this campaign; without other conditions, the campaign itself is deleted too.
         status: only experiments with this status.
         force: accept single cells of a campaign.

@@ -1,8 +1,9 @@
 """`lem results export`: the tables as CSV, JSON or Parquet, with units.
 
-CSV cannot hold units or lists. The units are in a file of their own, `FILE.units.json`, and a list is a JSON text. A
-null is an empty field and an empty text is `""`. In JSON, numbers that are not finite are the texts "NaN", "Infinity"
-and "-Infinity". The rows are as they are in the tables; this module does not compute any number.
+CSV cannot hold units or lists, so the units are written to a separate file, `FILE.units.json`, and a list becomes a
+JSON text. A null becomes an empty field, and an empty text becomes `""`. In JSON, numbers that are not finite become
+the texts "NaN", "Infinity" and "-Infinity". The rows are exported as they are in the tables; this module does not
+compute any number.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def chosen_ids(store: Store, selection: Selection, texts: Sequence[str]) -> tupl
     Args:
         store: the results directory.
         selection: the filters and the order.
-        texts: ids or beginnings of ids; if there are none, all experiments are selected from.
+        texts: ids or beginnings of ids; if there are none, the selection is made from all experiments.
 
     Raises:
         ResultsError: no experiment has a row, or a text names no experiment that has one.
@@ -78,7 +79,8 @@ def tables_of(store: Store, table: str, ids: Sequence[str], damaged: list[str]) 
     """Yield the rows of experiments as Arrow tables with this version's columns.
 
     Rows of experiments and cycles are in the order of the ids. Rows of requests may be too many to be sorted in memory,
-    so they come file by file. Files that cannot be read are left out, and messages about them added to `damaged`.
+    so they are yielded file by file. Files that cannot be read are left out, and messages about them are added to
+    `damaged`.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -165,7 +167,7 @@ def _report(late: Sequence[str], damaged: Sequence[str], ids: int, count: int, k
 
 
 class _Terminal:
-    """Collects bytes and prints them as text, with control characters escaped, because a terminal acts on those."""
+    """Collects bytes and prints them as text; control characters are escaped, because a terminal would obey them."""
 
     def write(self, data: Any) -> int:
         sys.stdout.write(printable(bytes(data).decode()))
@@ -225,7 +227,7 @@ class Writer(Protocol):
 
 
 class _Csv:
-    """Arrow's CSV: texts are always quoted, numbers keep all their digits, and a null is an empty field."""
+    """Writes CSV with Arrow: texts are always quoted, numbers keep all their digits, and a null is an empty field."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         import pyarrow as pa
@@ -256,7 +258,7 @@ def _as_texts(column: Any) -> Any:
 
 
 class _Json:
-    """An object with the units of the columns and, under `rows`, an object for each row, one a line."""
+    """Writes a JSON object with the units of the columns and, under `rows`, one object for each row, one per line."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         self._sink = sink
@@ -274,7 +276,7 @@ class _Json:
 
 
 class _Parquet:
-    """One Parquet file with each column's unit and description in the field's metadata, as in the tables."""
+    """Writes one Parquet file with each column's unit and description in the field's metadata, as in the tables."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         import pyarrow.parquet as pq
@@ -293,7 +295,7 @@ def _schema(table: str) -> Any:
 
 
 def envelope(table: str) -> dict[str, Any]:
-    """Return what an export says about itself: its table, and the type, unit and meaning of each column."""
+    """Return an export's description of itself: its table, and the type, unit and meaning of each column."""
     columns = {
         column.name: {"type": str(field.type), "unit": column.unit, "description": column.description}
         for column, field in zip(parquet.columns(KINDS[table]), _schema(table), strict=True)

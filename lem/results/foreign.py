@@ -5,10 +5,10 @@
 - `mlenergy`: `runs/llm.parquet` of ML.ENERGY's benchmark; see `mlenergy_data/records/runs.py` in
   github.com/ml-energy/data.
 
-A number can be compared with the other project's only if its protocol was followed. No run of `lem` follows either
+Numbers can be compared with those of another project only if its protocol was followed. No run of `lem` follows either
 protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window, and
-ML.ENERGY's benchmark draws its requests with its own code. Each row therefore says in additional columns, whose names
-begin with `lem_`, that it is not comparable and why. A value that `lem` does not have is null.
+ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names begin
+with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lem.units import J_PER_WH
 
 SHAPES = ("aienergyscore", "mlenergy")
 LABEL = (
-    "not comparable with the other project's results: its protocol was not followed entirely. The column "
-    "lem_not_comparable_because says in which respects."
+    "not comparable with the other project's results, because that project's protocol was not followed entirely. The "
+    "column lem_not_comparable_because lists the deviations."
 )
 # The sources of energy that are measurements of this run.
 MEASURED = ("counter", "integral")
@@ -240,7 +240,7 @@ def _parallelism(row: Row) -> dict[str, int | None]:
 
 
 def _unstable(duration_s: float | None, per_token_j: float | None) -> str:
-    """Return why the project would call a run unstable, in its words; empty if it would not."""
+    """Return why the project would call a run unstable, in the project's words; empty if it would not."""
     if duration_s is None or duration_s < SHORTEST_STEADY_S:
         return f"short_steady_state:{duration_s}"
     if per_token_j is None or not math.isfinite(per_token_j) or per_token_j <= 0:

@@ -39,8 +39,8 @@ CELLS, OPEN = "experiments.json", ("not run", "queued", "running")
 class Terms:
     """How a study was submitted: everything that is needed to submit more of its jobs and to collect their results.
 
-    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch, by which the same command finds
-    them. Paths are absolute.
+    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch, by which the same command
+    recognises them. Paths are absolute.
     """
 
     slurm: SlurmOptions
@@ -61,9 +61,9 @@ class Array:
     """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
 
     `ids` is None as long as it is not known whether Slurm accepted the array, and empty if it did not. `is_refused`
-    means that its cells have failed for that reason. `is_adopted` means that its submission was interrupted after Slurm
-    had accepted it, so that its jobs may have started without the files that they need. `at_s` is when the array was to
-    be submitted, in seconds since 1970.
+    means that its cells have failed because Slurm refused it. `is_adopted` means that its submission was interrupted
+    after Slurm had accepted it, so its jobs may have started without the files that they need. `at_s` is the time at
+    which the array was to be submitted, in seconds since 1970.
     """
 
     file: str
@@ -100,7 +100,7 @@ class InJob:
 
 @dataclass
 class Ledger:
-    """The jobs of a study; every method that records something has stored it when it returns."""
+    """The jobs of a study; every method that records something stores it before it returns."""
 
     directory: Path
     terms: Terms
@@ -164,7 +164,7 @@ class Ledger:
         self._record({"submitting": {"file": file, "jobs": [list(cells) for cells in jobs], "at_s": time.time()}})
 
     def submitted(self, ids: Sequence[str]) -> None:
-        """Record the ids of the last array's jobs; without ids, that Slurm did not accept it, at least not now."""
+        """Record the ids of the last array's jobs; no ids mean that Slurm did not accept it, at least for now."""
         self._record({"submitted": list(ids)})
 
     def adopted(self, ids: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class Ledger:
         self._record({"refused": True})
 
     def cancel(self) -> None:
-        """Record that the jobs are to be cancelled, so that another command completes that if this one is killed."""
+        """Record that the jobs are to be cancelled, so that another command can complete this if this one is killed."""
         self._record({"cancelled": True})
 
     def end(self) -> None:
@@ -225,7 +225,7 @@ class Ledger:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Remove the end of a file that follows its last line break: a command was killed while it wrote that."""
+    """Remove whatever follows the last line break of a file: a command was killed while writing it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) not in (b"\n", b""):
@@ -274,7 +274,7 @@ def queued_in(store: Store) -> dict[str, str]:
 
 @contextmanager
 def attending(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a study; yield whether that was possible, which it is not while another process holds it.
+    """Try to take the lock of a study, and yield whether that succeeded; it fails while another process holds it.
 
     The kernel releases the lock when this process ends.
 

@@ -1,6 +1,6 @@
 """The results of a schedule: its runs with their rows, how each metric varies over time, and reasons for doubt.
 
-A schedule runs an experiment or a campaign; each arm of a campaign is examined by itself. Only completed experiments
+A schedule runs an experiment or a campaign; each arm of a campaign is examined separately. Only completed experiments
 count. This module computes no statistics; `lem.results.variation` does.
 """
 
@@ -29,7 +29,7 @@ from lem.warning_codes import warning
 MEASURES = {**OF_CAMPAIGNS, "co2e_g": ("gCO2e", "emissions of a run")}
 PRIMARY = "energy_per_output_token_j"
 ENERGIES = ("energy_per_output_token_j", "energy_per_request_j", "average_power_w", "co2e_g")
-# What must not change while a schedule is measured, with the column or the field of the environment that tells.
+# What must not change while a schedule is measured, with the column or the field of the environment that shows it.
 OF_ROWS = {"host": "hostname", "device": "device", "engine": "engine_version", "lem": "lem_version"}
 OF_ARMS = ("device", "engine")
 OF_ENVIRONMENTS = {
@@ -54,7 +54,7 @@ class Run:
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
 
     def value(self, arm: str, measure: str) -> float | None:
-        """Return an arm's value of a metric: the geometric mean of its experiments that have one; None without any."""
+        """Return an arm's value of a metric: the geometric mean over its experiments that have one; None if none do."""
         values = [value for row in self.rows.get(arm, ()) if (value := getattr(row, measure)) is not None]
         if not values or min(values) <= 0:  # a value of 0 has no logarithm
             return 0.0 if values else None
@@ -185,7 +185,7 @@ def _doubts(
 ) -> Iterator[CodedWarning]:
     """Yield warnings that a reader of the answer must know about."""
     if text := lost(manifest.starts):
-        yield warning("schedule_runs_missing", f"some runs have no result and are in no mean: {text}.")
+        yield warning("schedule_runs_missing", f"some runs have no result and are not included in any mean: {text}.")
     rows = [row for arm in arms for row in _of(runs, arm)]
     yield from _changes(store, runs)
     for arm in arms:
@@ -193,7 +193,7 @@ def _doubts(
     sources = {row.energy_source for row in rows if is_estimated(row.energy_source)}
     if sources:
         kind = "simulated" if sources == {"simulated"} else "an estimate"
-        yield warning("schedule_estimate", f"the energy is {kind}, so its variation over time may be that of a model.")
+        yield warning("schedule_estimate", f"the energy is {kind}, so its variation over time may not be real.")
     codes = Counter(text.partition(":")[0] for row in rows for text in dict.fromkeys(row.warnings))
     if notes := [f"{code} ({count} of {len(rows)})" for code, count in codes.most_common() if code != "few_cycles"]:
         yield warning("schedule_runs_warn", f"some experiments have warnings: {', '.join(notes)}.")
@@ -221,13 +221,13 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
-    """Warn about differences between the runs of one arm, which make them no repeats of each other."""
+    """Warn about differences between the runs of one arm, because of which they are not repeats of each other."""
     of = f"of {arm} " if arm else ""
     if len(_kinds(rows)) > 1:
         ways = ", ".join(dict.fromkeys(f"{row.energy_components} ({row.energy_source})" for row in rows))
         yield warning("schedule_meters_differ", f"the energy {of}was obtained in different ways: {ways}.")
     if len({row.prompts_sha256 for row in rows}) > 1:
-        yield warning("schedule_work_differs", f"the runs {of}did not run the same prompts.")
+        yield warning("schedule_work_differs", f"the runs {of}did not have the same prompts.")
     lengths = [row.output_tokens for row in rows]
     if lengths and max(lengths) > (1 + LENGTHS_DIFFER) * min(lengths):
         text = f"the runs {of}generated between {min(lengths)} and {max(lengths)} output tokens."

@@ -45,7 +45,7 @@ def show_answer(answer: Answer) -> None:
 
 # ------------------------------------------------------------------ sentences
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield a sentence on the primary metric for each arm and each of time of day and weekday."""
+    """Yield the verdicts on the primary metric: for each arm, one on the time of day and one on the weekday."""
     primary = [each for each in answer.found if each.is_primary]
     for found in primary:
         for variation in (found.by_time, found.by_weekday):
@@ -53,7 +53,8 @@ def sentences(answer: Answer) -> Iterator[str]:
     tests = sum(one.result is not None for found in primary for one in (found.by_time, found.by_weekday))
     if tests:
         adjusted = f"adjusted for {tests} tests by Holm's method and " if tests > 1 else ""
-        yield f"The p-values are {adjusted}compared with {percent(LEVEL)}; means are geometric, repeats are days."
+        counted = "means are geometric, and the runs of a slot on one day count once"
+        yield f"The p-values are {adjusted}compared with {percent(LEVEL)}; {counted}."
 
 
 def sentence(found: Found, variation: Variation) -> str:
@@ -114,7 +115,7 @@ def _cells(start: Start) -> tuple[str, ...]:
 
 
 def _clock(text: str) -> str:
-    """Return a time for people: without the seconds if they are 0, and with the UTC offset, which tells 02:30 twice."""
+    """Return a time for people: without the seconds if they are 0; the UTC offset distinguishes two times of 02:30."""
     at = datetime.fromisoformat(text)
     seconds = f":{at:%S}" if at.second else ""
     return f"{at:%a %Y-%m-%d %H:%M}{seconds} {at:%z}"

@@ -1,4 +1,4 @@
-"""Reads what `lem results compare` compares: experiments, campaigns and results directories, each as cases."""
+"""Reads the sides of `lem results compare`: experiments, campaigns and results directories, each as cases."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compare(
 
 
 def side(store: Store, text: str) -> Side:
-    """Return what a text names: an experiment's id, a campaign's name or directory, or a results directory.
+    """Return the side that a text names: an experiment's id, a campaign's name or directory, or a results directory.
 
     Raises:
         ResultsError: it names none of these, or nothing in it is completed.
@@ -66,7 +66,7 @@ def side(store: Store, text: str) -> Side:
     else:
         found = _of_experiment(store, text)
     if not found.cases:
-        raise ResultsError(f"{text}: it has no completed experiment to compare.")
+        raise ResultsError(f"{text} has no completed experiment to compare.")
     return found
 
 
@@ -120,7 +120,7 @@ def _of_directory(store: Store, text: str) -> Side:
 
 
 def _cycles_of(store: Store, row: ExperimentRow, together: int) -> Sequence[Any]:
-    """Return the rows of an experiment's cycles if they are needed, which is so if it is the only one of its case."""
+    """Return the rows of an experiment's cycles, which are needed only if it is the only experiment of its case."""
     tables = Tables(store)
     at = tables.location(row.experiment_id) if together == 1 and row.cycles_completed > 1 else None
     return tables.cycles(row.experiment_id, at) if at else ()

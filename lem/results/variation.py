@@ -1,4 +1,4 @@
-"""Whether repeated runs vary with the time of day and the weekday by more than runs at the same time do.
+"""Tests whether runs vary with the time of day and the weekday by more than runs at the same time do.
 
 The replicate is a day: the runs of one slot on one day are averaged, on a logarithmic scale. All tests are F-tests of
 nested linear models, computed by least squares, so that days with missing runs need no special treatment. This module
@@ -80,7 +80,7 @@ class Variation:
     """How a metric varies over the slots or weekdays, and the verdict.
 
     `ratio` is the highest level's mean divided by the lowest one's. `error_share` is the standard deviation of repeats,
-    as a share of the value. `reason` says why the verdict is "cannot tell".
+    as a share of the value. `reason` states why the verdict is "cannot tell".
     """
 
     factor: Factor
@@ -172,7 +172,7 @@ def _tested(
     result = f_test(logs, without=without, factor=factor, error=error)
     if result is None:
         return replace(
-            unknown, reason="too few repeats, or repeats that are all equal, so there is no error to test by"
+            unknown, reason="too few repeats, or repeats that are all equal, so there is no error to test against"
         )
     means = [level.mean for level in unknown.levels]
     return replace(

@@ -1,9 +1,9 @@
-"""Continues studies whose jobs an earlier command submitted: attaches to them, or takes one look at them.
+"""Continues studies whose jobs an earlier command submitted: follows the jobs, or looks at them once.
 
     jobs.jsonl, experiments.json ─> ledger, manifest ─> runner with the same jobs ─> collects, submits more ─> outcome
 
-Only one command at a time collects and submits a study's jobs; it holds the study's lock. `lem.studies.campaign` says
-how a campaign is continued, this module how a sweep or batch is.
+Only one command at a time collects and submits a study's jobs; it holds the study's lock. This
+module defines how a sweep or batch is continued; for campaigns, `lem.studies.campaign` does.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def _present(manifest: Manifest) -> int:
 
 # ------------------------------------------------------------------ following
 def follow(study: Submitted, options: RunOptions) -> int:
-    """Wait until the jobs of a study have ended, collect and submit them, and show the outcome; return the exit code.
+    """Follow the jobs of a study until they end, submit more if necessary, and show the outcome; return the exit code.
 
-    With `options.detach`, only one look is taken.
+    With `options.detach`, the jobs are looked at only once.
     """
     with _alone(study.directory):
         ledger = ledger_of(study.directory)
@@ -157,7 +157,7 @@ def _continue(study: Submitted, manifest: Manifest, ledger: Ledger, options: Run
 
 
 def look_at(study: Submitted, *, submits: bool) -> Seen:
-    """Take one look at the jobs of a study: collect those that have ended and, if `submits`, submit more.
+    """Look once at the jobs of a study: collect those that have ended and, if `submits`, submit more.
 
     If another command holds the study's lock, nothing is changed.
     """
@@ -200,7 +200,7 @@ def ledger_of(directory: Path) -> Ledger:
     """Read the ledger of a study; raises `ResultsError` if it is missing or damaged."""
     ledger = Ledger.read(directory)
     if ledger is None:
-        raise ResultsError(f"{directory} has no jobs of a Slurm cluster.")
+        raise ResultsError(f"{directory} is not a study with jobs on a Slurm cluster.")
     return ledger
 
 
@@ -210,7 +210,7 @@ def name_of(ledger: Ledger) -> str:
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return options of which those that concern the jobs are those with which the study was submitted."""
+    """Return the options, except that those about jobs are replaced by the ones with which the study was submitted."""
     terms = ledger.terms
     return replace(
         options,
@@ -232,7 +232,7 @@ def _alone(directory: Path) -> Iterator[None]:
                 yield
                 return
         if not has_said_so:
-            print_warnings("Another command follows these jobs; this one continues when that one has ended.")
+            print_warnings("Another command is following these jobs; this command continues when that one has ended.")
             has_said_so = True
         time.sleep(BUSY_S)
 
@@ -260,8 +260,8 @@ def _restored(
 ) -> SlurmRunner:
     """Return a runner that knows the jobs in the ledger.
 
-    If the manifest and the ledger disagree, the ledger is right: it is stored before anything is submitted, and the
-    manifest only now and then.
+    If the manifest and the ledger disagree, the ledger is right, because it is stored before anything is submitted,
+    whereas the manifest is stored only now and then.
     """
     runner = study.runner(manifest, display, options, ledger)
     runner.ledger = ledger

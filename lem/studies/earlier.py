@@ -1,4 +1,4 @@
-"""What earlier runs of the same configuration took, for the time and energy that a study is expected to take."""
+"""Finds earlier runs of the same configuration, from which the time and energy of a study are estimated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def earlier_rows(store: Store, columns: Sequence[str] = ()) -> list[ExperimentRo
 
 
 def rows_like(experiment: Experiment, rows: Sequence[ExperimentRow]) -> list[ExperimentRow]:
-    """Return the rows of experiments with the same configuration, wherever their results are."""
+    """Return the rows of experiments with the same configuration; the results directory may differ."""
     wanted = json.loads(json.dumps({key: value for key, value in to_plain(experiment).items() if key != "io"}))
     return [row for row in rows if _values(row.config_json) == wanted]
 
 
 def mean_time_s(rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean time that experiments took, with loading and warm-up; None without any."""
+    """Return the mean time that experiments took, with loading and warm-up; None if there are none."""
     each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in rows]
     return sum(each_s) / len(each_s) if each_s else None
 

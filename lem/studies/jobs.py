@@ -28,7 +28,7 @@ RUNNING_AT_MOST = 10
 
 
 def list_jobs(store: Store, text: str | None, *, as_json: bool) -> int:
-    """Take one look at a study or, without its name, at all whose outcome has not been shown, and print their states.
+    """Look once at a study or, if none is named, at all whose outcome has not been shown, and print their states.
 
     Raises:
         ResultsError: there is no such study.
@@ -69,7 +69,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
     if seen is None:
         print("The jobs are cancelled; the command that follows them records their end.")
     else:
-        print(f"{_counts(seen)}. The command that started the study resumes what is unfinished.")
+        print(f"{_counts(seen)}. To resume what is unfinished, run the command that started the study again.")
     return 0
 
 

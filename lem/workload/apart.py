@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _Bug(Exception):
-    """An error that the function was not meant to raise; the message is the traceback in the other process."""
+    """An error that the function was not meant to raise; the message is the traceback from the other process."""
 
 
 def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
@@ -67,11 +67,11 @@ def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
         if to_child is None or from_child is None:
             raise AssertionError("both pipes were asked for")
         try:
-            # The pipe stays open until the answer is there: when it closes, the process knows that this one is gone.
+            # The pipe stays open until the result has arrived: when it closes, the process knows that this one ended.
             to_child.write(request)
             to_child.flush()
             answer = from_child.read()
-        except BrokenPipeError:  # it ended before it had read the request; its exit code says why
+        except BrokenPipeError:  # it ended before it had read the request; its exit code shows why
             answer = b""
         finally:
             if sys.exc_info()[0] is not None:
@@ -79,7 +79,7 @@ def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
     if not answer:
         code = process.returncode
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise RunError(f"A process that lem started {how} before it had answered; free some memory and try again.")
+        raise RunError(f"A process that lem started {how} before it returned a result; free some memory and try again.")
     return cast(tuple[str, Any], pickle.loads(answer))
 
 

@@ -229,6 +229,6 @@ def test_tampering_is_found_and_nothing_is_written_elsewhere(packed, tmp_path, l
 def test_what_does_not_fit_on_the_disk_is_not_unpacked(packed, tmp_path, monkeypatch):
     (tmp_path / "back").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
-    with pytest.raises(ResultsError, match=r"needs .*, where 100 B are free\."):
+    with pytest.raises(ResultsError, match=r"needs .*, but only 100 B are free\."):
         archive.unpack(packed, tmp_path / "back")
     assert list((tmp_path / "back").iterdir()) == []

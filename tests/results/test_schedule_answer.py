@@ -106,7 +106,8 @@ def test_a_difference_between_day_and_night_is_found(three_days):
     assert first.startswith("Energy per output token varies with the time of day: ")
     assert "two-way analysis of variance with days as blocks, F(3, 6)" in first
     assert second == "Energy per output token by weekday: cannot tell: fewer than two weeks."
-    assert last == "The p-values are compared with 4 %; means are geometric, repeats are days."
+    counted = "means are geometric, and the runs of a slot on one day count once"
+    assert last == f"The p-values are compared with 4 %; {counted}."
     assert codes(found) == {"schedule_runs_warn"}
 
 
@@ -142,7 +143,7 @@ def test_failed_skipped_and_missed_runs_are_named_and_not_averaged(three_days):
     found = written(store, of)
     assert sum(level.runs for level in primary(found).by_time.levels) == 8
     (note,) = [note for note in found.warnings if note.code == "schedule_runs_missing"]
-    assert note.text == "some runs have no result and are in no mean: failed: 5; skipped: 6; missed: 7–8."
+    assert note.text == "some runs have no result and are not included in any mean: failed: 5; skipped: 6; missed: 7–8."
     assert [run.start.number for run in found.runs if not run.rows] == [5, 6, 7, 8]
 
 
