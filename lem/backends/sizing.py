@@ -67,7 +67,7 @@ def architecture_of(model: Any) -> Architecture:
 
 # ------------------------------------------------------------------ the model without values
 def _text_model(model: Any) -> Any:
-    """Return a model's text part on the device `meta`, in eval mode, with kernels that PyTorch's FLOP counter supports."""
+    """Return a model's text part on device `meta`, in eval mode, with kernels that PyTorch's FLOP counter supports."""
     import torch
     import transformers
 

@@ -44,7 +44,7 @@ def results_export(
         str | None,
         typer.Option(
             "--format",
-            help="csv, json, parquet, or the shape of another project: aienergyscore (CSV) or mlenergy (Parquet). "
+            help="csv, json, parquet, or the format of another project: aienergyscore (CSV) or mlenergy (Parquet). "
             "Default: by the file's name, else csv.",
             show_default=False,
         ),
@@ -76,7 +76,7 @@ def results_export(
     reverse: Reverse = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write the tables as CSV, JSON or Parquet, or in the shape of another project."""
+    """Write the tables as CSV, JSON or Parquet, or in the format of another project."""
     from lem.results import browse
     from lem.results.export import export
 

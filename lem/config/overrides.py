@@ -1,7 +1,8 @@
 """Overrides on the command line, `key=value`: parsed with Hydra's grammar, checked, and expanded into sweeps.
 
-An option may be chosen as `GROUP=NAME` or `GROUP.name=NAME` (`backend=vllm`, `backend.name=vllm`), and a dataset also by
-its hub id or file. A sweep is written `a,b`, `choice(a,b)`, `range(1,5)` or `glob(*)`. This module knows the keys of the schema, but not their types.
+An option may be chosen as `GROUP=NAME` or `GROUP.name=NAME` (`backend=vllm`, `backend.name=vllm`), and a dataset also
+by its hub id or file. A sweep is written `a,b`, `choice(a,b)`, `range(1,5)` or `glob(*)`. This module knows the keys of
+the schema, but not their types.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared: its name, as the user gave it, and its cases; `left_out` counts incomplete runs."""
+    """One of the things that are compared, with its name as the user gave it; `left_out` counts incomplete runs."""
 
     name: str
     cases: Sequence[Case]
