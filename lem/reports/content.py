@@ -31,7 +31,7 @@ MOST_TRACES = 4
 MOST_COMMANDS = 500
 # A report names the starts of a schedule that have these statuses, because they have no result.
 NO_RESULT = ("failed", "skipped", "missed", "interrupted")
-# A trace with more samples is thinned out to this number; the table says how many there were.
+# A trace with more samples is thinned out to this number; the table states how many there were.
 MOST_SAMPLES = 3_000
 # Columns of the table of experiments, with their headers and units.
 COLUMNS = {

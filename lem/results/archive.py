@@ -348,7 +348,7 @@ def unpack(file: Path, folder: Path) -> Manifest:
 
 
 def _chunks(archive: zipfile.ZipFile, name: str, entry: Entry) -> Iterator[bytes]:
-    """Yield the content of a member; raises ValueError as soon as it has more bytes than the manifest says."""
+    """Yield the content of a member; raises ValueError as soon as it has more bytes than the manifest states."""
     digest, size = hashlib.sha256(), 0
     with archive.open(name) as source:
         while chunk := source.read(CHUNK):

@@ -81,7 +81,7 @@ class Array:
 
 @dataclass(frozen=True)
 class InJob:
-    """What Slurm says about an experiment that has not ended; the job's id is empty if it is not submitted yet."""
+    """What Slurm reports about an experiment that has not ended; `job_id` is empty if no job has been submitted yet."""
 
     job_id: str
     node: str = ""

@@ -107,7 +107,7 @@ def _runs(store: Store, manifest: ScheduleManifest) -> list[Run]:
     found: dict[int, dict[tuple[str, int | None], ExperimentRow]] = {start.number: {} for start in manifest.starts}
     planned = {start.number: start.planned_at for start in manifest.starts}
     for row in sorted(rows, key=lambda row: row.experiment_id):
-        # The planned time tells apart an earlier schedule of the same name whose files have been removed.
+        # The planned time distinguishes this schedule from an earlier one of the same name whose files were removed.
         is_own = row.schedule_run in found and planned[row.schedule_run] == row.schedule_planned_at
         if row.schedule_run is not None and is_own and row.status == "completed":
             found[row.schedule_run][row.campaign_arm or "", row.campaign_cycle] = (

@@ -24,7 +24,7 @@ from lem.results.statistics import Summary, summarise
 LEVEL = 0.04
 # The power at which a difference is called detectable.
 POWER = 0.95
-# Up to this many times of day are slots of their own; of more, those in the same hour share a slot.
+# Up to this number, each time of day is a slot; with more times, those in the same hour share a slot.
 MOST_SLOTS = 24
 # Sums of squares below this share of the values' own squares are rounding errors.
 ROUNDING = 1e-20

@@ -50,7 +50,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Seen:
-    """A study after one look: the states of its cells, and what Slurm says about those that have not ended."""
+    """A study after a look: the states of its cells, and what Slurm reports about those that have not ended."""
 
     ledger: Ledger
     manifest: Manifest

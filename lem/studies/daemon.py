@@ -3,7 +3,7 @@
     wait for the next start ─> a run in a child process ─> write its outcome into the table ─> wait …
 
 `lem schedule` replaces itself by this process. Because the daemon may wait for days, it imports nothing heavy, and each
-run has a process of its own (`lem.studies.scheduled_run`). The daemon sleeps only briefly and reads the clock each
+run has a separate process (`lem.studies.scheduled_run`). The daemon sleeps only briefly and reads the clock each
 time, so it notices if the machine was suspended or the clock was set. It does not know what a run measures.
 """
 
@@ -44,7 +44,7 @@ from lem.spec.schedule import length_of
 from lem.units import one_line
 
 LONGEST_SLEEP_S = 30.0
-# A start that is later than this is missed, because a run at another time would say nothing about the planned time.
+# A start that is later than this is missed, because a run at another time reveals nothing about the planned time.
 GRACE_S = 60.0
 # A difference between the clock and the time slept is reported if it exceeds this.
 CLOCK_STEP_S = 5.0
@@ -343,7 +343,7 @@ def exit_code(manifest: ScheduleManifest) -> int:
 
 
 class ChildRun:
-    """A run in a process of its own and in its own session, so that a Ctrl-C reaches only the daemon.
+    """A run in a separate process and session, so that a Ctrl-C reaches only the daemon.
 
     The process's standard input is a pipe to which nothing is written. When the pipe closes, the process knows that the
     daemon has ended.

@@ -1,4 +1,4 @@
-"""Calls a function in a process of its own, so that the heavy libraries it needs are never loaded into this one.
+"""Calls a function in a separate process, so that the heavy libraries it needs are never loaded into this one.
 
 This keeps the memory use of the `lem` command low while a worker runs, and lets a command that only checks files finish
 sooner. The functions that are called belong to the rooms above; this module knows nothing about them.
@@ -26,7 +26,7 @@ class _Bug(Exception):
 
 
 def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Return what the function returns, or raise what it raises, after calling it in a process of its own.
+    """Return what the function returns, or raise what it raises, after calling it in a separate process.
 
     If this process has already loaded the library, the function is called here, because nothing would be saved.
 
@@ -61,7 +61,7 @@ def call_without(
 def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
     # -P keeps a file in the user's working directory from shadowing a library.
     command = [sys.executable, "-P", "-m", "lem.workload.apart", *hidden]
-    # In a session of its own, the process does not get the terminal's Ctrl-C; it is killed below.
+    # In a separate session, the process does not receive the terminal's Ctrl-C; it is killed below.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         to_child, from_child = process.stdin, process.stdout
         if to_child is None or from_child is None:
