@@ -136,7 +136,7 @@ class Ledger:
                         raise
                     continue  # the command was killed, or the disk was full, while it wrote the last line
                 ledger._apply(event)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise ResultsError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from None
