@@ -384,6 +384,9 @@ def _places_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
     if boards[0] != boards[1]:
         words = [", ".join(f"{d or 'no device'} in {h or 'an unknown machine'}" for h, d in side) for side in boards]
         yield warning("compare_board", _apart("the machine or the device differs", words))
+    elif all(uuids := [_gpus(case) for case in (base, other)]) and uuids[0] != uuids[1]:
+        # Two boards of one model, whose sensors may differ.
+        yield warning("compare_board", _apart("the GPU differs", [", ".join(side) for side in uuids]))
     drivers = [
         list(dict.fromkeys(e.environment.driver_version for e in case.experiments if e.environment))
         for case in (base, other)
@@ -398,14 +401,21 @@ def _places_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
         )
 
 
+def _gpus(case: Case) -> list[str]:
+    """Return the UUIDs of the GPUs that were used, as far as the environments are known."""
+    states = [state for each in case.experiments if each.environment for state in each.environment.devices_before]
+    return sorted({state.uuid for state in states})
+
+
 def _work_differs(base: Case, other: Case) -> Iterator[CodedWarning]:
     prompts = [_values(case, lambda row: row.prompts_sha256) for case in (base, other)]
     if prompts[0] != prompts[1]:
         words = [", ".join(digest[:12] for digest in side) for side in prompts]
         yield warning("compare_prompts", _apart("the prompts differ (digests)", words))
     lengths = [_mean_length(case) for case in (base, other)]
-    if None not in lengths and max(lengths) > (1 + LENGTHS_DIFFER) * min(lengths):  # type: ignore[type-var,operator]
-        words = [f"{length:.4g}" for length in lengths]
+    known = [length for length in lengths if length is not None]
+    if len(known) == 2 and max(known) > (1 + LENGTHS_DIFFER) * min(known):
+        words = [f"{length:.4g}" for length in known]
         yield warning("compare_lengths", _apart("the mean number of output tokens of a request differs", words))
     traffic = [_values(case, lambda row: row.arrival_rate_per_s is not None) for case in (base, other)]
     if traffic[0] != traffic[1]:

@@ -18,6 +18,9 @@ from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
 
+# Of a case with more experiments, only so many records are read for driver and GPUs, because reading takes long.
+MOST_ENVIRONMENTS = 50
+
 
 def compare(
     baseline: str | Path, *others: str | Path, results_dir: str | Path = "results", metrics: Sequence[str] = ()
@@ -111,11 +114,17 @@ def _of_directory(store: Store, text: str) -> Side:
             groups.setdefault(_key(row), []).append(row)
     several = len({_label(own[0]) for own in groups.values()}) < len(groups)
     cases = []
-    for number, (key, own) in enumerate(groups.items(), start=1):
+    for key, own in groups.items():
         label = _label(own[0]) + (f" ({own[0].experiment_id})" if several else "")
-        # The environment of one experiment is enough to show what differs; reading all would take long.
-        measured = [Measured(row, _cycles_of(store, row, len(own)), _first_environment(store, row, own)) for row in own]
-        cases.append(Case(key, label or f"case {number}", measured))
+        measured = [
+            Measured(
+                row,
+                _cycles_of(store, row, len(own)),
+                _environment(store.directory(row.experiment_id)) if number < MOST_ENVIRONMENTS else None,
+            )
+            for number, row in enumerate(own)
+        ]
+        cases.append(Case(key, label, measured))
     return Side(text, cases, sum(row.status != "completed" for row in rows))
 
 
@@ -124,10 +133,6 @@ def _cycles_of(store: Store, row: ExperimentRow, together: int) -> Sequence[Any]
     tables = Tables(store)
     at = tables.location(row.experiment_id) if together == 1 and row.cycles_completed > 1 else None
     return tables.cycles(row.experiment_id, at) if at else ()
-
-
-def _first_environment(store: Store, row: ExperimentRow, own: Sequence[ExperimentRow]) -> Any:
-    return _environment(store.directory(row.experiment_id)) if row is own[0] else None
 
 
 def _measured(store: Store, directory: ExperimentDir) -> Measured:

@@ -12,7 +12,7 @@ from msgspec import structs
 from scipy import stats
 
 from lem.errors import ResultsError
-from lem.record import EngineInfo
+from lem.record import DeviceState, EngineInfo, Environment
 from lem.results.aggregate import read
 from lem.results.comparison import (
     REASONS,
@@ -153,6 +153,18 @@ def test_each_difference_has_its_own_objection(row, reason, values):
     assert limit.judge(found, allowed)[0] == "passed"
     # A meter matters only for metrics that use the energy.
     assert bool(found.against("output_tokens_per_s")) == (reason not in ("meter", "estimate"))
+
+
+def test_two_boards_of_one_model_are_told_apart(row):
+    def on(uuid):
+        here = Environment("h", "os", "cpu", 2, 1, ("H100",), {}, devices_before=(DeviceState(uuid),))
+        return Case("k", "k", [Measured(structs.replace(row, warnings=[]), (), here)])
+
+    assert list(objections(on("GPU-1"), on("GPU-1"))) == []
+    (objection,) = objections(on("GPU-1"), on("GPU-2"))
+    assert objection.code == "compare_board"
+    assert "GPU-1" in objection.text
+    assert "GPU-2" in objection.text
 
 
 def test_the_same_conditions_have_no_objection(row):
