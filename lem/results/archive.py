@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -110,6 +111,19 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
 
 
 # ------------------------------------------------------------------ writing
+@contextmanager
+def plain_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a plain file to read it; raises `ResultsError` for anything else."""
+    if path.is_symlink():
+        raise ResultsError(f"{path} is a link, and its content is elsewhere; replace it with a plain file.")
+    try:
+        descriptor = open_to_read(str(path))
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
 class _Writer:
     """Adds files to a zip file and remembers their sizes and digests."""
 
@@ -137,13 +151,7 @@ class _Writer:
         Raises:
             ResultsError: it is a link, a pipe or a device, whose content may belong to someone else.
         """
-        if path.is_symlink():
-            raise ResultsError(f"{path} is a link, and its content is elsewhere; replace it with a plain file.")
-        try:
-            descriptor = open_to_read(str(path))
-        except OSError as error:
-            raise ResultsError(f"{path} cannot be read: {error.strerror or error}.") from None
-        with os.fdopen(descriptor, "rb") as source:
+        with plain_file(path) as source:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
 
     def add_folder(self, name: str, folder: Path, but_for: str | None = None) -> None:

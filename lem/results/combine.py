@@ -27,10 +27,11 @@ from msgspec import Struct, structs
 
 from lem.errors import ResultsError
 from lem.results import archive, parquet
+from lem.results.archive import plain_file
 from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.directory import AGGREGATED
-from lem.results.files import needs_space, open_to_read, sync, try_to_lock, write_atomically
+from lem.results.files import needs_space, sync, try_to_lock, write_atomically
 from lem.results.schedule import not_copied
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, age
@@ -379,7 +380,7 @@ def digest_of(folder: Path) -> str:
     for path in archive.files_in(folder):
         name = path.relative_to(folder).as_posix()
         if name not in NOT_ITS_OWN:
-            with _plain(path) as file:
+            with plain_file(path) as file:
                 whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
 
@@ -393,21 +394,8 @@ def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
     for path in archive.files_in(source, but_for):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _plain(path) as file, place.open("xb") as copy:
+        with plain_file(path) as file, place.open("xb") as copy:
             shutil.copyfileobj(file, copy)
-
-
-@contextmanager
-def _plain(path: Path) -> Iterator[Any]:
-    """Open a plain file to read it; raises `ResultsError` for anything else."""
-    if path.is_symlink():
-        raise ResultsError(f"{path} is a link, and its content is elsewhere; replace it with a plain file.")
-    try:
-        descriptor = open_to_read(str(path))
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be read: {error.strerror or error}.") from None
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
 
 
 def _rename(folder: Path, old: str, new: str, campaign: str | None) -> None:
