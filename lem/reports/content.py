@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.errors import LemError, ResultsError
-from lem.record import CodedWarning, PowerRecord, RequestRecord
+from lem.record import CodedWarning, PowerRecord, ProcessRecord, RequestRecord
 from lem.reports import charts
 from lem.reports.charts import Chart, flat_config
 from lem.results import campaign, parquet, schedule, schedule_answer, schedule_show
@@ -148,7 +148,10 @@ def of_schedule(store: Store, text: str) -> Content:
         content,
         trust=[*notes, *content.trust],
         sentences=list(schedule_show.sentences(found)),
-        problems=[_without_result(run.start) for run in found.runs if run.start.status in NO_RESULT],
+        problems=[
+            *(_without_result(run.start) for run in found.runs if run.start.status in NO_RESULT),
+            *content.problems,
+        ],
     )
 
 
@@ -200,18 +203,19 @@ def _content(
     extra: Sequence[Chart] = (),
 ) -> Content:
     completed = [row for row in rows if row.status == "completed"]
-    names = _names(rows)
+    names, found = _names(rows), list(problems)
+    shown = [*extra, *_charts(store, completed, names, answer, found)]
     return Content(
         title=title,
         source=str(store.root.resolve()),
         rows=rows,
         trust=list(_trust(rows, answer)),
-        charts=[*extra, *_charts(store, completed, names, answer)],
+        charts=shown,
         settings=_settings(rows),
         commands=_commands(store, rows) if len(rows) <= MOST_COMMANDS else {},
         answer=answer,
         sentences=list(sentences(answer)) if answer else (),
-        problems=problems,
+        problems=found,
     )
 
 
@@ -257,50 +261,85 @@ def _trust(rows: Sequence[ExperimentRow], answer: Answer | None) -> Iterator[Tru
 
 
 def _charts(
-    store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str], answer: Answer | None
+    store: Store,
+    rows: Sequence[ExperimentRow],
+    names: Mapping[str, str],
+    answer: Answer | None,
+    problems: list[str],
 ) -> Iterator[Chart]:
+    """Yield the charts; add a message to `problems` for each file that cannot be read."""
     if answer is not None and (chart := charts.forest(answer)):
         yield chart
         yield from charts.over_the_campaign(answer)
     yield from charts.energy_bars(rows, names)
     if len(rows) <= MOST_TRACES:
         for row in rows:
-            yield from _traces(store, row, names[row.experiment_id])
+            yield from _traces(store, row, names[row.experiment_id], problems)
     if len(rows) <= charts.MOST_DISTRIBUTIONS:
-        yield from _distributions(store, rows, names)
+        yield from _distributions(store, rows, names, problems)
     if chart := charts.trade_off(rows, names):
         yield chart
     if answer is None and (chart := charts.heat_map(rows)):
         yield chart
 
 
-def _traces(store: Store, row: ExperimentRow, name: str) -> Iterator[Chart]:
-    """Yield the power traces of an experiment's last cycle, with its phases."""
+def _traces(store: Store, row: ExperimentRow, name: str, problems: list[str]) -> Iterator[Chart]:
+    """Yield the power trace of an experiment's last cycle, with its phases; note a damaged file as a problem."""
     directory = store.directory(row.experiment_id)
-    files = sorted(directory.path.glob("power_*.parquet"), key=lambda file: file.name)
-    if not files:
-        return
     try:
-        found = parquet.records(read_file(files[-1]), PowerRecord)
-    except LemError:
+        traced = [
+            (r, file)
+            for r in _records(directory)
+            if (file := directory.power_file(r.rank, r.cycle, r.attempt)).is_file()
+        ]
+        if not traced:
+            return
+        record, file = max(traced, key=lambda each: (each[0].cycle, each[0].attempt))
+        found = parquet.records(read_file(file), PowerRecord)
+    except LemError as error:
+        problems.append(str(error))
         return
-    step = max(1, len(found) // MOST_SAMPLES)
-    samples = [{"t_s": each.t_s, "device": each.device, "power_w": each.power_w} for each in found[::step]]
+    samples = _thinned(found)
     if samples:
-        yield charts.power_trace(name, samples, _edges(row, samples[0]["t_s"]))
+        where = f"{name}, cycle {record.cycle}" if row.cycles_planned > 1 else name
+        window = record.phase("measured")
+        yield charts.power_trace(where, samples, _edges(samples, window.duration_s if window else None))
 
 
-def _edges(row: ExperimentRow, first_s: float) -> list[tuple[float, float, str]]:
-    """Return the phases of a trace that begins at `first_s`; the window opens at 0."""
+def _records(directory: ExperimentDir) -> list[ProcessRecord]:
+    return directory.records() if directory.path.is_dir() else []
+
+
+def _thinned(found: Sequence[PowerRecord]) -> list[dict[str, Any]]:
+    """Return at most about `MOST_SAMPLES` samples, evenly from each device."""
+    by_device: dict[str, list[PowerRecord]] = {}
+    for each in found:
+        by_device.setdefault(each.device, []).append(each)
+    step = max(1, len(found) // MOST_SAMPLES)
+    return [
+        {"t_s": each.t_s, "device": device, "power_w": each.power_w}
+        for device, own in by_device.items()
+        for each in own[::step]
+    ]
+
+
+def _edges(samples: Sequence[Mapping[str, Any]], window_s: float | None) -> list[tuple[float, float, str]]:
+    """Return the phases of a trace; the window opens at 0."""
+    first_s, last_s = min(each["t_s"] for each in samples), max(each["t_s"] for each in samples)
     before = [(first_s, 0.0, "before the window")] if first_s < 0 else []
-    return [*before, *([(0.0, row.duration_s, "window")] if row.duration_s else [])]
+    if not window_s:
+        return before
+    after = [(window_s, last_s, "after the window")] if last_s > window_s else []
+    return [*before, (0.0, window_s, "window"), *after]
 
 
-def _distributions(store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Iterator[Chart]:
+def _distributions(
+    store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str], problems: list[str]
+) -> Iterator[Chart]:
     columns = {"latency_s": "Latency", "ttft_s": "Time to first token", "itl_s": "Inter-token latency"}
     values: dict[str, dict[str, list[float]]] = {column: {} for column in columns}
     for row in rows:
-        for request in _requests(store, row.experiment_id):
+        for request in _requests(store, row.experiment_id, problems):
             own = names[row.experiment_id]
             for column in ("latency_s", "ttft_s"):
                 if (value := getattr(request, column)) is not None:
@@ -312,14 +351,15 @@ def _distributions(store: Store, rows: Sequence[ExperimentRow], names: Mapping[s
             yield chart
 
 
-def _requests(store: Store, experiment_id: str) -> list[Any]:
-    """Return an experiment's request rows; none if their table is missing."""
+def _requests(store: Store, experiment_id: str, problems: list[str]) -> list[Any]:
+    """Return an experiment's request rows; none if it has no row, or if their file cannot be read."""
     at = Tables(store).location(experiment_id)
     if at is None:
         return []
     try:
         found = parquet.records(read_file(store.requests_table / at.file), RequestRecord)
-    except LemError:
+    except LemError as error:
+        problems.append(str(error))
         return []
     return [each for each in found if each.experiment_id == experiment_id]
 

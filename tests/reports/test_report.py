@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections import Counter
 from dataclasses import replace as changed
 from datetime import datetime
 from html.parser import HTMLParser
@@ -17,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from lem.record import ErrorInfo
+from lem.record import ErrorInfo, PowerRecord
 from lem.reports import charts
 from lem.reports.content import COLUMNS, MOST_SAMPLES, of_experiments
 from lem.reports.page import SCRIPTS, embedded, page
 from lem.results.aggregate import read
+from lem.results.parquet import write_rows
 from lem.results.plan import State
 from lem.results.store import Store
 from tests.records import AT, experiment, finished, power, put, reading, record, requests
@@ -142,15 +144,41 @@ def test_two_settings_that_vary_make_a_heat_map():
     assert charts.heat_map(rows[:2] * 2) is None
 
 
-def test_a_long_trace_is_thinned_out(lem, store):
-    from lem.record import PowerRecord
-    from lem.results.parquet import write_rows
+def trace_of(store, directory):
+    return next(each for each in of_experiments(store, [directory.id]).charts if each.heading.startswith("Power"))
 
+
+def test_a_long_trace_is_thinned_out_for_each_device(store):
     directory = store.directory(store.ids()[0])
-    samples = [PowerRecord(directory.id, 0, 1, 1, i / 10, "gpu", "G", 50.0 + i % 7) for i in range(20_000)]
+    # Two devices that are read in turn.
+    samples = [PowerRecord(directory.id, 0, 1, 1, i / 10, "gpu", f"G{i % 2}", 50.0 + i % 7) for i in range(20_000)]
     write_rows(directory.power_file(0, 1, 1), PowerRecord, samples)
-    chart = next(each for each in of_experiments(store, [directory.id]).charts if each.heading.startswith("Power"))
+    chart = trace_of(store, directory)
     assert MOST_SAMPLES <= len(chart.lines) <= 2 * MOST_SAMPLES
+    counts = Counter(device for _, device, _ in chart.lines)
+    assert counts["G0"] == counts["G1"]
+
+
+def test_the_trace_is_that_of_the_last_cycle_with_its_own_window(lem, store):
+    directory = experiment(store, datetime(2026, 1, 4), cycles=10)
+    for cycle in range(1, 11):
+        known = {"cycle": cycle, "config_sha256": directory.plan().config_sha256}
+        put(directory, record(duration_s=float(cycle), **known), requests())
+        sample = PowerRecord(directory.id, 0, cycle, 1, 0.5, "gpu", "G", 100.0 + cycle)
+        write_rows(directory.power_file(0, cycle, 1), PowerRecord, [sample])
+    lem("aggregate", "--all", "--no-strict")
+    chart = trace_of(store, directory)
+    assert chart.heading.endswith("cycle 10")
+    assert [power_w for _, _, power_w in chart.lines] == [110.0]
+    phases = chart.spec["layer"][0]["data"]["values"]
+    assert phases == [{"from_s": 0.0, "to_s": 10.0, "phase": "window"}]
+
+
+def test_a_damaged_trace_is_named(store):
+    directory = store.directory(store.ids()[0])
+    directory.power_file(0, 1, 1).write_bytes(b"PAR1 nothing")
+    found = of_experiments(store, [directory.id])
+    assert any("power_0_c1_a1.parquet cannot be read" in problem for problem in found.problems)
 
 
 # ------------------------------------------------------------------ safety
