@@ -10,7 +10,7 @@ It covers these cases:
 Run with `python -m nox -s accuracy`. The real NVML binding runs on a stand-in for the driver's library
 (tests/nvml_standin.c), which reports power curves as functions of the monotonic clock; the meter cannot tell the
 difference. The benchmark prints tables, and fails if an error exceeds its limit. Real sensors have additional errors
-(docs/methodology.md).
+(docs/concepts/methodology.md).
 """
 
 from __future__ import annotations

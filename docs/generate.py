@@ -40,9 +40,9 @@ def pages() -> dict[Path, str]:
         REFERENCE / "configuration.md": GENERATED + configuration(),
         REFERENCE / "results.md": GENERATED + results(),
         REFERENCE / "cli.md": GENERATED + command_line(),
-        REFERENCE.parent / "warnings.md": GENERATED + warnings(),
-        REFERENCE.parent / "rules.md": GENERATED + rules(),
-        REFERENCE.parent / "support.md": GENERATED + support_matrix(),
+        REFERENCE / "warnings.md": GENERATED + warnings(),
+        REFERENCE / "rules.md": GENERATED + rules(),
+        REFERENCE / "support.md": GENERATED + support_matrix(),
     }
 
 
@@ -52,7 +52,7 @@ def configuration() -> str:
     parts = [
         "# Configuration\n",
         "You can set each value below in a config file (as nested YAML) or on the command line as an override "
-        "(`batching.batch_size=4`). See [configuring](../configuring.md) for files, presets and precedence.\n",
+        "(`batching.batch_size=4`). See [configuring](../how-to/configuring.md) for files, presets and precedence.\n",
     ]
     own = [leaf for leaf in leaves() if "." not in leaf.path]
     parts += ["## Experiment\n", _values_table(own)]
@@ -121,7 +121,7 @@ def results() -> str:
             "# Results\n",
             "The units are in the names of the columns and in the Arrow metadata of the files "
             "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
-            "[Reading results](../results.md) describes the files.\n",
+            "[Reading results](../how-to/results.md) describes the files.\n",
             "## Table `experiments`\n",
             "One row per experiment.\n",
             _columns_table(ExperimentRow),

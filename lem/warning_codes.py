@@ -1,7 +1,7 @@
 """The catalogue of warnings, with meanings and remedies, and the checks that derive warnings from records and rows.
 
 The catalogue is the single source of the codes: a warning with any other code cannot be created, and
-`docs/warnings.md` is generated from it. This module knows records and rows, but not how they were measured.
+`docs/reference/warnings.md` is generated from it. This module knows records and rows, but not how they were measured.
 """
 
 from __future__ import annotations

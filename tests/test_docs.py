@@ -43,7 +43,7 @@ def test_every_column_named_in_the_docs_exists():
     from lem.results.schema import ExperimentRow
 
     names = {column.name for column in columns(ExperimentRow)}
-    (listed,) = re.findall(r"runs\[\[(.*)\]\]", (ROOT / "docs" / "results.md").read_text())
+    (listed,) = re.findall(r"runs\[\[(.*)\]\]", (ROOT / "docs" / "how-to" / "results.md").read_text())
     assert set(re.findall(r'"(\w+)"', listed)) <= names
 
 

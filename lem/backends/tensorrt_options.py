@@ -265,7 +265,7 @@ def _weights(experiment: Experiment, model: Model | None, options: TensorrtBacke
 
 def _installation(host: Host) -> Iterator[Objection]:
     if not host.has(tensorrt_source.PACKAGE):
-        fact = "the tensorrt backend needs TensorRT-LLM (pip install 'lem[tensorrt]'; see docs/tensorrt.md)."
+        fact = "the tensorrt backend needs TensorRT-LLM (pip install 'lem[tensorrt]'; see docs/how-to/tensorrt.md)."
         yield Objection("missing_package", "backend", fact)
     if not host.gpus:
         yield Objection("no_gpu", "backend", "TensorRT-LLM runs only on NVIDIA GPUs, and none is visible.")

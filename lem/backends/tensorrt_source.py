@@ -3,7 +3,7 @@
 Importing TensorRT-LLM takes many seconds and looks for GPUs, whereas parsing the files with its arguments takes 0.1 s.
 If the source has an unknown layout, the accepted arguments are unknown, and only the engine can refuse an argument.
 This module knows nothing about experiments. It was written for `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at
-the commits named in docs/tensorrt.md.
+the commits named in docs/how-to/tensorrt.md.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _correlation(found: Correlation) -> str:
 
 
 def as_plain(noise: Noise) -> dict[str, Any]:
-    """Return the noise as plain data, for programs; docs/doctor.md describes the format."""
+    """Return the noise as plain data, for programs; docs/how-to/doctor.md describes the format."""
     definition = noise.answer.definition
     return {
         "format_version": FORMAT_VERSION,

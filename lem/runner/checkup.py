@@ -39,7 +39,7 @@ REINSTALL = "pip install --force-reinstall lem"
 # What a check needs besides lem itself: the package's name, and how to install it.
 OPTIONAL = {
     "vllm": ("vLLM", "pip install 'lem[vllm]'"),
-    "tensorrt": ("TensorRT-LLM", "pip install 'lem[tensorrt]'; see docs/tensorrt.md."),
+    "tensorrt": ("TensorRT-LLM", "pip install 'lem[tensorrt]'; see docs/how-to/tensorrt.md."),
     "adapters": ("peft", "pip install 'lem[lora]'"),
     "quantization": ("bitsandbytes", "pip install 'lem[bitsandbytes]'"),
 }

@@ -1,7 +1,7 @@
 """The rules: everything that lem can object to before a run, each with a code, a severity, a meaning and a remedy.
 
 This catalogue is the single source of the codes and their severities: an objection with any other code cannot be
-created, and `docs/rules.md` is generated from it. The module knows nothing about experiments or machines. Whether a
+created, and `docs/reference/rules.md` is generated from it. The module knows nothing about experiments or machines. Whether a
 rule is broken is decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends, the
 meters and, for config files, in `lem.config`.
 """
@@ -527,7 +527,7 @@ FILES_IMPOSSIBLE = _rules(
         ),
         "bad_carbon_trace": (
             "The file with the carbon intensity over time is missing or cannot be read.",
-            "Name a CSV file in the format that docs/methodology.md describes under CO2e.",
+            "Name a CSV file in the format that docs/concepts/methodology.md describes under CO2e.",
         ),
         "bad_trace": (
             "The replay meter's power trace is missing or cannot be read.",

@@ -70,7 +70,7 @@ def prefill(name, prompt):
 
 
 def test_there_are_families_enough():
-    assert len(KNOWN) == 39  # as docs/methodology.md says
+    assert len(KNOWN) == 39  # as docs/concepts/methodology.md says
     assert PROMPT > 2 * WINDOW
 
 

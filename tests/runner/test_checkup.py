@@ -377,7 +377,7 @@ def test_another_check_cannot_be_made():
 
 
 def test_every_check_is_on_its_page():
-    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "doctor.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert set(CHECKS) <= set(named)

@@ -156,7 +156,7 @@ BEHIND = re.compile(r"last read (?:a total of )?(\S+) s before that")
 
 
 def uncovered_s(duration_s: float) -> float:
-    """Return how much of a window its energy may leave out without a word, as in docs/methodology.md."""
+    """Return how much of a window its energy may leave out without a word, as in docs/concepts/methodology.md."""
     return max(min(TICK_S, 0.05 * duration_s), 0.01 * duration_s)
 
 

@@ -15,7 +15,7 @@ from tests.slurm.commands import Lem, wait_for
 
 pytestmark = pytest.mark.slurm
 
-PAGE = Path(__file__).parents[2] / "docs" / "schedule.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "schedule.md"
 
 
 def script(folder: Path, timing: str) -> str:

@@ -115,7 +115,7 @@ def test_nodes_are_not_mixed_where_that_makes_no_sense(lem, tmp_path):
     assert (done.code, "across_nodes: with structure=grouped, each arm is a job" in done.err) == (2, True)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "slurm.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "slurm.md"
 
 
 def test_the_site_file_in_the_docs_is_a_launcher(lem, tmp_path):

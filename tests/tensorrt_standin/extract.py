@@ -2,7 +2,7 @@
 
 `python -m tests.tensorrt_standin.extract FOLDER VERSION` reads an unpacked wheel or a checkout (FOLDER contains
 tensorrt_llm/). Only declarations are extracted: no code, no descriptions, and only the checks that are part of a type.
-docs/tensorrt.md lists the sources of the current signatures.json.
+docs/how-to/tensorrt.md lists the sources of the current signatures.json.
 """
 
 from __future__ import annotations
