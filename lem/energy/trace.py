@@ -1,8 +1,8 @@
 """Samples power traces in the background and integrates them over windows, whatever the sensor.
 
 A thread takes samples at a fixed rate and sleeps in between. The meter adds a sample at each edge of a window, so that
-the integral covers exactly the window. In simulations (`docs/concepts/accuracy.md`), 20 samples per second give the integral of
-a square wave of up to 3 Hz over 5 s to within 2 %; 10 samples per second alias with a wave of 2 Hz.
+the integral covers exactly the window. In simulations (`docs/concepts/accuracy.md`), 20 samples per second give the
+integral of a square wave of up to 3 Hz over 5 s to within 2 %; 10 samples per second alias with a wave of 2 Hz.
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
         "Number of failed requests; means, totals and rates exclude them, but the window's time and energy do not.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
-    warnings: Annotated[list[str], "Reasons to doubt a number, each as `code: sentence`; see docs/reference/warnings.md."] = []
+    warnings: Annotated[
+        list[str], "Reasons to doubt a number, each as `code: sentence`; see docs/reference/warnings.md."
+    ] = []
 
 
 class CycleRow(Measures, frozen=True, gc=False, kw_only=True):

@@ -1,9 +1,9 @@
 """The rules: everything that lem can object to before a run, each with a code, a severity, a meaning and a remedy.
 
 This catalogue is the single source of the codes and their severities: an objection with any other code cannot be
-created, and `docs/reference/rules.md` is generated from it. The module knows nothing about experiments or machines. Whether a
-rule is broken is decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the backends, the
-meters and, for config files, in `lem.config`.
+created, and `docs/reference/rules.md` is generated from it. The module knows nothing about experiments or machines.
+Whether a rule is broken is decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the
+backends, the meters and, for config files, in `lem.config`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The orders in which a campaign measures its arms: pure functions of (structure, arms, cycles, seed).
 
-A cell is one arm in one cycle; a cycle contains every arm once. docs/how-to/campaigns.md explains how a structure affects the
-comparison and why shuffled is the default. The order of a cycle does not depend on how many cycles follow, so a
-campaign that is extended keeps its measurements. This module knows nothing about configurations.
+A cell is one arm in one cycle; a cycle contains every arm once. docs/how-to/campaigns.md explains how a structure
+affects the comparison and why shuffled is the default. The order of a cycle does not depend on how many cycles follow,
+so a campaign that is extended keeps its measurements. This module knows nothing about configurations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How each feature of tests/backends/features.py is confirmed: by running it, or by its arrival in the engine.
 
-The support matrix (docs/reference/support.md) takes its terms from here, and test_features.py runs the checks. To add a backend,
-add a line to ENGINES if its engine runs on a CPU, or else lines to ARRIVES.
+The support matrix (docs/reference/support.md) takes its terms from here, and test_features.py runs the checks. To add a
+backend, add a line to ENGINES if its engine runs on a CPU, or else lines to ARRIVES.
 """
 
 from __future__ import annotations

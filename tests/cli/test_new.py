@@ -339,7 +339,11 @@ EXAMPLES = {
     **{str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "conf" / "preset").glob("*.yaml"))},
     **{
         f"{page.name} {i}": text
-        for page in (ROOT / "README.md", ROOT / "docs" / "how-to" / "configuring.md", ROOT / "docs" / "how-to" / "grids.md")
+        for page in (
+            ROOT / "README.md",
+            ROOT / "docs" / "how-to" / "configuring.md",
+            ROOT / "docs" / "how-to" / "grids.md",
+        )
         for i, text in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL))
         if not text.startswith("# conf/dataset/")  # an option of one group, no config file
     },
