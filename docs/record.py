@@ -39,7 +39,7 @@ SESSION = (
 CELL_ENDED = ": completed exp_"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 LINE_PX, CHARACTER_PX, MARGIN_PX, TITLE_PX = 19, 8.4, 16, 34
-TYPING_S, LINE_S, CELL_S, HOLD_S = 1.2, 0.08, 0.5, 10.0
+TYPING_S, LINE_S, CELL_S = 1.2, 0.08, 0.5
 
 
 def shown(command: str, folder: Path) -> list[str]:
@@ -79,30 +79,27 @@ def recorded(folder: Path) -> list[tuple[bool, str]]:
 
 
 def drawing(lines: list[tuple[bool, str]]) -> str:
-    """Return an SVG in which the lines appear one after another, and the whole starts again after a while."""
+    """Return an SVG in which the lines appear one after another, and then stay."""
     wrapped = [(typed, part) for typed, line in lines for part in _wrapped(line)]
     width, height = COLUMNS * CHARACTER_PX + 2 * MARGIN_PX, len(wrapped) * LINE_PX + TITLE_PX + 2 * MARGIN_PX
     at_s, times = 0.0, []
     for typed, text in wrapped:
         at_s += TYPING_S if typed else CELL_S if CELL_ENDED in text else LINE_S
         times.append(at_s)
-    whole_s = at_s + HOLD_S
     colours = ("#ff5f57", "#febc2e", "#28c840")
     dots = (f'<circle cx="{20 + 20 * i}" cy="18" r="6" fill="{colour}"/>' for i, colour in enumerate(colours))
-    rules, texts = [], []
+    texts = []
     for number, ((typed, text), begin_s) in enumerate(zip(wrapped, times, strict=True)):
-        share = 100 * begin_s / whole_s
-        rules.append(f"@keyframes l{number}{{0%,{share:.2f}%{{opacity:0}}{share + 0.01:.2f}%,100%{{opacity:1}}}}")
-        style = f"animation:l{number} {whole_s:.1f}s linear infinite"
         y = TITLE_PX + MARGIN_PX + (number + 0.7) * LINE_PX
         prompt = '<tspan class="p">$ </tspan>' if typed else ""
-        texts.append(f'<text x="{MARGIN_PX}" y="{y:.0f}" style="{style}">{prompt}{escape(text)}</text>')
+        delay = f"animation-delay:{begin_s:.2f}s"
+        texts.append(f'<text x="{MARGIN_PX}" y="{y:.0f}" style="{delay}">{prompt}{escape(text)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img">\n'
         "<title>A terminal: two configurations are compared with lem campaign</title>\n"
-        f"<style>text{{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#e6e6e6;white-space:pre}}"
-        f".p{{fill:#8ae28a}}{''.join(rules)}@media (prefers-reduced-motion:reduce){{text{{animation:none!important}}}}"
-        "</style>\n"
+        "<style>text{font:14px ui-monospace,Menlo,Consolas,monospace;fill:#e6e6e6;white-space:pre;"
+        "animation:show 0.01s both}.p{fill:#8ae28a}@keyframes show{from{opacity:0}to{opacity:1}}"
+        "@media (prefers-reduced-motion:reduce){text{animation:none}}</style>\n"
         f'<rect width="100%" height="100%" rx="8" fill="#1b1e26"/>\n'
         + "".join(dots)
         + "\n"
@@ -117,14 +114,18 @@ def _wrapped(line: str) -> list[str]:
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """Take a picture of the top of a page in Chromium."""
+    """Take a picture of a report's answer and first charts in Chromium."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit("there is no Chromium; install it, for example with: apt-get install chromium")
+    # What lies between the answer and the charts, and the temporary folder's name, are left out.
+    shown = page.with_name("shown.html")
+    style = "<style>#trust, #experiments, header .quiet { display: none }</style>"
+    shown.write_text(page.read_text(encoding="utf-8").replace("</head>", f"{style}</head>", 1), encoding="utf-8")
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=15000",
-               "--blink-settings=preferredColorScheme=1", "--window-size=1000,1000",
+               "--blink-settings=preferredColorScheme=1", "--window-size=1000,1100",
                f"--user-data-dir={page.parent / 'profile'}", f"--screenshot={picture}")  # fmt: skip
-    subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run([browser, *options, shown.as_uri()], check=True, capture_output=True, timeout=120)
 
 
 def main() -> None:
