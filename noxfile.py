@@ -63,11 +63,14 @@ def dev(session: nox.Session) -> None:
     install_lem(session, "-e", ".[dev]")
 
 
-def run_in_dev(session: nox.Session, program: str, *arguments: str, **env: str) -> None:
+def run_in_dev(
+    session: nox.Session, program: str, *arguments: str, success_codes: tuple[int, ...] = (0,), **env: str
+) -> None:
     """Run a program from the environment that `dev` created; the session must require `dev`."""
     programs = (session.cache_dir.parent / "dev" / "bin").resolve()
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env})
+    session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env},
+                success_codes=success_codes)  # fmt: skip
 
 
 @nox.session
@@ -138,10 +141,14 @@ def slurm(session: nox.Session) -> None:
 
 @in_dev
 def browser(session: nox.Session) -> None:
-    """Open reports in Chromium, installing it by apt; skipped where that fails."""
+    """Open reports and the docs in Chromium, installing it by apt, and check them with axe."""
     if not any(map(shutil.which, BROWSERS)) and (reason := _install(session, "chromium")) is not None:
         session.skip(f"browser: {reason}")
-    run_in_dev(session, "pytest", "-m", "browser", "tests/reports", *session.posargs)
+    if not shutil.which("npm") and (reason := _install(session, "npm")) is not None:
+        session.warn(f"axe-core cannot be downloaded: {reason}")
+    # Where this fails, it says why, and the tests that need axe-core are skipped.
+    run_in_dev(session, "python", "-m", "tests.axe", success_codes=(0, 1))
+    run_in_dev(session, "pytest", "-m", "browser", "tests/reports", "tests/test_site.py", *session.posargs)
 
 
 @in_dev
@@ -230,7 +237,8 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Update the generated reference pages and build the docs into site/."""
     run_in_dev(session, "python", "docs/generate.py")
-    run_in_dev(session, "mkdocs", "build", "--strict", "--quiet")
+    # The theme otherwise prints a notice about another project at every build.
+    run_in_dev(session, "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
 
 
 @in_dev

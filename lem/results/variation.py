@@ -21,7 +21,7 @@ from lem.results.statistics import Summary, summarise
 
 # The level of the tests of one schedule together. It is below 5 %, so that "no variation" is right in at least 95 % of
 # schedules without variation even if the assumptions of the tests hold only approximately
-# (docs/concepts/accuracy.md).
+# (docs/concepts/statistics.md).
 LEVEL = 0.04
 # The power at which a difference is called detectable.
 POWER = 0.95
