@@ -21,10 +21,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
+from lem.quantities import J_PER_WH
 from lem.results.codec import from_json
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
-from lem.units import J_PER_WH
 
 SHAPES = ("aienergyscore", "mlenergy")
 LABEL = (

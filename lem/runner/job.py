@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lem.errors import Interrupted, ResultsError
 from lem.machine import host
+from lem.quantities import timestamp
 from lem.record import ErrorInfo
 from lem.results.aggregate import aggregate, aggregate_together, read
 from lem.results.codec import arrivals_sha256, config_sha256
@@ -30,7 +31,6 @@ from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.spec.schedule import ScheduleRun
-from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
