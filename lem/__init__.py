@@ -1,7 +1,8 @@
 """lem measures what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.
 
-In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, `load` reads a results
-directory, and `compare` compares results. Each public name is imported on first use, so that `import lem` stays fast.
+In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, and `campaign` runs a campaign.
+`load` reads a results directory, `units` returns the units of its columns, and `compare` compares results. Each public
+name is imported on first use, so that `import lem` stays fast.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         ResultsError,
         RunError,
     )
-    from lem.results.frames import load
+    from lem.results.frames import load, units
     from lem.results.sides import compare
     from lem.runner.job import Outcome, run
     from lem.spec.experiment import Experiment
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "load",
     "run",
+    "units",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "compare": "lem.results.sides",
     "load": "lem.results.frames",
     "run": "lem.runner.job",
+    "units": "lem.results.frames",
 }
 
 
