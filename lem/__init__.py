@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from lem.results.sides import compare
     from lem.runner.job import Outcome, run
     from lem.spec.experiment import Experiment
+    from lem.studies.library import CampaignOutcome, campaign
 
 __all__ = [
     "BadInput",
+    "CampaignOutcome",
     "ConfigError",
     "DatasetError",
     "Experiment",
@@ -39,6 +41,7 @@ __all__ = [
     "ResultsError",
     "RunError",
     "__version__",
+    "campaign",
     "compare",
     "load",
     "run",
@@ -46,8 +49,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CampaignOutcome": "lem.studies.library",
     "Experiment": "lem.spec.experiment",
     "Outcome": "lem.runner.job",
+    "campaign": "lem.studies.library",
     "compare": "lem.results.sides",
     "load": "lem.results.frames",
     "run": "lem.runner.job",

@@ -19,7 +19,9 @@ from tests.records import finished, power
 ERRORS = [
     "BadInput", "ConfigError", "DatasetError", "Interrupted", "LemError", "ModelError", "ResultsError", "RunError",
 ]  # fmt: skip
-NAMES = ["Experiment", "Outcome", "__version__", "compare", "load", "run", "units"]
+NAMES = [
+    "CampaignOutcome", "Experiment", "Outcome", "__version__", "campaign", "compare", "load", "run", "units",
+]  # fmt: skip
 
 
 def test_the_public_names():
@@ -47,7 +49,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     shared: dict[str, object] = {}  # the examples of `load` and `units` go on from those before them
-    for function in (lem.run, lem.load, lem.units, lem.compare):
+    for function in (lem.run, lem.load, lem.units, lem.compare, lem.campaign):
         example = parser.get_doctest(function.__doc__ or "", shared, function.__name__, None, None)
         assert example.examples
         assert runner.run(example, clear_globs=False).failed == 0

@@ -39,6 +39,8 @@ class RunOptions:
     per_job: int | None = None
     # Whether the command ends as soon as the jobs are submitted.
     detach: bool = False
+    # Whether no progress is shown, as for callers of the Python API.
+    quiet: bool = False
 
 
 def confirmed(question: str) -> bool:
