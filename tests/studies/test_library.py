@@ -23,7 +23,10 @@ def arm(decode_s_per_token=0.001, results_dir="results", **values):
     """Return a simulated experiment that takes no time."""
     backend = SimulatedBackend(sleep=False, decode_s_per_token=decode_s_per_token)
     known = {"model": "any", "backend": backend, "energy": Energy(name="simulated", power_w=100.0)}
-    known |= {"dataset": Dataset(name="sample", path="builtin:sample", sample_size=4), "io": Io(results_dir=results_dir)}
+    known |= {
+        "dataset": Dataset(name="sample", path="builtin:sample", sample_size=4),
+        "io": Io(results_dir=results_dir),
+    }
     return Experiment(**known | {"min_output_tokens": 8, "max_output_tokens": 8} | values)
 
 
@@ -34,7 +37,14 @@ ARMS = {"quick": arm(), "slow": arm(0.002)}
 def done(tmp_path_factory):
     """A campaign of two arms and two cycles, and its results directory."""
     root = tmp_path_factory.mktemp("library") / "results"
-    return library.campaign(ARMS, name="speed", cycles=2, results_dir=root), root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root.parent)  # out of the checkout, whose commit is a condition of a campaign
+        return library.campaign(ARMS, name="speed", cycles=2, results_dir=root), root
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def test_the_answer_comes_as_tables_and_sentences(done):
@@ -47,7 +57,7 @@ def test_the_answer_comes_as_tables_and_sentences(done):
     (pair,) = outcome.pairs[outcome.pairs["is_primary"]].to_dict("records")
     assert (pair["arm"], pair["baseline"], pair["cycles"]) == ("slow", "quick", 2)
     assert pair["ratio"] == pytest.approx(2, rel=0.05)
-    assert outcome.sentences[0].startswith("slow needs 2.0")
+    assert outcome.sentences[0].startswith("slow needs 1.96 times the energy per output token of quick")
     assert all(": " in warning for warning in outcome.warnings)
     assert library.units(outcome.pairs)["ratio"] == "1"
     assert set(outcome.arms["unit"]) >= {"J/token", "token/s", "s"}
@@ -70,7 +80,7 @@ def test_the_command_shows_the_same(done, lem):
         {key: value for key, value in cell.items() if key != "error"} for cell in outcome.cells.to_dict("records")
     ]
     for name, frame in (("arms", outcome.arms), ("pairs", outcome.pairs)):
-        pd.testing.assert_frame_equal(pd.DataFrame(shown[name]), frame, check_dtype=False)
+        assert frame.astype(object).where(frame.notna(), None).to_dict("records") == shown[name]
 
 
 def test_the_same_call_measures_nothing_again(done, lem):
@@ -173,7 +183,7 @@ BAD_EXPERIMENT = {"quick": arm(), "slow": arm(cycles=0, seed="x")}
         (["a.yaml", "b.yaml"], {"name": None}, ["A campaign without a campaign file needs a name: name='…'."]),
         ([], {}, ["A campaign needs at least two arms: "]),
         ({"one": arm()}, {}, ["A campaign compares at least two configurations, not 1."]),
-        (["nothing.yaml", "b.yaml"], {}, ["arms: ", "arms: "]),
+        (["nothing.yaml", "b.yaml"], {}, ["'nothing.yaml' matches no config file", "'b.yaml' matches no config"]),
         (ARMS, {"cycels": 2}, ["cycels: unknown key. Did you mean 'cycles'"]),
         (ARMS, {"config_gap": 2}, ["config_gap: unknown key. Did you mean 'config_gap_s'"]),
         (ARMS, {"cycles": 0, "seed": -1}, ["cycles: must be", "seed: must be"]),
@@ -185,7 +195,7 @@ BAD_EXPERIMENT = {"quick": arm(), "slow": arm(cycles=0, seed="x")}
         (ARMS, {"across_nodes": True}, ["across_nodes: without --launcher slurm, all cycles run on this machine."]),
         (BAD_EXPERIMENT, {}, ["slow: seed: should be a valid integer, not 'x'.", "slow: cycles: should be greater"]),
         ({"a": arm(), "b": {"model": "m"}}, {}, ["b: An Experiment is needed, not dict; see lem.Experiment."]),
-        ({"a\nb": arm(), "c": arm()}, {}, ["a\\nb: arms: the name 'a\\\\nb' has characters that cannot be printed"]),
+        ({"a\nb": arm(), "c": arm()}, {}, ["a\\nb: arms: the name 'a\\nb' has characters that cannot be printed"]),
         ({"": arm(), "c": arm()}, {}, ["An arm needs a name, which is text, not ''."]),
         ({1: arm(), 2: arm()}, {}, ["An arm needs a name, which is text, not 1.", "An arm needs a name"]),
         ({"a": arm(results_dir="x"), "b": arm()}, {}, ["io.results_dir: the experiments have different results"]),
