@@ -1,7 +1,8 @@
 """lem measures what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.
 
-In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, `load` reads a results
-directory, and `compare` compares results. Each public name is imported on first use, so that `import lem` stays fast.
+In Python code, `run` runs an experiment as `lem experiment` does, but without Hydra, and `campaign` runs a campaign.
+`load` reads a results directory, `units` returns the units of its columns, and `compare` compares results. Each public
+name is imported on first use, so that `import lem` stays fast.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
         ResultsError,
         RunError,
     )
-    from lem.results.frames import load
+    from lem.results.frames import load, units
     from lem.results.sides import compare
     from lem.runner.job import Outcome, run
     from lem.spec.experiment import Experiment
+    from lem.studies.library import CampaignOutcome, campaign
 
 __all__ = [
     "BadInput",
+    "CampaignOutcome",
     "ConfigError",
     "DatasetError",
     "Experiment",
@@ -38,17 +41,22 @@ __all__ = [
     "ResultsError",
     "RunError",
     "__version__",
+    "campaign",
     "compare",
     "load",
     "run",
+    "units",
 ]
 
 _HOMES = {
+    "CampaignOutcome": "lem.studies.library",
     "Experiment": "lem.spec.experiment",
     "Outcome": "lem.runner.job",
+    "campaign": "lem.studies.library",
     "compare": "lem.results.sides",
     "load": "lem.results.frames",
     "run": "lem.runner.job",
+    "units": "lem.results.frames",
 }
 
 

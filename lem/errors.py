@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from lem.units import one_line
+from lem.quantities import one_line
 
 
 class LemError(Exception):

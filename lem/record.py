@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from lem import units
+from lem import quantities
 
 # History of the raw record's format:
 # 1  first version
@@ -68,14 +68,14 @@ class EnergyReading(Struct, frozen=True, gc=False):
     source: Source
     scope: Scope
     device: str
-    energy_j: Annotated[Amount | None, units.JOULE]
+    energy_j: Annotated[Amount | None, quantities.JOULE]
     method: str
-    resolution_j: Annotated[Amount | None, units.JOULE] = None
-    resolution_s: Annotated[Amount | None, units.SECOND] = None
-    trace_energy_j: Annotated[Amount | None, units.JOULE] = None
+    resolution_j: Annotated[Amount | None, quantities.JOULE] = None
+    resolution_s: Annotated[Amount | None, quantities.SECOND] = None
+    trace_energy_j: Annotated[Amount | None, quantities.JOULE] = None
     reason: str | None = None
-    covered_s: Annotated[Number | None, units.SECOND] = None
-    trace_reach_s: Annotated[Number | None, units.SECOND] = None
+    covered_s: Annotated[Number | None, quantities.SECOND] = None
+    trace_reach_s: Annotated[Number | None, quantities.SECOND] = None
 
     @property
     def is_measured(self) -> bool:
@@ -99,15 +99,15 @@ def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[Energ
 class EnergySoFar(Struct, frozen=True, gc=False):
     """The headline energy used from the opening of the measured window until `at_s`."""
 
-    at_s: Annotated[Number, units.SECOND]
-    energy_j: Annotated[Amount, units.JOULE]
+    at_s: Annotated[Number, quantities.SECOND]
+    energy_j: Annotated[Amount, quantities.JOULE]
 
 
 class Phase(Struct, frozen=True, gc=False):
     """A part of a run with its own time and energy; phases do not overlap."""
 
     name: PhaseName
-    duration_s: Annotated[Amount, units.SECOND]
+    duration_s: Annotated[Amount, quantities.SECOND]
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
@@ -136,7 +136,7 @@ class PowerSample(Struct, frozen=True, gc=False):
     t_ns: int
     component: Component
     device: str
-    power_w: Annotated[float, units.WATT]
+    power_w: Annotated[float, quantities.WATT]
 
 
 class PowerRecord(Struct, frozen=True, gc=False):
@@ -146,10 +146,10 @@ class PowerRecord(Struct, frozen=True, gc=False):
     rank: int
     cycle: int
     attempt: int
-    t_s: Annotated[float, units.SECOND, "Time of the sample; negative before the measured window opens."]
+    t_s: Annotated[float, quantities.SECOND, "Time of the sample; negative before the measured window opens."]
     component: Annotated[str, "Measured component, such as gpu."]
     device: Annotated[str, "UUID of the device."]
-    power_w: Annotated[float, units.WATT, "Power reported by the driver at that time."]
+    power_w: Annotated[float, quantities.WATT, "Power reported by the driver at that time."]
 
 
 class Prefill(Struct, frozen=True, gc=False):
@@ -162,9 +162,9 @@ class Prefill(Struct, frozen=True, gc=False):
     says why a value is None.
     """
 
-    duration_s: Annotated[Amount | None, units.SECOND]
-    energy_j: Annotated[Amount | None, units.JOULE] = None
-    uncertainty_j: Annotated[Amount | None, units.JOULE] = None
+    duration_s: Annotated[Amount | None, quantities.SECOND]
+    energy_j: Annotated[Amount | None, quantities.JOULE] = None
+    uncertainty_j: Annotated[Amount | None, quantities.JOULE] = None
     reason: str | None = None
 
 
@@ -205,7 +205,7 @@ class ModelInfo(Struct, frozen=True, gc=False):
     architecture: str
     parameters: Integer | None
     random_weights: bool
-    weights_bytes: Annotated[Count | None, units.BYTE]
+    weights_bytes: Annotated[Count | None, quantities.BYTE]
     dtype: str | None
     adapter: str | None = None
     quantization: str | None = None
@@ -229,15 +229,15 @@ class EngineInfo(Struct, frozen=True, gc=False):
 class Memory(Struct, frozen=True, gc=False):
     """Peak memory and the size of the key/value cache for the largest batch; None if they cannot be determined."""
 
-    peak_bytes: Annotated[Count | None, units.BYTE]
+    peak_bytes: Annotated[Count | None, quantities.BYTE]
     scope: str
-    kv_cache_bytes: Annotated[Count | None, units.BYTE] = None
+    kv_cache_bytes: Annotated[Count | None, quantities.BYTE] = None
 
 
 class Flops(Struct, frozen=True, gc=False):
     """Floating-point operations of the counted tokens (model FLOPs, without padding or recomputation)."""
 
-    total: Annotated[Operations, units.FLOP]
+    total: Annotated[Operations, quantities.FLOP]
     method: str
 
 
@@ -248,7 +248,7 @@ class Carbon(Struct, frozen=True, gc=False):
     while a window is open: the intensity holds until then, and that of a longer window is not known yet.
     """
 
-    intensity_g_per_kwh: Annotated[Amount, units.GRAM_CO2E_PER_KWH]
+    intensity_g_per_kwh: Annotated[Amount, quantities.GRAM_CO2E_PER_KWH]
     source: str
     trace_sha256: str | None = None
     until_unix_s: Number | None = None
@@ -258,7 +258,7 @@ class ForeignProcess(Struct, frozen=True, gc=False):
     """A process that uses a GPU of the run but is not part of the run."""
 
     pid: Integer
-    used_bytes: Annotated[Count | None, units.BYTE]
+    used_bytes: Annotated[Count | None, quantities.BYTE]
     name: str | None
 
 
@@ -270,8 +270,8 @@ class DeviceState(Struct, frozen=True, gc=False):
     memory_clock_mhz: Integer | None = None
     max_sm_clock_mhz: Integer | None = None
     temperature_c: Integer | None = None
-    power_limit_w: Annotated[Number | None, units.WATT] = None
-    default_power_limit_w: Annotated[Number | None, units.WATT] = None
+    power_limit_w: Annotated[Number | None, quantities.WATT] = None
+    default_power_limit_w: Annotated[Number | None, quantities.WATT] = None
     persistence: bool | None = None
     ecc: bool | None = None
     mig: bool | None = None
@@ -288,7 +288,7 @@ class DeviceWindow(Struct, frozen=True, gc=False):
     """
 
     uuid: str
-    duration_s: Annotated[Amount, units.SECOND]
+    duration_s: Annotated[Amount, quantities.SECOND]
     throttled_s: dict[str, Number] | None = None
     reasons: dict[str, Number] | None = None
     foreign_processes: tuple[ForeignProcess, ...] | None = None
@@ -301,7 +301,7 @@ class Environment(Struct, frozen=True, gc=False):
     os: str
     cpu_model: str
     cpu_threads: Integer
-    memory_bytes: Annotated[Count, units.BYTE]
+    memory_bytes: Annotated[Count, quantities.BYTE]
     gpus: tuple[str, ...]
     versions: dict[str, str]
     cpu_governor: str | None = None
@@ -331,9 +331,9 @@ class UnderWay(Struct, frozen=True, gc=False):
     """
 
     requests: Integer = 0
-    output_tokens: Annotated[Count | None, units.TOKEN] = 0
-    request_s: Annotated[Number, units.SECOND] = 0.0
-    longest_s: Annotated[Number, units.SECOND] = 0.0
+    output_tokens: Annotated[Count | None, quantities.TOKEN] = 0
+    request_s: Annotated[Number, quantities.SECOND] = 0.0
+    longest_s: Annotated[Number, quantities.SECOND] = 0.0
 
 
 class Cut(Struct, frozen=True, gc=False):
@@ -346,8 +346,8 @@ class Cut(Struct, frozen=True, gc=False):
     """
 
     windows: Integer = 1
-    lost_s: Annotated[Number | None, units.SECOND] = None
-    energy_behind_s: Annotated[Number | None, units.SECOND] = None
+    lost_s: Annotated[Number | None, quantities.SECOND] = None
+    energy_behind_s: Annotated[Number | None, quantities.SECOND] = None
     under_way: UnderWay = UnderWay()
 
 
@@ -360,42 +360,48 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     attempt: Annotated[Integer, "Attempt that ran the request, counted from 1; each resume starts a new attempt."] = 1
     request: Annotated[Integer, "Position of the prompt among the experiment's prompts, counted from 0."]
     batch: Annotated[Integer, "Batch in which the request ran, counted from 0 in order of execution."]
-    input_tokens: Annotated[Count, units.TOKEN, "Number of tokens in the prompt, without padding."]
+    input_tokens: Annotated[Count, quantities.TOKEN, "Number of tokens in the prompt, without padding."]
     output_tokens: Annotated[
-        Count | None, units.TOKEN, "Number of generated tokens, including the end token; null if the request failed."
+        Count | None,
+        quantities.TOKEN,
+        "Number of generated tokens, including the end token; null if the request failed.",
     ]
     input_truncated: Annotated[bool, "Whether the prompt was truncated to max_input_tokens."]
     finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
     start_s: Annotated[
-        Number, units.SECOND, "When the engine started the request, or when the request was sent to the server."
+        Number, quantities.SECOND, "When the engine started the request, or when the request was sent to the server."
     ]
-    end_s: Annotated[Number, units.SECOND, "When the last token was available, or when the request failed."]
+    end_s: Annotated[Number, quantities.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
         Amount | None,
-        units.SECOND,
+        quantities.SECOND,
         "end_s minus arrived_s, or minus start_s if there is no queue. All requests of a padded batch have the same "
         "latency; null if the request failed.",
     ]
     prefill_s: Annotated[
         Number | None,
-        units.SECOND,
+        quantities.SECOND,
         "Time from start_s to the first token's logits, including any work for other requests in between; null if the "
         "engine does not report it.",
     ] = None
     arrived_s: Annotated[
         Number | None,
-        units.SECOND,
+        quantities.SECOND,
         "When the request arrived; null without traffic. Negative if the request arrived before the window of a "
         "resumed cycle opened.",
     ] = None
-    queue_s: Annotated[Number | None, units.SECOND, "start_s minus arrived_s: time in the queue."] = None
+    queue_s: Annotated[Number | None, quantities.SECOND, "start_s minus arrived_s: time in the queue."] = None
     ttft_s: Annotated[
         Amount | None,
-        units.SECOND,
+        quantities.SECOND,
         "Time to first token, from the same start as latency_s; null unless streaming.",
     ] = None
-    tpot_s: Annotated[Amount | None, units.SECOND, "Time per output token after the first: the mean of itl_s."] = None
-    itl_s: Annotated[list[Amount] | None, units.SECOND, "Inter-token latencies, one per token after the first."] = None
+    tpot_s: Annotated[Amount | None, quantities.SECOND, "Time per output token after the first: the mean of itl_s."] = (
+        None
+    )
+    itl_s: Annotated[
+        list[Amount] | None, quantities.SECOND, "Inter-token latencies, one per token after the first."
+    ] = None
     itl_spread: Annotated[
         bool | None, "Whether itl_s spreads the tokens of a chunk evenly over the time since the previous chunk."
     ] = None
@@ -435,8 +441,8 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     requests_planned: Count = 0
     requests_completed: Count = 0
     requests_failed: Count = 0
-    input_tokens: Annotated[Count, units.TOKEN] = 0
-    output_tokens: Annotated[Count, units.TOKEN] = 0
+    input_tokens: Annotated[Count, quantities.TOKEN] = 0
+    output_tokens: Annotated[Count, quantities.TOKEN] = 0
     memory: Memory | None = None
     flops: Flops | None = None
     carbon: Carbon | None = None
@@ -444,7 +450,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     warmup: WarmupInfo | None = None
     cpu_load: CpuLoad | None = None
     cut: Cut | None = None
-    arrivals_from_s: Annotated[Number | None, units.SECOND] = None
+    arrivals_from_s: Annotated[Number | None, quantities.SECOND] = None
     counters: dict[str, Amount] | None = None
     energy_so_far: tuple[EnergySoFar, ...] = ()
     environment: Environment | None = None

@@ -19,10 +19,13 @@ from tests.records import finished, power
 ERRORS = [
     "BadInput", "ConfigError", "DatasetError", "Interrupted", "LemError", "ModelError", "ResultsError", "RunError",
 ]  # fmt: skip
+NAMES = [
+    "CampaignOutcome", "Experiment", "Outcome", "__version__", "campaign", "compare", "load", "run", "units",
+]  # fmt: skip
 
 
 def test_the_public_names():
-    assert sorted(lem.__all__) == sorted([*ERRORS, "Experiment", "Outcome", "__version__", "compare", "load", "run"])
+    assert sorted(lem.__all__) == sorted([*ERRORS, *NAMES])
     for name in lem.__all__:
         assert getattr(lem, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -45,10 +48,12 @@ def test_the_import_is_light():
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
-    for function in (lem.run, lem.load, lem.compare):
-        example = parser.get_doctest(function.__doc__ or "", {}, function.__name__, None, None)
+    shared: dict[str, object] = {}  # the examples of `load` and `units` go on from those before them
+    for function in (lem.run, lem.load, lem.units, lem.compare, lem.campaign):
+        example = parser.get_doctest(function.__doc__ or "", shared, function.__name__, None, None)
         assert example.examples
-        assert runner.run(example).failed == 0
+        assert runner.run(example, clear_globs=False).failed == 0
+        shared |= example.globs  # the parser has copied the names
 
 
 # ------------------------------------------------------------------ load

@@ -42,7 +42,7 @@ def test_imports_go_down_without_a_circle(copy):
     ("module", "line", "contract"),
     [
         ("spec/experiment.py", "import lem.runner.job", "Imports go down BROKEN"),
-        ("units.py", "from lem import errors", "Imports go down BROKEN"),
+        ("quantities.py", "from lem import errors", "Imports go down BROKEN"),
         ("energy/base.py", "from lem.backends import base", "Imports go down BROKEN"),
         ("results/files.py", "import lem.results.store", "No circles, in a room or between rooms BROKEN"),
     ],

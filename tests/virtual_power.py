@@ -22,8 +22,8 @@ from lem.energy.base import CombinedMeter, ImmediateMeter, Meter, NoMeter
 from lem.energy.codecarbon import CodecarbonMeter
 from lem.energy.rapl import RaplMeter
 from lem.energy.replay import ReplayMeter
+from lem.quantities import J_PER_KWH
 from lem.record import EnergyReading, PowerSample
-from lem.units import J_PER_KWH
 from tests.virtual_time import CLOCKS
 
 UNTIL_S = 400.0

@@ -16,13 +16,13 @@ import pytest
 
 from lem.errors import Interrupted
 from lem.machine import host
+from lem.quantities import NS_PER_S
 from lem.results.directory import ExperimentDir
 from lem.results.plan import State
 from lem.runner.attempt import Attempt
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
 from lem.runner.window import Bench, _Window
-from lem.units import NS_PER_S
 from tests.records import AT
 
 MACHINE = host.environment(host.look())

@@ -27,7 +27,7 @@ import httpcore
 from lem.backends.engine import reason_of
 from lem.backends.openai_answer import Answer, Refused, Reply, ServerGone, Unpacking, redirection
 from lem.errors import RunError
-from lem.units import NS_PER_S
+from lem.quantities import NS_PER_S
 
 T = TypeVar("T")
 

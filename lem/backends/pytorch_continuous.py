@@ -23,8 +23,8 @@ from lem.backends.engine import reason_of
 from lem.backends.pytorch_logits import LastLogits, Noticed
 from lem.backends.session import Request, Session
 from lem.errors import RunError
+from lem.quantities import NS_PER_S
 from lem.spec.experiment import Experiment
-from lem.units import NS_PER_S
 from lem.workload.tokens import Chunk
 
 # The oldest version of transformers whose steps can be driven in this way.

@@ -21,12 +21,12 @@ from lem.backends.session import Request, Session
 from lem.errors import RunError
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, peak_memory_bytes
+from lem.quantities import NS_PER_S
 from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
 from lem.spec.campaign import CampaignCell
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Decoder, Experiment
 from lem.spec.rules import Objection, without_effect
-from lem.units import NS_PER_S
 from lem.warning_codes import warning
 from lem.workload.batching import plan_batches
 from lem.workload.clock import REAL, Clock, VirtualClock

@@ -35,10 +35,10 @@ from lem.backends.tensorrt_requests import Followed, Follower
 from lem.errors import RunError
 from lem.machine import gpu, processes
 from lem.machine.host import Host, peak_memory_bytes
+from lem.quantities import NS_PER_S
 from lem.record import FinishReason, Memory, ModelInfo
 from lem.spec.engines import TensorrtBackend
 from lem.spec.experiment import Experiment
-from lem.units import NS_PER_S
 from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
 

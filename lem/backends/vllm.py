@@ -24,10 +24,10 @@ from lem.backends.session import Loaded, Request, Session, SessionBackend
 from lem.backends.vllm_options import RESOLVED, about_key, engine_arguments, given, objections, sampling_parameters
 from lem.errors import Interrupted, RunError
 from lem.machine.host import Host, peak_memory_bytes
+from lem.quantities import NS_PER_S
 from lem.record import CodedWarning, Memory, ModelInfo
 from lem.spec.engines import VllmBackend
 from lem.spec.experiment import Experiment
-from lem.units import NS_PER_S
 from lem.workload.models import Model
 
 ENVIRONMENT = {

@@ -22,7 +22,7 @@ from lem import __version__
 from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin, new_app
 from lem.cli.environment import load_dotenv
 from lem.cli.streams import forgiving_streams, lost_output
-from lem.units import one_line
+from lem.quantities import one_line
 
 # Each command's module, and the first sentence of its help, in the order of lem --help. A test compares the sentences
 # with the help of the commands themselves.

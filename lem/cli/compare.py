@@ -88,7 +88,7 @@ def results_compare(
 
 
 def _warn(text: str) -> None:
+    from lem.quantities import one_line
     from lem.results import show
-    from lem.units import one_line
 
     show.console(stderr=True).print(f"Warning: {one_line(text)}", markup=False, style="yellow")

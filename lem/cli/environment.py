@@ -11,7 +11,7 @@ import re
 import sys
 
 from lem.errors import ConfigError
-from lem.units import one_line
+from lem.quantities import one_line
 
 log = logging.getLogger(__name__)
 

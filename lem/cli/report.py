@@ -47,11 +47,11 @@ def results_report(
 ) -> None:
     """Write an HTML page with warnings, figures and charts, which any browser can open offline."""
     from lem.errors import ResultsError
+    from lem.quantities import one_line, timestamp
     from lem.reports.content import of_campaign, of_experiments, of_grid, of_schedule
     from lem.reports.page import page
     from lem.results import browse
     from lem.results.files import write_atomically
-    from lem.units import one_line, timestamp
 
     if sum((bool(ids), campaign is not None, schedule is not None, grid is not None)) > 1:
         raise ResultsError("Experiment ids, --campaign, --schedule and --grid are alternatives; use one of them.")

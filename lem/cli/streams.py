@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
-from lem.units import printable
+from lem.quantities import printable
 
 # ASCII spellings of characters that lem and rich write but some encodings lack.
 SPELLED = {

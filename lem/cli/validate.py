@@ -33,13 +33,13 @@ from lem.config.yamlfile import KeyPath, resolvers
 from lem.config.yamltext import escaped
 from lem.errors import ConfigError
 from lem.machine.host import Host, look
+from lem.quantities import is_printable, one_line
 from lem.results.codec import to_plain
 from lem.results.stopping import rule_of
 from lem.runner.preflight import OUTSIDE_CAMPAIGNS, objections
 from lem.spec.campaign import Measure
 from lem.spec.conflicts import unmeasured
 from lem.spec.experiment import Experiment
-from lem.units import is_printable, one_line
 
 COMMENT_COLUMN = 46
 

@@ -25,10 +25,10 @@ from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
 from lem.machine.host import Host
+from lem.quantities import J_PER_KWH, NS_PER_S
 from lem.record import Component, EnergyReading, Scope, Source
 from lem.spec.experiment import Energy
 from lem.spec.rules import Objection
-from lem.units import J_PER_KWH, NS_PER_S
 
 SAMPLING_PERIOD_S = 1.0
 # In these modes, codecarbon computes CPU energy from power samples; in its other modes, it reads a counter at the end.

@@ -23,10 +23,10 @@ from lem.energy.base import ImmediateMeter
 from lem.errors import BadInput
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
+from lem.quantities import NS_PER_S
 from lem.record import Component, EnergyReading
 from lem.spec.experiment import Energy
 from lem.spec.rules import Objection
-from lem.units import NS_PER_S
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from lem.energy.base import ImmediateMeter
 from lem.machine.gpu import Gpu
+from lem.quantities import NS_PER_S
 from lem.record import EnergyReading
 from lem.spec.experiment import Energy
-from lem.units import NS_PER_S
 
 
 class SimulatedMeter(ImmediateMeter):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lem.units import NS_PER_S
+from lem.quantities import NS_PER_S
 
 # Long enough for five ticks of 100 ms.
 LEARN_S = 0.6

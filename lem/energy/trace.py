@@ -12,8 +12,8 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
+from lem.quantities import NS_PER_S
 from lem.record import PowerSample
-from lem.units import NS_PER_S
 
 
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:

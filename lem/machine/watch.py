@@ -17,8 +17,8 @@ from typing import Any
 
 from lem.machine import gpu
 from lem.machine.gpu import Gpu
+from lem.quantities import NS_PER_S
 from lem.record import DeviceWindow, ForeignProcess
-from lem.units import NS_PER_S
 
 PERIOD_S = 0.1
 # NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has held clocks down. Policies that do not limit

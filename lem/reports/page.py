@@ -17,12 +17,12 @@ from importlib import resources
 from typing import Any
 
 from lem import __version__
+from lem.quantities import printable
 from lem.reports.charts import Chart
 from lem.reports.content import COLUMNS, Content, Setting, Trust
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
 from lem.results.show import ESTIMATE, NOT_MEASURED
-from lem.units import printable
 
 # The rows of longer tables are added by the page's script, a screenful at a time.
 MOST_ROWS = 500

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from lem.errors import ResultsError
+from lem.quantities import timestamp
 from lem.record import CodedWarning, ProcessRecord
 from lem.results.codec import PlanExcerpt, to_json
 from lem.results.directory import ExperimentDir, Part
@@ -25,7 +26,6 @@ from lem.results.rows import Cycle, Measured, Rows, rows_of
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import SHARED_FILE, NewRows, RowLocation, Tables
-from lem.units import timestamp
 from lem.warning_codes import warning
 
 # The maximum number of cycles that are read before their rows are computed, and the maximum numbers of experiments and

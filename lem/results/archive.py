@@ -27,6 +27,7 @@ from msgspec import Struct
 
 from lem import __version__
 from lem.errors import ResultsError
+from lem.quantities import is_printable, one_line, quantity, timestamp
 from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.files import needs_space, open_to_read, replacing
@@ -34,7 +35,6 @@ from lem.results.schedule import not_copied
 from lem.results.store import ID, Store
 from lem.results.tables import KINDS, SHARED_FILE, RowLocation, Tables, file_name, read_file
 from lem.spec.campaign import NAME
-from lem.units import is_printable, one_line, quantity, timestamp
 
 MANIFEST = "MANIFEST.json"
 FORMAT, FORMAT_VERSION = "lem-archive", 1

@@ -17,6 +17,7 @@ from typing import Any
 from msgspec import structs
 
 from lem.errors import ResultsError, RunError, did_you_mean, nearest
+from lem.quantities import one_line, plain, quantity
 from lem.record import DeviceState, Environment
 from lem.results import show
 from lem.results.aggregate import Aggregated, aggregate_all, catch_up, is_fresh, read
@@ -31,7 +32,6 @@ from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.show import NOT_MEASURED, STATUS_STYLE, WIDE, console, marked, print_table, say_estimates
 from lem.results.store import ID, Store, age, default_root, results_flag, resume_command
 from lem.results.tables import Tables
-from lem.units import one_line, plain, quantity
 
 
 def store_at(results_dir: Path | None) -> Store:

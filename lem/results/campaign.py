@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from lem import __version__, units
+from lem import __version__, quantities
 from lem.errors import LemError, ResultsError, nearest
 from lem.record import CodedWarning
 from lem.results import compare, parquet
@@ -171,22 +171,24 @@ class PairRow(Struct, frozen=True, kw_only=True):
     measure: Annotated[str, "Column of the experiments table that is compared."]
     is_primary: Annotated[bool, "Whether this is the primary metric, which decides the comparison."]
     cycles: Annotated[int, "Cycles in which both arms have a value."]
-    ratio: Annotated[float | None, units.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
-    ci_low: Annotated[float | None, units.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."]
-    ci_high: Annotated[float | None, units.RATIO, "Interval of the ratio, upper end."]
+    ratio: Annotated[float | None, quantities.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
+    ci_low: Annotated[
+        float | None, quantities.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."
+    ]
+    ci_high: Annotated[float | None, quantities.RATIO, "Interval of the ratio, upper end."]
     confidence: Annotated[
         float,
-        units.RATIO,
+        quantities.RATIO,
         "Nominal level of this interval; all pairs' intervals hold jointly at 95 %, for which an adaptive campaign "
         "needs a higher nominal level.",
     ]
     p_value: Annotated[
         float | None,
-        units.RATIO,
+        quantities.RATIO,
         "P-value for the hypothesis that the ratio is 1; null in an adaptive campaign, because it is not calibrated "
         "for stopping early.",
     ]
-    p_adjusted: Annotated[float | None, units.RATIO, "p_value adjusted for the number of pairs (Holm)."]
+    p_adjusted: Annotated[float | None, quantities.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
     cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80 %."]
 
@@ -425,7 +427,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
         return
     found = {pair.arm: half_width(pair) for pair in pairs if pair.is_primary}
     wide = [
-        f"{arm} has no interval" if half is None else f"{arm} ±{units.percent(half)}"
+        f"{arm} has no interval" if half is None else f"{arm} ±{quantities.percent(half)}"
         for arm, half in found.items()
         if not is_narrow([half], rule.half_width)
     ]
@@ -433,7 +435,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
         yield warning(
             "campaign_limit_reached",
             f"{rule.most} cycles, the limit, were not enough to make every interval as narrow as "
-            f"±{units.percent(rule.half_width)}: {', '.join(wide)}.",
+            f"±{quantities.percent(rule.half_width)}: {', '.join(wide)}.",
         )
 
 
@@ -722,7 +724,7 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
     if found is None or found.p_value >= SUSPICIOUS:
         return
     what = MEASURES[definition.campaign.primary][1]
-    level = units.percent(1 - (1 - CONFIDENCE) / len(found.after))
+    level = quantities.percent(1 - (1 - CONFIDENCE) / len(found.after))
     parts = [
         f"after {names[each.arm]} it is {each.ratio:.4g} times as high as after {definition.baseline} ({level} "
         f"interval {each.ci_low:.4g}–{each.ci_high:.4g})"

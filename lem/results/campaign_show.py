@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lem.quantities import percent, plain, quantity
 from lem.record import CodedWarning
 from lem.results import show
 from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, ArmRow, PairRow
 from lem.results.merging import is_estimated
 from lem.results.parquet import names
-from lem.units import percent, plain, quantity
 
 # The width of the interval plot if there is no terminal, and the least and greatest width on a terminal.
 PLOT_WIDTH, LEAST_PLOT_WIDTH, MOST_PLOT_WIDTH = 41, 21, 81

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
-from lem.units import J_PER_KWH, J_PER_WH
+from lem.quantities import J_PER_KWH, J_PER_WH
 
 # Columns by name, all of the same length.
 Columns = dict[str, list[Any]]

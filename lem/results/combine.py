@@ -26,6 +26,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from lem.errors import ResultsError
+from lem.quantities import one_line
 from lem.results import archive, parquet
 from lem.results.archive import plain_file
 from lem.results.choosing import Known
@@ -36,7 +37,6 @@ from lem.results.schedule import not_copied
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, age
 from lem.results.tables import KINDS, RowLocation, Tables, file_name, read_file
-from lem.units import one_line
 
 FOLDER, LOCK, ORIGIN = ".merging", ".merging.lock", "merged.json"
 # The number of experiments that are copied before waiting for the disk to store them.

@@ -19,12 +19,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from lem.errors import ResultsError, did_you_mean
+from lem.quantities import percent
 from lem.record import CodedWarning, Environment
 from lem.results.campaign import LENGTHS_DIFFER, MEASURES
 from lem.results.merging import is_estimated
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import CONFIDENCE, t_quantile
-from lem.units import percent
 from lem.warning_codes import warning
 
 # What the values of an interval are: one for each experiment, or one for each cycle of a single experiment.

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lem.quantities import percent, plain, quantity
 from lem.results import show
 from lem.results.campaign import MEASURES
 from lem.results.comparison import PREFIX, REASONS, Comparison, Limit, Outcome, Ratio, change
 from lem.results.parquet import schema
 from lem.results.schema import CycleRow
-from lem.units import percent, plain, quantity
 
 # A judged limit: the comparison, the limit, and the outcome with its reason.
 Judged = tuple[Comparison, Limit, Outcome, str]

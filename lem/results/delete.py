@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lem.errors import ResultsError
+from lem.quantities import one_line, quantity
 from lem.results.choosing import Known, check_status
 from lem.results.files import try_to_lock
 from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
-from lem.units import one_line, quantity
 
 FOLDER = ".deleted"
 # The number of experiments that are listed before the question.

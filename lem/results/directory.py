@@ -19,13 +19,13 @@ from typing import TypeVar
 import msgspec
 
 from lem.errors import ResultsError
+from lem.quantities import timestamp
 from lem.record import ProcessRecord, RequestRecord
 from lem.results import journal
 from lem.results.codec import PlanExcerpt, arrivals_sha256, check_numbers, from_json, read_excerpt, to_json
 from lem.results.files import open_to_read, remove_if_abandoned, write_atomically
 from lem.results.merging import together
 from lem.results.plan import Plan, State, running
-from lem.units import timestamp
 from lem.workload.prompts import sha256_of
 
 T = TypeVar("T")

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 
 from lem import __version__
 from lem.errors import ResultsError, did_you_mean
+from lem.quantities import one_line, printable
 from lem.results import foreign, parquet
 from lem.results.aggregate import catch_up
 from lem.results.browse import Listed, Selection
@@ -27,7 +28,6 @@ from lem.results.schema import ExperimentRow
 from lem.results.show import console
 from lem.results.store import ID, Store, age
 from lem.results.tables import KINDS, Tables, read_file
-from lem.units import one_line, printable
 
 FORMATS = ("csv", "json", "parquet", *foreign.SHAPES)
 # Formats that can be written only to a file, because reading them needs random access.

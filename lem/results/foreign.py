@@ -21,10 +21,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
+from lem.quantities import J_PER_WH
 from lem.results.codec import from_json
 from lem.spec.experiment import Experiment
 from lem.spec.processes import gpus_needed, process_counts
-from lem.units import J_PER_WH
 
 SHAPES = ("aienergyscore", "mlenergy")
 LABEL = (
@@ -73,11 +73,20 @@ class ParquetWriter:
         """Write some rows of the experiments table."""
         import pyarrow as pa
 
-        self._writer.write_table(pa.Table.from_pylist([ml_energy(row) for row in rows.to_pylist()], self._schema))
+        made = [_with_fractions(ml_energy(row)) for row in rows.to_pylist()]
+        self._writer.write_table(pa.Table.from_pylist(made, self._schema))
 
     def close(self) -> None:
         """Write the end of the file."""
         self._writer.close()
+
+
+def _with_fractions(row: Row) -> dict[str, Any]:
+    """Return a row with floats in the columns of floats, because Arrow converts no whole number above 2**53."""
+    return {
+        name: float(value) if value is not None and ML_ENERGY_COLUMNS[name] == "float" else value
+        for name, value in row.items()
+    }
 
 
 def writer(shape: str, sink: IO[bytes]) -> CsvWriter | ParquetWriter:

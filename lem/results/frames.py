@@ -1,9 +1,14 @@
-"""The tables of a results directory as pandas DataFrames. This module does not know how they are written."""
+"""The tables of a results directory as pandas DataFrames, and the units of their columns.
+
+This module does not know how the tables are written.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +16,23 @@ from lem.errors import ResultsError
 from lem.record import PowerRecord
 from lem.results import parquet
 from lem.results.store import Store
-from lem.results.tables import Tables, read_file
+from lem.results.tables import KINDS, Tables, read_file
 from lem.spec.paths import expanded
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# The key under which a DataFrame's `attrs` holds the units of its columns.
+UNITS = "units"
+# The aggregations of pandas whose result has the unit of the values, as named in the columns that they make.
+KEEPS_UNIT = re.compile(r"mean|median|min|max|sum|std|sem|first|last|nth|quantile|\d+(\.\d+)?%")
+# What a merge appends to the names of columns that both sides have, unless it is told otherwise.
+MERGED = re.compile(r"(.+)_[xy]")
+
 
 @dataclass(frozen=True)
 class Frames:
-    """The tables of a results directory; each is read on first use.
-
-    The attribute `attrs["units"]` of a DataFrame maps each column that has a unit to its unit, such as J or s.
-    """
+    """The tables of a results directory; each is read on first use. `lem.units` returns the units of their columns."""
 
     root: Path
 
@@ -62,11 +71,18 @@ def load(results_dir: str | Path = "results") -> Frames:
     >>> frames.experiments[["model", "requests_completed", "output_tokens"]]
       model  requests_completed  output_tokens
     0   any                   4            271
-    >>> len(frames.requests), frames.requests.attrs["units"]["latency_s"]
+    >>> len(frames.requests), lem.units(frames.requests)["latency_s"]
     (4, 's')
+
+    Each table has all the columns of this version, in the order of the reference page on results. The values of columns
+    that an older version did not write are missing (NaN, None or an empty list).
 
     Args:
         results_dir: the directory, as given to --results-dir.
+
+    Returns:
+        An object with the tables `experiments`, `cycles`, `requests` and `power`, each with one row for what its name
+        says; `power` has one row for each sample of each device.
 
     Raises:
         BadInput: the path begins with `~` and the name of a user who does not exist.
@@ -78,8 +94,91 @@ def load(results_dir: str | Path = "results") -> Frames:
     return Frames(root)
 
 
+def frame_of(record_type: type[Any], rows: Iterable[Any]) -> pd.DataFrame:
+    """Return records as a DataFrame."""
+    return _frame(parquet.table(record_type, rows))
+
+
 def _frame(table: Any) -> pd.DataFrame:
     frame: pd.DataFrame = table.to_pandas()
     metadata = {f.name: f.metadata or {} for f in table.schema}
-    frame.attrs["units"] = {name: known[b"unit"].decode() for name, known in metadata.items() if b"unit" in known}
+    frame.attrs[UNITS] = {name: known[b"unit"].decode() for name, known in metadata.items() if b"unit" in known}
     return frame
+
+
+# ------------------------------------------------------------------ units
+def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
+    """Return the unit of each column that has one, for a DataFrame that was derived from `lem`'s tables.
+
+    This continues the example of `lem.load`:
+
+    >>> import lem
+    >>> both = frames.requests.groupby("experiment_id")[["latency_s", "output_tokens"]].agg(["median", "count"])
+    >>> lem.units(both)
+    {('latency_s', 'median'): 's', ('output_tokens', 'median'): 'token'}
+
+    A column's unit follows from its name, so it survives every operation that keeps the name: selecting, filtering,
+    sorting, merging, concatenating, grouping, copying, pickling, and writing to a file and reading it back, even if the
+    file was read without `lem`. Columns that a merge has given the suffix `_x` or `_y` keep their units. So do columns
+    with several levels: those of aggregations that have the unit of the values (mean, median, min, max, sum, std, sem,
+    first, last, quantiles), those of a pivot table, and those under the keys of a concatenation.
+
+    A renamed column has no unit, unless the new name is that of another column in `lem`'s tables. To give a column a
+    unit, add it to `frame.attrs["units"]`, which takes precedence over the names. pandas copies `attrs` in most
+    operations, but not in all of them.
+
+    Truth values have no unit, nor have whole numbers under the name of a quantity that is not one, such as the counts
+    of `groupby(…).count()`. If you compute another quantity under the same name in another way, such as a variance or
+    a count of tokens' values, rename the column.
+
+    Args:
+        frame: a DataFrame, or a single column as a Series.
+
+    Returns:
+        The units by column label. Columns without a unit are left out; the unit of a ratio is `1`.
+    """
+    import pandas as pd
+
+    table = frame.to_frame() if isinstance(frame, pd.Series) else frame
+    added = table.attrs.get(UNITS)
+    given: Mapping[Hashable, str] = added if isinstance(added, Mapping) else {}
+    found: dict[Hashable, str] = {}
+    for label, kind in zip(table.columns, table.dtypes.tolist(), strict=True):
+        name = _name_in(label, table.columns.names)
+        unit = given.get(label) or given.get(name) or _known().get(str(name), (None, None))[0]
+        if unit is not None and _can_be(name, kind):
+            found[label] = unit
+    return found
+
+
+@cache
+def _known() -> dict[str, tuple[str, type[Any]]]:
+    """Return the unit and the type of each column of the tables that has a unit; no name stands for two units."""
+    kinds: list[type[Any]] = [*KINDS.values(), PowerRecord]
+    columns = [column for kind in kinds for column in parquet.columns(kind)]
+    return {column.name: (column.unit, column.python_type) for column in columns if column.unit is not None}
+
+
+def _can_be(name: Hashable, kind: Any) -> bool:
+    """Return whether values of a pandas type can be the quantity with the given name."""
+    declared = _known().get(str(name))
+    is_count = kind.kind in "iu" and declared is not None and declared[1] is not int
+    return kind.kind != "b" and not is_count
+
+
+def _name_in(label: Hashable, levels: Iterable[Any]) -> Hashable:
+    """Return the name of the quantity in a column: its label, a level of it, or the label without a merge's suffix."""
+    if isinstance(label, tuple):
+        return next(_names_of(label, list(levels)), None)
+    merged = MERGED.fullmatch(label) if isinstance(label, str) and label not in _known() else None
+    return merged[1] if merged else label
+
+
+def _names_of(label: tuple[Hashable, ...], levels: list[Any]) -> Iterator[Hashable]:
+    for place, part in enumerate(label):
+        # Below the name, a level without a name of its own holds aggregations; a pivot table names its levels.
+        below = [
+            str(each) for each, level in zip(label[place + 1 :], levels[place + 1 :], strict=True) if level is None
+        ]
+        if part in _known() and all(each == "" or KEEPS_UNIT.fullmatch(each) for each in below):
+            yield part

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from msgspec.structs import replace
 
+from lem.quantities import Unit
 from lem.results.files import replacing
-from lem.units import Unit
 
 
 @dataclass(frozen=True)

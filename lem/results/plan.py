@@ -12,10 +12,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from lem import __version__
+from lem.quantities import timestamp
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.schedule import ScheduleRun
-from lem.units import timestamp
 
 if TYPE_CHECKING:
     import psutil

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from lem.quantities import percent, plain, quantity
 from lem.results import show
 from lem.results.campaign_show import HEADS as OF_CAMPAIGNS
 from lem.results.merging import is_estimated
 from lem.results.schedule import Start
 from lem.results.schedule_answer import ENERGIES, MEASURES, PRIMARY, Answer, Found, Run
 from lem.results.variation import LEVEL, POWER, Level, Variation
-from lem.units import percent, plain, quantity
 
 # Of more runs than this, only the last ones are shown.
 MOST_RUNS = 100

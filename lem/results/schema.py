@@ -6,16 +6,16 @@ from typing import Annotated, ClassVar
 
 from msgspec import Struct
 
-from lem import units
+from lem import quantities
 
-Seconds = Annotated[float | None, units.SECOND]
-Joules = Annotated[float | None, units.JOULE]
-Watts = Annotated[float | None, units.WATT]
-Ratio = Annotated[float | None, units.RATIO]
-TokensPerSecond = Annotated[float | None, units.TOKEN_PER_SECOND]
-RequestsPerSecond = Annotated[float | None, units.REQUEST_PER_SECOND]
-JoulesPerToken = Annotated[float | None, units.JOULE_PER_TOKEN]
-Bytes = Annotated[int | None, units.BYTE]
+Seconds = Annotated[float | None, quantities.SECOND]
+Joules = Annotated[float | None, quantities.JOULE]
+Watts = Annotated[float | None, quantities.WATT]
+Ratio = Annotated[float | None, quantities.RATIO]
+TokensPerSecond = Annotated[float | None, quantities.TOKEN_PER_SECOND]
+RequestsPerSecond = Annotated[float | None, quantities.REQUEST_PER_SECOND]
+JoulesPerToken = Annotated[float | None, quantities.JOULE_PER_TOKEN]
+Bytes = Annotated[int | None, quantities.BYTE]
 
 
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
@@ -31,10 +31,10 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     experiment_id: Annotated[str, "Unique id of the experiment."]
     status: Annotated[str, "Outcome: completed, failed or interrupted."]
     # counted
-    requests_completed: Annotated[int, units.REQUEST, "Number of requests that finished; each has its own row."]
-    input_tokens: Annotated[int, units.TOKEN, "Input tokens of the finished requests, without padding."]
+    requests_completed: Annotated[int, quantities.REQUEST, "Number of requests that finished; each has its own row."]
+    input_tokens: Annotated[int, quantities.TOKEN, "Input tokens of the finished requests, without padding."]
     output_tokens: Annotated[
-        int, units.TOKEN, "Output tokens of the finished requests, up to and including the first end token."
+        int, quantities.TOKEN, "Output tokens of the finished requests, up to and including the first end token."
     ]
     # timed
     duration_s: Annotated[Seconds, "Wall-clock length of the measured window."]
@@ -59,8 +59,8 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
     energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
-    energy_per_request_j: Annotated[float | None, units.JOULE_PER_REQUEST, "energy_j / requests_completed."]
-    flops_per_s: Annotated[float | None, units.FLOP_PER_SECOND, "flops / duration_s."]
+    energy_per_request_j: Annotated[float | None, quantities.JOULE_PER_REQUEST, "energy_j / requests_completed."]
+    flops_per_s: Annotated[float | None, quantities.FLOP_PER_SECOND, "flops / duration_s."]
     mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
     # of an interrupted run
     repeated_share: Annotated[
@@ -90,7 +90,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Rate of requests within the limits on TTFT and ITL."] = None
     # while all slots were taken, with continuous batching
     steady_duration_s: Annotated[Seconds, "Length of the steady state, in which all slots are taken."] = None
-    steady_output_tokens: Annotated[int | None, units.TOKEN, "Output tokens generated in the steady state."] = None
+    steady_output_tokens: Annotated[int | None, quantities.TOKEN, "Output tokens generated in the steady state."] = None
     steady_output_tokens_per_s: Annotated[TokensPerSecond, "steady_output_tokens / steady_duration_s."] = None
     steady_energy_j: Annotated[Joules, "Headline energy of the steady state."] = None
     steady_average_power_w: Annotated[Watts, "steady_energy_j / steady_duration_s."] = None
@@ -98,7 +98,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     # failed requests
     requests_failed: Annotated[
         int | None,
-        units.REQUEST,
+        quantities.REQUEST,
         "Number of failed requests; means, totals and rates exclude them, but the window's time and energy do not.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
@@ -158,18 +158,18 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     weights_bytes: Annotated[Bytes, "Size of the weights as loaded."]
     dataset: Annotated[str, "Name of the chosen dataset."]
     prompts_sha256: Annotated[str, "Digest of the prompts in order; equal digests mean equal prompts."]
-    prompts_read: Annotated[int | None, units.REQUEST, "Number of prompts in the source, including empty ones."]
+    prompts_read: Annotated[int | None, quantities.REQUEST, "Number of prompts in the source, including empty ones."]
     prompts_empty: Annotated[
-        int | None, units.REQUEST, "Number of prompts_read that were empty and dropped before sampling."
+        int | None, quantities.REQUEST, "Number of prompts_read that were empty and dropped before sampling."
     ]
-    prompts_cut: Annotated[int | None, units.REQUEST, "Number of prompts that were truncated to max_input_tokens."]
+    prompts_cut: Annotated[int | None, quantities.REQUEST, "Number of prompts that were truncated to max_input_tokens."]
     decoder: Annotated[str, "Name of the chosen decoder."]
     batching_strategy: Annotated[str, "Batching strategy."]
-    batch_size: Annotated[int, units.REQUEST, "Maximum number of requests in a batch."]
-    max_output_tokens: Annotated[int, units.TOKEN, "Maximum number of generated tokens per request."]
+    batch_size: Annotated[int, quantities.REQUEST, "Maximum number of requests in a batch."]
+    max_output_tokens: Annotated[int, quantities.TOKEN, "Maximum number of generated tokens per request."]
     seed: Annotated[int, "Seed for drawing prompts and for sampling tokens."]
     # counted
-    requests_planned: Annotated[int, units.REQUEST, "Number of prompts of the experiment."]
+    requests_planned: Annotated[int, quantities.REQUEST, "Number of prompts of the experiment."]
     load_duration_s: Annotated[Seconds, "Time to load the model, which is outside the window."]
     energy_scope: Annotated[str | None, "Scope of the headline energy: device, package, machine or shared_device."]
     energy_components: Annotated[str | None, "Components in the headline, such as gpu or cpu+dram."]
@@ -198,10 +198,10 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         None
     )
     # derived
-    energy_wh: Annotated[float | None, units.WATT_HOUR, "energy_j / 3600."]
-    co2e_g: Annotated[float | None, units.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
+    energy_wh: Annotated[float | None, quantities.WATT_HOUR, "energy_j / 3600."]
+    co2e_g: Annotated[float | None, quantities.GRAM_CO2E, "Emissions: energy_j times the carbon intensity."]
     carbon_intensity_g_per_kwh: Annotated[
-        float | None, units.GRAM_CO2E_PER_KWH, "Carbon intensity used; from a trace, its mean over the window."
+        float | None, quantities.GRAM_CO2E_PER_KWH, "Carbon intensity used; from a trace, its mean over the window."
     ]
     carbon_intensity_source: Annotated[
         str | None, "Source of the carbon intensity; for a trace, also whether energy or time weighs its values."
@@ -209,15 +209,15 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     carbon_trace_sha256: Annotated[str | None, "Digest of the file energy.carbon_trace; null without a trace."] = None
     peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
     peak_memory_scope: Annotated[str | None, "Scope of the peak memory."]
-    flops: Annotated[float | None, units.FLOP, "Model FLOPs of the counted tokens."]
-    flops_per_token: Annotated[float | None, units.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
+    flops: Annotated[float | None, quantities.FLOP, "Model FLOPs of the counted tokens."]
+    flops_per_token: Annotated[float | None, quantities.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
     peak_flops_per_s: Annotated[
-        float | None, units.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the arithmetic's dtype."
+        float | None, quantities.FLOP_PER_SECOND, "Datasheet peak of the GPUs for the arithmetic's dtype."
     ]
     peak_flops_source: Annotated[str | None, "Source of the datasheet peak."]
     kv_cache_bytes: Annotated[Bytes, "Allocated key/value cache of the largest batch, padding included."]
-    warmup_prompts: Annotated[int | None, units.REQUEST, "Number of prompts run in the warm-up."]
+    warmup_prompts: Annotated[int | None, quantities.REQUEST, "Number of prompts run in the warm-up."]
     warmup_ended: Annotated[str | None, "Reason why the warm-up ended: fixed, converged, max_prompts or max_s."]
     warmup_cv: Annotated[Ratio, "Coefficient of variation of the warm-up's last latencies."]
     # over the cycles

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lem.quantities import one_line, plain, printable, quantity
 from lem.record import ProcessRecord
 from lem.results.merging import is_estimated
 from lem.results.parquet import names
 from lem.results.schema import ExperimentRow, Measures
-from lem.units import one_line, plain, printable, quantity
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -42,6 +42,12 @@ def compare(
         results_dir: the results directory of ids and names.
         metrics: columns to compare in addition to those that a campaign reports.
 
+    Returns:
+        A comparison for each case of each of the others: an arm of a campaign, or a configuration of a results
+        directory. `ratios` has a ratio for each metric, without a unit: the value divided by the baseline's. Its
+        `value` and `baseline_value` have the unit of the column of the table `experiments` with the metric's name.
+        `objections` says why the case is not comparable; each objection has a code.
+
     Raises:
         ResultsError: something cannot be found, has no completed experiment, or has nothing in common with the
             baseline; or a metric is not a column that can be compared.

@@ -22,6 +22,7 @@ from lem.errors import Interrupted, LemError, RunError
 from lem.machine import host, processes
 from lem.machine.gpu import Gpu
 from lem.machine.watch import Watch
+from lem.quantities import timestamp
 from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
 from lem.results.directory import ExperimentDir
 from lem.results.files import FULL, NO_SPACE
@@ -32,7 +33,6 @@ from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, pro
 from lem.runner.stopping import UNDISTURBED, ignore_signals
 from lem.runner.window import Bench, MeasuredRequest, Measurement, Queue
 from lem.spec.experiment import Cooldown
-from lem.units import timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.clock import REAL, Clock

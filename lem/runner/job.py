@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lem.errors import Interrupted, ResultsError
 from lem.machine import host
+from lem.quantities import timestamp
 from lem.record import ErrorInfo
 from lem.results.aggregate import aggregate, aggregate_together, read
 from lem.results.codec import arrivals_sha256, config_sha256
@@ -23,14 +24,13 @@ from lem.results.plan import FINISHED, Plan, PromptsInfo, State, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
 from lem.runner.launch import launch, record_loss
-from lem.runner.preflight import Ready, preflight
+from lem.runner.preflight import Ready, preflight, validated
 from lem.runner.progress import Report, silent
 from lem.runner.stopping import signals_ignored
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 from lem.spec.schedule import ScheduleRun
-from lem.units import timestamp
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +72,19 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
         force: run the experiment even if it is inadvisable.
         report: called with events as the run proceeds.
 
+    Returns:
+        How the run ended: `row` is the experiment's row, whose attributes are the columns of the table `experiments`,
+        with their units in their names; `directory` has the raw files, and `store` is the results directory. A run that
+        fails is returned as well; its row has the status `failed` and, under `error`, the reason.
+
     Raises:
-        ConfigError: the experiment cannot run.
-        RunError: the disk is full. A run that fails raises nothing; its row has the status and the error.
-        Interrupted: the run was stopped from outside.
+        ConfigError: the experiment cannot run, because values are wrong, or do not fit together, this machine or its
+            files; the error lists all problems.
+        ResultsError: the results directory cannot be used.
+        RunError: the disk is full.
+        Interrupted: the run was stopped from outside; the finished requests are kept.
     """
-    return run_ready(preflight(experiment, host.look(), force=force), report=report)
+    return run_ready(preflight(validated(experiment), host.look(), force=force), report=report)
 
 
 def run_ready(

@@ -13,12 +13,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lem.backends import backend_class
 from lem.energy.objections import objections as energy_objections
 from lem.errors import BadInput, ConfigError
 from lem.machine.gpu import Gpu, pick
 from lem.machine.host import KERNELS_FILESYSTEMS, Host, filesystem_type
+from lem.results.codec import adapter
 from lem.results.store import Store
 from lem.spec.conflicts import conflicts
 from lem.spec.experiment import Dataset, Experiment, Traffic
@@ -48,6 +50,37 @@ class Ready:
     arrivals_s: Sequence[float] | None = None
     # Whether the experiment runs despite inadvisable options.
     forced: bool = False
+
+
+def validated(experiment: Experiment) -> Experiment:
+    """Return an experiment that was made in Python, with its types and ranges checked.
+
+    A configuration that Hydra composed has been checked already.
+
+    Raises:
+        ConfigError: values have wrong types or are out of range; the error lists all of them.
+    """
+    from pydantic import ValidationError
+    from pydantic_core import PydanticSerializationError
+
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"An Experiment is needed, not {type(experiment).__name__}; see lem.Experiment.")
+    kind = adapter(Experiment)
+    try:
+        # As JSON, because a plan is stored as JSON, and a value that does not survive that is a wrong one.
+        checked: Experiment = kind.validate_json(kind.dump_json(experiment, warnings=False))
+    except PydanticSerializationError as error:
+        raise ConfigError(f"The experiment has a value that is not plain data: {error}.") from None
+    except ValidationError as error:
+        raise ConfigError(*map(_wrong_value, error.errors(include_url=False))) from None
+    return checked
+
+
+def _wrong_value(detail: Any) -> str:
+    group, *rest = detail["loc"]
+    # pydantic names the chosen backend as well, as in backend.simulated.sleep.
+    path = ".".join(map(str, (group, *(rest[1:] if group == "backend" else rest))))
+    return f"{path}: {str(detail['msg']).replace('Input should', 'should')}, not {detail['input']!r}."
 
 
 def preflight(

@@ -17,6 +17,7 @@ from lem.energy.carbon import WindowEnergy, carbon_of
 from lem.energy.trace import integral_j
 from lem.errors import BadInput
 from lem.machine.slurm import own_job_id
+from lem.quantities import NS_PER_S, timestamp
 from lem.record import (
     ENERGY_OWNER,
     FORMAT_VERSION,
@@ -44,7 +45,6 @@ from lem.results.journal import Checkpoint
 from lem.results.merging import of_headline, total
 from lem.results.plan import Plan
 from lem.runner.window import MeasuredRequest, Measurement
-from lem.units import NS_PER_S, timestamp
 from lem.warning_codes import warning
 from lem.workload import flops
 from lem.workload.flops import Architecture

@@ -27,6 +27,7 @@ from lem.energy.base import Meter
 from lem.errors import RunError
 from lem.machine import processes
 from lem.machine.watch import Watch
+from lem.quantities import NS_PER_S
 from lem.record import (
     ENERGY_OWNER,
     CpuLoad,
@@ -44,7 +45,6 @@ from lem.results.merging import longer
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
 from lem.spec.experiment import Batching, Warmup
-from lem.units import NS_PER_S
 from lem.workload.batching import plan_batches
 from lem.workload.traffic import Arrivals
 

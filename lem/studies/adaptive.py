@@ -11,13 +11,13 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
+from lem.quantities import percent
 from lem.results.campaign import NOT_NEEDED, CellEntry, Definition, is_enough
 from lem.results.compare import expected_degrees_of_freedom
 from lem.results.statistics import t_quantile
 from lem.results.stopping import ANALYSES, Rule
 from lem.studies.manifest import CellState
 from lem.studies.orders import Place
-from lem.units import percent
 
 
 def is_over(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from lem.config.launcher import Launcher
 from lem.errors import Interrupted
+from lem.quantities import one_line
 from lem.results import show
 from lem.results.aggregate import catch_up
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
 from lem.runner.job import Outcome
 from lem.runner.preflight import Ready
-from lem.units import one_line
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class RunOptions:
     per_job: int | None = None
     # Whether the command ends as soon as the jobs are submitted.
     detach: bool = False
+    # Whether no progress is shown, as for callers of the Python API.
+    quiet: bool = False
 
 
 def confirmed(question: str) -> bool:

@@ -131,6 +131,7 @@ def main(
     options: RunOptions,
     *,
     config_dir: Path | None = None,
+    presentation: Presentation = Presentation(),
 ) -> int:
     """Measure a campaign's arms; return 0, or 1 if a cell has no result or an arm cannot be compared.
 
@@ -140,13 +141,14 @@ def main(
         overrides: Hydra overrides from the command line, for all arms.
         options: how the command runs experiments.
         config_dir: a directory with the user's own options.
+        presentation: how the campaign is presented.
 
     Raises:
         BadInput: raised before anything runs, listing all problems.
         Interrupted: finished requests are kept, and the message names the command that resumes the campaign.
     """
     campaign, arms, of_all = planned_arms(patterns, given, overrides, config_dir, Consents(options))
-    return measure(campaign, arms, of_all, options)
+    return measure(campaign, arms, of_all, options, presentation)
 
 
 def measure(
@@ -212,10 +214,24 @@ def planned_arms(
     check(campaign)
     of_all = [*settings_of_arms(campaign), *campaign.overrides]
     arms = _arms(found, of_all, overrides, config_dir, consents, place)
+    return fitted(campaign, arms, given, own), arms, [*of_all, *overrides]
+
+
+def fitted(campaign: Campaign, arms: Sequence[Arm], given: Mapping[str, Any], own: Path | None = None) -> Campaign:
+    """Return a campaign's settings with those that depend on its arms, and without those that the arms contain.
+
+    Args:
+        campaign: the settings.
+        arms: the arms, with the settings of the campaign that apply to them.
+        given: the settings that do not come from a file, by key.
+        own: the campaign file, if there is one.
+
+    Raises:
+        ConfigError: no arm has the baseline's name, or no arm uses a GPU that could cool down.
+    """
     baseline = baseline_of(campaign.baseline, [arm.name for arm in arms], _place("baseline", own, given))
     check_cooling(campaign, [arm.experiment for arm in arms], _place("cool_to_c", own, given))
-    campaign = in_whole_squares(replace(campaign, baseline=baseline), len(arms), keys_given(own, given))
-    return _without_arms(campaign), arms, [*of_all, *overrides]
+    return _without_arms(in_whole_squares(replace(campaign, baseline=baseline), len(arms), keys_given(own, given)))
 
 
 def _place(key: str, file: Path | None, given: Mapping[str, Any]) -> str:
@@ -356,10 +372,7 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
         names.append("/".join(parts[-length:]))
     names = [source.name or name for name, (source, _) in zip(names, found, strict=True)]
     for name in names:
-        if not name.isprintable():  # a line break would tear tables and sentences apart
-            raise ConfigError(
-                f"{place}arms: the name {name!r} has characters that cannot be printed; set another name."
-            )
+        check_arm_name(name, place)
     given = {source.name: source for source, _ in found if source.name}
     for name, (source, _) in zip(names, found, strict=True):
         if given.get(name, source) is not source:
@@ -370,6 +383,12 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
         if names.count(name) > 1 or seen[name] > 1:
             names[i] = f"{name}#{seen[name]}"
     return names
+
+
+def check_arm_name(name: str, place: str = "") -> None:
+    """Refuse a name that would tear tables and sentences apart; raises `ConfigError`."""
+    if not name.isprintable():
+        raise ConfigError(f"{place}arms: the name {name!r} has characters that cannot be printed; set another name.")
 
 
 def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> str:
@@ -554,7 +573,10 @@ def _measure(
         try:
             if any(not state.is_settled for state in states):
                 make_runner = partial(_runner, options=options, prompts=prompts, planned=planned)
-                run_cells(manifest, make_runner, [], again=f"To resume: {resume}", launcher=options.launcher)
+                run_cells(
+                    manifest, make_runner, [],
+                    again=f"To resume: {resume}", launcher=options.launcher, quiet=options.quiet,
+                )  # fmt: skip
             else:
                 manifest.open()
         except Left as left:

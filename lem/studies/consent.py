@@ -16,9 +16,9 @@ from pathlib import Path
 from lem.config.problem import Problem, Problems, shortened
 from lem.config.trust import Asked, Kind
 from lem.errors import Interrupted
+from lem.quantities import one_line
 from lem.results.files import write_atomically
 from lem.studies.ask import RunOptions, print_warnings
-from lem.units import one_line
 
 STATE_VARIABLE = "LEM_STATE_DIR"
 # What happens if the user agrees, and the question. The remedy after a refusal is in `lem.spec.rules`.

@@ -23,6 +23,7 @@ from typing import Protocol
 from zoneinfo import ZoneInfo
 
 from lem.errors import Interrupted, LemError
+from lem.quantities import one_line
 from lem.results.files import DiskFull
 from lem.results.schedule import (
     CUT,
@@ -41,7 +42,6 @@ from lem.results.schedule import (
     write_manifest,
 )
 from lem.spec.schedule import length_of
-from lem.units import one_line
 
 LONGEST_SLEEP_S = 30.0
 # A start that is later than this is missed, because a run at another time reveals nothing about the planned time.

@@ -10,9 +10,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO, cast
 
+from lem.quantities import one_line
 from lem.results import show
 from lem.runner.progress import Event, Report, silent
-from lem.units import one_line
 
 TITLES = {
     "cycle": "Cycle",

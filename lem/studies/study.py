@@ -11,7 +11,7 @@ import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from lem.runner.stopping import signals_raise
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
-from lem.studies.display import StudyDisplay, study_display
+from lem.studies.display import Quiet, StudyDisplay, study_display
 from lem.studies.manifest import Cell, Manifest, experiment_of, row_of
 
 AGAIN = "The same command resumes unfinished experiments and runs all others again, even completed ones."
@@ -162,6 +162,7 @@ def run_cells(
     at_once: int = 1,
     again: str = AGAIN,
     launcher: Launcher | None = None,
+    quiet: bool = False,
 ) -> None:
     """Run, in order, the cells of a manifest that are needed and not completed, and keep the manifest up to date.
 
@@ -172,6 +173,7 @@ def run_cells(
         at_once: the number of cells that run at the same time.
         again: how to continue after an interruption or a full disk, as a sentence for the user.
         launcher: the launcher, if the runner submits the cells to Slurm.
+        quiet: show no progress.
 
     Raises:
         Interrupted: the study was interrupted; finished requests are kept.
@@ -182,7 +184,7 @@ def run_cells(
         _start(manifest, runner, settings, launcher)
 
     settled = [number for number, state in enumerate(manifest.states) if state.is_settled]
-    attend(manifest, make_runner, start, at_once=at_once, settled=settled, again=again)
+    attend(manifest, make_runner, start, at_once=at_once, settled=settled, again=again, quiet=quiet)
 
 
 def attend(
@@ -193,6 +195,7 @@ def attend(
     at_once: int,
     settled: Sequence[int],
     again: str,
+    quiet: bool = False,
 ) -> None:
     """Let a runner work on the cells of a manifest, show that, and handle interruptions.
 
@@ -203,6 +206,7 @@ def attend(
         at_once: the number of cells that run at the same time.
         settled: the numbers of the cells that have already ended.
         again: how to continue after an interruption or a full disk, as a sentence for the user.
+        quiet: show no progress.
 
     Raises:
         Left: the cells continue without this command.
@@ -212,7 +216,9 @@ def attend(
     runner: Runner | None = None
     try:
         manifest.open()
-        shown = study_display(len(manifest.cells), at_once=at_once, settled=settled)
+        shown: AbstractContextManager[StudyDisplay] = (
+            nullcontext(Quiet()) if quiet else study_display(len(manifest.cells), at_once=at_once, settled=settled)
+        )
         try:
             # Between cells, too, a signal must raise an exception.
             with shown as display, signals_raise(stopped):

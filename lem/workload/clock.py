@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from lem.units import NS_PER_S
+from lem.quantities import NS_PER_S
 
 
 class Clock:

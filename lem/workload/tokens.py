@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lem.units import NS_PER_S
+from lem.quantities import NS_PER_S
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from lem.errors import BadInput
+from lem.quantities import NS_PER_S
 from lem.spec.experiment import Traffic
-from lem.units import NS_PER_S
 from lem.workload.clock import REAL, Clock
 
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from lem.backends import make_backend, openai_answer
 from lem.backends.base import Encoded
 from lem.backends.openai_answer import Refused, Reply, ServerGone, reason_in, waiting_s
 from lem.errors import RunError
+from lem.quantities import NS_PER_S
 from lem.spec.engines import OpenaiBackend
 from lem.spec.experiment import Batching, Experiment, Streaming, Traffic
-from lem.units import NS_PER_S
 from lem.workload.traffic import Arrivals
 from tests.backends.raw_server import MODELS, Scripted, response
 

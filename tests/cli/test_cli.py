@@ -10,7 +10,7 @@ import sys
 import pytest
 import typer
 
-from lem.units import plain, quantity
+from lem.quantities import plain, quantity
 from tests.conftest import SIMULATED, command, raw_record
 
 HEAVY = (

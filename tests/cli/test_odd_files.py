@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.units import printable
+from lem.quantities import printable
 from tests.conftest import command
 
 CANARY = "canary"

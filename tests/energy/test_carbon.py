@@ -15,13 +15,13 @@ from msgspec.structs import replace
 from lem.energy.carbon import WindowEnergy, carbon_of
 from lem.energy.carbon_trace import read_carbon_trace
 from lem.errors import BadInput
+from lem.quantities import J_PER_KWH
 from lem.record import Carbon
 from lem.results.aggregate import Part, by_cycle, put_together
 from lem.results.codec import excerpt_of
 from lem.results.journal import Checkpoint, Window
 from lem.results.rows import rows_of
 from lem.spec.experiment import Energy
-from lem.units import J_PER_KWH
 from tests.records import phases, plan, reading, record, requests
 
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)

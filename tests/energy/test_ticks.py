@@ -10,7 +10,7 @@ import pytest
 
 from lem.energy import ticks
 from lem.energy.ticks import Counter, Edge
-from lem.units import NS_PER_S
+from lem.quantities import NS_PER_S
 
 IDLE_W, BUSY_W = 100.0, 700.0
 

@@ -155,6 +155,52 @@ def test_what_is_exported_is_read_back_equal(tmp_path_factory, drawn):
             assert same(drawn[name], read(file))
 
 
+def read_ai_energy_score(file):
+    """Read the CSV file; numbers and truth values are restored, and a null and an empty text are both None."""
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert rows[0].keys() == dict.fromkeys(foreign.AI_ENERGY_SCORE_COLUMNS).keys()
+    return [{name: value or None for name, value in row.items()} for row in rows]
+
+
+def as_csv_text(value):
+    """Return a value as the CSV file of AI Energy Score holds it."""
+    return None if value in (None, "") else str(value)
+
+
+def in_fractions(row):
+    """Return a row of ML.ENERGY with floats where its file has floats."""
+    floats = {name for name, kind in foreign.ML_ENERGY_COLUMNS.items() if kind == "float"}
+    made = foreign.ml_energy(row)
+    return {name: float(value) if name in floats and value is not None else value for name, value in made.items()}
+
+
+@settings(max_examples=4)
+@given(tables())
+def test_other_projects_shapes_are_read_back_equal(tmp_path_factory, drawn):
+    folder = tmp_path_factory.mktemp("results")
+    store = put(folder, drawn)
+    rows = drawn["experiments"].to_pylist()
+    for kind in foreign.SHAPES:
+        assert export(store, Selection(), [], kind=kind, table="experiments", output=folder / kind, force=False) == 0
+    found = read_ai_energy_score(folder / "aienergyscore")
+    assert found == [{name: as_csv_text(value) for name, value in foreign.ai_energy_score(row).items()} for row in rows]
+    for name, column in (("model_name", "model"), ("error_message", "error"), ("avg_total_time", "latency_mean_s")):
+        assert [row[name] for row in found] == [as_csv_text(row[column]) for row in rows]
+    whole = pq.ParquetFile(folder / "mlenergy").read()
+    assert same(whole, [dict.fromkeys(foreign.ML_ENERGY_COLUMNS) | in_fractions(row) for row in rows])
+    assert whole["model_id"].to_pylist() == [row["model"] for row in rows]
+    assert whole["total_output_tokens"].to_pylist() == [float(row["output_tokens"]) for row in rows]
+
+
+def test_the_hostile_values_are_among_the_rows_that_are_exported():
+    """So that the two tests above try what they are there for."""
+    assert any(len(text) == 300 for text in NASTY)
+    for part in (",", "\n", '"', "🚀"):
+        assert any(part in text for text in NASTY)
+    assert [value for value in FLOATS if not math.isfinite(value)]
+
+
 # ------------------------------------------------------------------ the command
 @pytest.fixture
 def store(tmp_path):

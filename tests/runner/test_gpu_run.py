@@ -8,13 +8,13 @@ import sys
 import pandas as pd
 import pytest
 
+from lem.quantities import timestamp
 from lem.results.aggregate import read
 from lem.results.directory import ExperimentDir
 from lem.results.plan import Plan, PromptsInfo
 from lem.results.store import Store
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Energy, Experiment
-from lem.units import timestamp
 from lem.workload.prompts import sha256_of
 from tests.conftest import command, raw_record
 from tests.energy.test_rapl import USUAL_RANGE_UJ, counting

@@ -32,6 +32,54 @@ def test_a_library_user_gets_an_error_not_an_exit(tmp_path):
         lem.run(lem.Experiment(dataset=Dataset(path="builtin:sample"), io=Io(results_dir=str(tmp_path))))
 
 
+def made(tmp_path, **values):
+    known = {"model": "any", "backend": SimulatedBackend(), "energy": Energy(name="none")}
+    known |= {"dataset": Dataset(path="builtin:sample", sample_size=2), "io": Io(results_dir=str(tmp_path / "results"))}
+    return lem.Experiment(**known | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        ({"cycles": -1}, ["cycles: should be greater than or equal to 1, not -1."]),
+        (
+            {"seed": "x", "backend": SimulatedBackend(decode_s_per_token=-1)},
+            [
+                "seed: should be a valid integer, not 'x'.",
+                "backend.decode_s_per_token: should be greater than or equal to 0, not -1.",
+            ],
+        ),
+        ({"energy": Energy(name="nothing")}, ["energy.name: should be 'auto', 'nvml', 'rapl', 'codecarbon'"]),
+        ({"backend": "simulated"}, ["backend: should be an object, not 'simulated'."]),
+        ({"dataset": None}, ["dataset: should be an object, not None."]),
+        ({"model": object()}, ["The experiment has a value that is not plain data"]),
+    ],
+)  # fmt: skip
+def test_values_that_python_does_not_check_are_checked_before_anything_is_written(values, problems, tmp_path):
+    with pytest.raises(lem.ConfigError) as caught:
+        lem.run(made(tmp_path, **values))
+    assert len(caught.value.problems) == len(problems)
+    for found, wanted in zip(caught.value.problems, problems, strict=True):
+        assert found.startswith(wanted)
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_is_not_an_experiment_is_refused():
+    with pytest.raises(lem.ConfigError, match=r"An Experiment is needed, not dict; see lem\.Experiment"):
+        lem.run({"model": "any"})
+
+
+def test_a_results_directory_that_cannot_be_used_is_bad_input(tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(lem.BadInput, match="results"):
+        lem.run(made(tmp_path))
+
+
+def test_a_path_is_as_good_as_its_text(tmp_path):
+    outcome = lem.run(made(tmp_path, io=Io(results_dir=tmp_path / "results")))
+    assert outcome.row.status == "completed"
+
+
 def test_the_domain_runs_without_hydra(tmp_path):
     code = (
         "import sys; sys.modules['hydra'] = sys.modules['omegaconf'] = None\n"

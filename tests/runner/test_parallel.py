@@ -21,6 +21,7 @@ from lem.errors import RunError
 from lem.machine import gpu
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host
+from lem.quantities import timestamp
 from lem.record import ProcessRecord
 from lem.results.directory import ExperimentDir
 from lem.results.plan import Plan, PromptsInfo
@@ -28,7 +29,6 @@ from lem.runner.launch import worker_command
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Experiment, Parallelism
 from lem.spec.processes import gpus_needed
-from lem.units import timestamp
 from lem.workload import tiny
 from tests.conftest import command
 from tests.models_for_tests import gpt2, mixtral, qwen2

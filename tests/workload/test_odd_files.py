@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lem.errors import BadInput, DatasetError
+from lem.quantities import one_line
 from lem.spec.experiment import Dataset
-from lem.units import one_line
 from lem.workload import content
 from lem.workload.datasets import load_prompts
 from tests.conftest import SIMULATED

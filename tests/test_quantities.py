@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lem.errors import ConfigError, DatasetError
+from lem.quantities import is_printable, one_line, printable
 from lem.results.store import Store
-from lem.units import is_printable, one_line, printable
 from tests.cli.test_streams import terminal
 from tests.conftest import SIMULATED
 
