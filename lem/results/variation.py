@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FTest:
-    """An F-test of a number of values: the statistic, its degrees of freedom, its p-value, and the error's sd."""
+    """An F-test of `values` values: its statistic, degrees of freedom and p-value, and the error's standard deviation."""
 
     statistic: float
     numerator: int
