@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FTest:
-    """An F-test of `values` values: its statistic, degrees of freedom and p-value, and the error's standard deviation."""
+    """An F-test of `values` values: statistic, degrees of freedom, p-value, and the standard deviation of the error."""
 
     statistic: float
     numerator: int

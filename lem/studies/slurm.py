@@ -163,7 +163,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell that has ended, its experiment's directory, and whether the experiment is complete according to its files."""
+    """A cell that has ended, its experiment's directory, and whether its files say that it is complete."""
 
     number: int
     directory: ExperimentDir
