@@ -33,7 +33,7 @@ W_PER_MW = 1e-3
 class Gpu:
     """A physical GPU; `mig_uuid` is set if CUDA_VISIBLE_DEVICES names one of its MIG instances.
 
-    `memory_bytes` is None if the driver does not report it, for example for the parent of the only accessible MIG
+    `memory_bytes` is None if the driver does not report it, for example for the GPU behind the only accessible MIG
     instance. `compute_capability` is CUDA's (major, minor) version number of the GPU, which determines the kernels that
     can run; None if the driver does not report it. `mig` says whether the GPU is in MIG mode.
     """

@@ -199,7 +199,7 @@ def _unused(folder: Path) -> Iterator[None]:
 
 # ------------------------------------------------------------------ the command
 def delete(deletion: Deletion, *, yes: bool, dry_run: bool) -> int:
-    """List what a command deletes, ask, and delete it; return 1 if the answer was no, else 0.
+    """List what a command would delete, ask for confirmation, and delete it; return 1 if the answer was no, else 0.
 
     Raises:
         ResultsError: there is no terminal to ask on.

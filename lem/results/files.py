@@ -64,9 +64,9 @@ _synced_later = ContextVar("synced_later", default=False)
 
 @contextmanager
 def synced_later() -> Iterator[None]:
-    """Write files inside completely or not at all, but leave it to `sync` that they survive a crash of the machine.
+    """Within the block, write each file completely or not at all, but leave it to `sync` to make it survive a crash.
 
-    Waiting for the disk takes milliseconds for each file, which adds up if a study writes the plans of thousands.
+    Waiting for the disk takes milliseconds for each file, which adds up if a study writes thousands of plans.
     """
     token = _synced_later.set(True)
     try:
@@ -145,7 +145,8 @@ def try_to_lock(file: Path) -> Iterator[bool]:
 def remove_if_abandoned(scratch: Path) -> None:
     """Remove a scratch file if its writer was killed; a living writer holds a lock on the file.
 
-    Its age is taken by the clock that stamps the files, which on a shared file system is not this machine's.
+    The file's age is measured with the clock of the file system, which is not this machine's clock if the file system
+    is shared.
     """
     with suppress(OSError), scratch.open("rb") as file, tempfile.TemporaryFile(dir=scratch.parent) as fresh:
         if os.fstat(fresh.fileno()).st_mtime - scratch.stat().st_mtime > ABANDONED_S:

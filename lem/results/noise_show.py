@@ -48,7 +48,7 @@ def show_noise(noise: Noise) -> None:
 
 
 def _print(text: str) -> None:
-    """Print a line, broken between words if a terminal is narrower."""
+    """Print a line; if the terminal is too narrow for it, break the line between words."""
     show.console().print(show.cell(text))
 
 

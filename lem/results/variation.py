@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FTest:
-    """An F-test of a number of values: the statistic, its degrees of freedom, its p-value, and the error's sd."""
+    """An F-test of `values` values: statistic, degrees of freedom, p-value, and the standard deviation of the error."""
 
     statistic: float
     numerator: int

@@ -111,9 +111,9 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Hold back signals, as `signals_held` does, also from the programs that are called inside.
+    """Hold back signals as `signals_held` does, and also keep them from programs that are started within the block.
 
-    A Ctrl-C reaches all processes of a terminal; this keeps it from ending a program whose work may already be done.
+    A Ctrl-C reaches all processes of a terminal; blocking it saves a program whose work may already be done.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
     try:

@@ -100,7 +100,7 @@ def _as_jobs(
 def _composed(
     file: Path, overrides: Sequence[str], config_dir: Path | None, *, by_hydra: bool
 ) -> tuple[Experiment, Sources]:
-    """Compose a file's experiment; of several files, one by Hydra, which also checks the overrides of its settings."""
+    """Compose a file's experiment; `by_hydra` is slower, but also checks overrides of Hydra's own settings."""
     if not by_hydra:
         return compose_quickly(file, overrides, config_dir)
     composition = prepare(file, overrides, config_dir=config_dir)

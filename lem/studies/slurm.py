@@ -94,7 +94,7 @@ def machine_of_job(experiment: Experiment, options: SlurmOptions) -> Host:
 def preflight_for_job(
     experiment: Experiment, options: RunOptions, prompts: RecentPrompts, *, in_campaign: bool = False
 ) -> Ready:
-    """Check an experiment for the machine that its job will have; raises `BadInput` with all problems."""
+    """Check an experiment against the hardware that its job will get; raises `BadInput` with all problems."""
     assert options.launcher is not None
     machine = machine_of_job(experiment, options.launcher.options)
     return preflight(experiment, machine, force=options.force, in_campaign=in_campaign, load=prompts, elsewhere=True)
@@ -163,7 +163,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell that has ended, its experiment's directory, and whether that says that the experiment is complete."""
+    """A cell that has ended, its experiment's directory, and whether its files say that it is complete."""
 
     number: int
     directory: ExperimentDir
