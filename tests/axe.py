@@ -75,6 +75,11 @@ def faults(page: Path, source: str, browse: Callable[..., Any], *options: str) -
     assert found, f"axe did not finish on {page.name}"
     violations = json.loads(unescape(found[1]))
     assert isinstance(violations, list), violations
+    return grave(violations)
+
+
+def grave(violations: list[dict[str, Any]]) -> list[Fault]:
+    """Return the grave faults among axe's violations."""
     return [_fault(each) for each in violations if each["impact"] in GRAVE]
 
 
