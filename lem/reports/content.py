@@ -311,16 +311,27 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 
 
 def _thinned(found: Sequence[PowerRecord]) -> list[dict[str, Any]]:
-    """Return at most about `MOST_SAMPLES` samples, evenly from each device."""
+    """Return at most about `MOST_SAMPLES` samples, evenly from each device, and as many that have a temperature."""
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)
     step = max(1, len(found) // MOST_SAMPLES)
+    warm_step = max(1, sum(each.temperature_c is not None for each in found) // MOST_SAMPLES)
     return [
-        {"t_s": each.t_s, "device": device, "power_w": each.power_w}
+        {"t_s": each.t_s, "device": device, "power_w": each.power_w, "temperature_c": each.temperature_c}
         for device, own in by_device.items()
-        for each in own[::step]
+        for each in _spread(own, step, warm_step)
     ]
+
+
+def _spread(own: Sequence[PowerRecord], step: int, warm_step: int) -> Iterator[PowerRecord]:
+    """Yield every `step`th sample, and of those with a temperature, every `warm_step`th."""
+    warm = 0
+    for place, each in enumerate(own):
+        is_warm = each.temperature_c is not None
+        if place % step == 0 or (is_warm and warm % warm_step == 0):
+            yield each
+        warm += is_warm
 
 
 def _edges(samples: Sequence[Mapping[str, Any]], window_s: float | None) -> list[tuple[float, float, str]]:

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from lem import __version__
-from lem.reports.charts import Chart
+from lem.reports.charts import COLOURS, Chart
 from lem.reports.content import COLUMNS, Content, Setting, Trust
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
@@ -89,6 +89,7 @@ def _finite(value: Any) -> Any:
 def _data(content: Content) -> dict[str, Any]:
     return {
         "charts": [{"spec": chart.spec, "alt": chart.alt} for chart in content.charts],
+        "colours": COLOURS,
         "columns": [[head, unit] for head, unit in COLUMNS.values()],
         "rows": [[_value(row, name) for name in COLUMNS] for row in content.rows],
         "estimated": [i for i, row in enumerate(content.rows) if is_estimated(row.energy_source)],

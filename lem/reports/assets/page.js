@@ -21,10 +21,7 @@
       title: { color: text },
       view: { stroke: line },
       rule: { color: quiet },
-      range: {
-        // Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
-        category: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900"],
-      },
+      range: { category: content.colours },
     };
   };
 
@@ -32,15 +29,10 @@
     (spec.data && spec.data.values ? spec.data.values.length : 0) +
     (spec.layer || []).reduce((sum, layer) => sum + marksOf(layer), 0);
 
-  // How many categories the vertical axis has; 0 if it is a scale of numbers.
-  const categoriesOf = (spec) =>
-    Math.max(((spec.encoding || {}).y || {}).sort ? spec.encoding.y.sort.length : 0, ...(spec.layer || []).map(categoriesOf));
-
   const draw = (element) => {
     const { spec } = content.charts[Number(element.dataset.chart)];
     const width = Math.max(240, element.clientWidth - 24);
-    const categories = categoriesOf(spec);
-    const height = categories ? categories * 24 + 12 : Math.min(360, Math.max(220, width * 0.5));
+    const height = Math.min(360, Math.max(220, width * 0.5));
     const sized = {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
       height, autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(),
