@@ -32,13 +32,19 @@ FOREST_MARGIN = 1.03
 EQUAL_MARGIN = 1.05
 PRIMARY = "energy_per_output_token_j"
 COMPONENTS = {"gpu_energy_j": "GPU", "cpu_energy_j": "CPU", "dram_energy_j": "DRAM"}
+LATENCIES = {"latency": "latency", "ttft": "time to first token", "itl": "inter-token latency"}
 PHASES = {"load_energy_j": "loading", "warmup_energy_j": "warm-up", "energy_j": "window"}
+BARS = (
+    ("energy-by-component", "Energy of the window by component", COMPONENTS),
+    ("energy-by-phase", "Energy by phase", PHASES),
+)
 
 
 # Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900")
-# The height of a bar or cell with the space around it, in pixels.
+# The height of a bar with the space around it, and of a cell of a heat map, in pixels.
 STEP_PX = 24
+CELL_PX = 48
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,15 @@ class Chart:
 
 
 def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list[Chart]:
-    """Return the charts of energy by component and by phase; none if no energy is known or there are too many rows."""
+    """Return the charts of energy by component and by phase: as bars or, for many experiments, as distributions."""
     if len(rows) > MOST_BARS:
-        return []
+        return [
+            chart
+            for key, heading, columns in BARS
+            for chart in _over_experiments(key, heading, "energy", "J", rows, columns)
+        ]
     found = []
-    for key, heading, columns in (
-        ("energy-by-component", "Energy of the window by component", COMPONENTS),
-        ("energy-by-phase", "Energy by phase", PHASES),
-    ):
+    for key, heading, columns in BARS:
         values = [
             {"name": names[row.experiment_id], "part": part, "joules": value, "kind": _kind(row), "place": i}
             for row in rows
@@ -135,7 +142,13 @@ def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence
             "encoding": {
                 "x": {"field": "from_s", "type": "quantitative"},
                 "x2": {"field": "to_s"},
-                "color": {"field": "phase", "type": "nominal", "title": "phase", "sort": [name for *_, name in edges]},
+                "color": {
+                    "field": "phase",
+                    "type": "nominal",
+                    "title": "phase",
+                    "sort": [phase for *_, phase in edges],
+                    "legend": {"symbolOpacity": 0.6},
+                },
             },
         },
         _over_the_window("power_w", "power (W)", {"strokeWidth": 1}, samples, several),
@@ -180,8 +193,43 @@ def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
     return f"{min(values):.4g} to {max(values):.4g}"
 
 
+def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
+    """Return the distribution of the average power over many experiments."""
+    columns = {"average_power_w": "average over the window"}
+    return _over_experiments("power", "Power", "power", "W", rows, columns)
+
+
+def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
+    """Return the distributions of the experiments' own mean latencies, for reports on many experiments."""
+    found = []
+    for stem, name in LATENCIES.items():
+        label = f"mean {name}"
+        found += _over_experiments(
+            f"distribution-{label}", label.capitalize(), label, "s", rows, {f"{stem}_mean_s": label}
+        )
+    return found
+
+
+def _over_experiments(
+    key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
+) -> list[Chart]:
+    """Return the distributions of columns over experiments as one chart; none if there are no values."""
+    values = {
+        name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
+    }
+    chart = _cumulative(key, f"{heading}, over the experiments", quantity, unit, values, "values")
+    return [] if chart is None else [chart]
+
+
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
     """Return a chart of cumulative distributions, one line for each name; None without values."""
+    quantity = heading.lower()
+    return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
+
+
+def _cumulative(
+    key: str, heading: str, quantity: str, unit: str, values: Mapping[str, Sequence[float]], named: str
+) -> Chart | None:
     known = {name: sorted(own) for name, own in values.items() if len(own) > 1}
     if not known:
         return None
@@ -195,7 +243,7 @@ def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]
         "data": {"values": points},
         "mark": {"type": "line", "interpolate": "step-after", "tooltip": True},
         "encoding": {
-            "x": {"field": "value", "type": "quantitative", "title": f"{heading.lower()} ({unit})", "scale": scale},
+            "x": {"field": "value", "type": "quantitative", "title": f"{quantity} ({unit})", "scale": scale},
             "y": {"field": "share", "type": "quantitative", "title": "share of values", "axis": {"format": "%"}},
             "color": {"field": "name", "type": "nominal", "title": None},
         },
@@ -205,9 +253,8 @@ def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]
         for name, own in known.items()
     ]
     text = "; ".join(f"{name}: median {line[2]:.4g} {unit}" for name, line in zip(known, lines, strict=True))
-    headers = ("experiment", "values", f"p50 ({unit})", f"p95 ({unit})", f"p99 ({unit})")
-    key = f"distribution-{heading}"
-    return Chart(key, f"Distribution of {heading.lower()}", f"Cumulative distribution. {text}.", spec, headers, lines)
+    headers = (named, "number of values", f"p50 ({unit})", f"p95 ({unit})", f"p99 ({unit})")
+    return Chart(key, heading, f"Cumulative distribution. {text}.", spec, headers, lines)
 
 
 def _quantiles(ordered: Sequence[float]) -> list[tuple[float, float]]:
@@ -323,7 +370,7 @@ def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
     }
     spec = {
         "data": {"values": values},
-        "height": {"step": STEP_PX},
+        "height": {"step": CELL_PX},
         "mark": {"type": "rect", "tooltip": True},
         "encoding": {**places, "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"}},
     }

@@ -28,7 +28,7 @@ from lem.warning_codes import WARNINGS
 # With more experiments than this, no power traces are shown.
 MOST_TRACES = 4
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.
-MOST_COMMANDS = 500
+MOST_COMMANDS = 20_000
 # A report names the starts of a schedule that have these statuses, because they have no result.
 NO_RESULT = ("failed", "skipped", "missed", "interrupted")
 # A trace with more samples is thinned out to this number; the table states how many there were.
@@ -275,8 +275,12 @@ def _charts(
     if len(rows) <= MOST_TRACES:
         for row in rows:
             yield from _traces(store, row, names[row.experiment_id], problems)
+    else:
+        yield from charts.powers(rows)
     if len(rows) <= charts.MOST_DISTRIBUTIONS:
         yield from _distributions(store, rows, names, problems)
+    else:
+        yield from charts.latencies(rows)
     if chart := charts.trade_off(rows, names):
         yield chart
     if answer is None and (chart := charts.heat_map(rows)):
