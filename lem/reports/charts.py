@@ -85,7 +85,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
         spec = {
             "data": {"values": values},
             "mark": {"type": "bar", "tooltip": True},
-            "height": {"step": STEP_PX},
+            "height": STEP_PX * len({names[row.experiment_id] for row in rows}),
             "encoding": {
                 "y": _category("name", [names[row.experiment_id] for row in rows]),
                 "x": {"field": "joules", "type": "quantitative", "title": "energy (J)"},
@@ -370,7 +370,7 @@ def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
     }
     spec = {
         "data": {"values": values},
-        "height": {"step": CELL_PX},
+        "height": CELL_PX * len({two for _, two in means}),
         "mark": {"type": "rect", "tooltip": True},
         "encoding": {**places, "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"}},
     }
@@ -420,7 +420,7 @@ def forest(answer: Answer) -> Chart | None:
         "scale": {"type": "log", "domain": [min(ends) / FOREST_MARGIN, max(ends) * FOREST_MARGIN], "nice": False},
     }
     spec = {
-        "height": {"step": STEP_PX},
+        "height": STEP_PX * len(pairs),
         "layer": [
             {
                 "data": {"values": [{"one": 1}]},

@@ -23,7 +23,7 @@ VEGA_LITE = "6.4"
 WIDTH_IN = 3.3
 HEIGHT_IN = 2.0
 # Bars are thinner than on a page.
-STEP_SHARE = 2 / 3
+BAR_SHARE = 2 / 3
 TEXT_PT = 8
 PNG_PPI = 600
 # SVG counts in pixels of this size. vl-convert takes a pixel for a 72nd of an inch, which `SCALE` corrects.
@@ -86,13 +86,12 @@ def drawn(chart: Chart) -> tuple[str, bytes]:
 
 def for_paper(chart: Chart) -> Spec:
     """Return the specification of a chart with the size and the look of a figure in a paper: black on white."""
-    height = chart.spec.get("height")
-    sized = {"step": height["step"] * STEP_SHARE} if height else HEIGHT_IN * PX_PER_IN
+    height_px = chart.spec["height"] * BAR_SHARE if "height" in chart.spec else HEIGHT_IN * PX_PER_IN
     return {
         **chart.spec,
         "description": chart.alt,
         "width": round(WIDTH_IN * PX_PER_IN),
-        "height": sized,
+        "height": height_px,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "padding": 2,
         "config": _config(_legend_columns(chart)),
