@@ -69,8 +69,8 @@ def run_in_dev(
     """Run a program from the environment that `dev` created; the session must require `dev`."""
     programs = (session.cache_dir.parent / "dev" / "bin").resolve()
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    session.run(str(programs / program), *arguments, env={"PATH": path, "HF_HUB_OFFLINE": "1", **env},
-                success_codes=success_codes)  # fmt: skip
+    environment = {"PATH": path, "HF_HUB_OFFLINE": "1", **env}
+    session.run(str(programs / program), *arguments, env=environment, success_codes=success_codes)
 
 
 @nox.session
@@ -243,12 +243,13 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure the cost of start-up, 10,000 configs, aggregation, Slurm and schedules; fail if a limit is exceeded."""
+    """Measure start-up, 10,000 configs, aggregation, Slurm, schedules and reports; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
     run_in_dev(session, "python", "-m", "bench.slurm")
     run_in_dev(session, "python", "-m", "bench.waiting")
+    run_in_dev(session, "python", "-m", "bench.reports")
 
 
 @in_dev

@@ -131,12 +131,16 @@ def _without_energy(reading: EnergyReading, duration_s: float) -> EnergyReading:
 
 
 class PowerSample(Struct, frozen=True, gc=False):
-    """One sample of a power trace; `t_ns` comes from `time.perf_counter_ns`."""
+    """One sample of a power trace; `t_ns` comes from `time.perf_counter_ns`.
+
+    `temperature_c` is None in most samples, because a meter reads the temperature less often than the power.
+    """
 
     t_ns: int
     component: Component
     device: str
     power_w: Annotated[float, quantities.WATT]
+    temperature_c: int | None = None
 
 
 class PowerRecord(Struct, frozen=True, gc=False):
@@ -150,6 +154,11 @@ class PowerRecord(Struct, frozen=True, gc=False):
     component: Annotated[str, "Measured component, such as gpu."]
     device: Annotated[str, "UUID of the device."]
     power_w: Annotated[float, quantities.WATT, "Power reported by the driver at that time."]
+    temperature_c: Annotated[
+        int | None,
+        quantities.CELSIUS,
+        "Temperature reported by the driver, which is read about once a second; null in the samples in between.",
+    ] = None
 
 
 class Prefill(Struct, frozen=True, gc=False):

@@ -43,11 +43,22 @@ def results_report(
             help="Results directory (default: LLM_ENERGY_RESULTS_DIR, else results/).",
         ),
     ] = None,
+    plots_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--plots",
+            parser=literal,
+            metavar="DIR",
+            help="Also write each plot as SVG and PNG, for a column of a paper; needs pip install 'lem[plots]'.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files in the directory --plots.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write an HTML page with warnings, figures and charts, which any browser can open offline."""
     from lem.errors import ResultsError
     from lem.quantities import one_line, timestamp
+    from lem.reports import plots
     from lem.reports.content import of_campaign, of_experiments, of_grid, of_schedule
     from lem.reports.page import page
     from lem.results import browse
@@ -55,6 +66,10 @@ def results_report(
 
     if sum((bool(ids), campaign is not None, schedule is not None, grid is not None)) > 1:
         raise ResultsError("Experiment ids, --campaign, --schedule and --grid are alternatives; use one of them.")
+    if force and plots_dir is None:
+        raise ResultsError("--force replaces the files of --plots; give a directory with --plots, or leave it out.")
+    if plots_dir is not None:
+        plots.check(plots_dir)
     store = browse.store_at(results_dir)
     if campaign is not None:
         content = of_campaign(store, campaign)
@@ -64,12 +79,16 @@ def results_report(
         content = of_grid(grid)
     else:
         content = of_experiments(store, ids or ())
+    stems = [] if plots_dir is None else plots.files(content.charts, plots_dir, force=force)
     text = page(content, timestamp())
     try:
         write_atomically(output, text)
     except OSError as error:
         raise ResultsError(f"--output: {output} cannot be written: {error.strerror}.") from None
     print(one_line(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB, {len(content.rows)} experiments)"))
+    if plots_dir is not None:
+        plots.write(content.charts, stems)
+        print(one_line(f"Plots: {plots_dir} ({len(stems)} plots, each as SVG and PNG)"))
     if open_page:
         import webbrowser
 

@@ -21,11 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from lem.energy.base import Meter
 from lem.energy.ticks import Counter, Edge
 from lem.energy.trace import RunningIntegral, Sampler, integral_j
 from lem.errors import BadInput
-from lem.machine.gpu import W_PER_MW, Gpu, nvml
+from lem.machine.gpu import W_PER_MW, Gpu, ask, nvml
 from lem.machine.host import Host
 from lem.record import Component, EnergyReading, PowerSample
 from lem.spec.experiment import Energy
@@ -38,6 +40,8 @@ MODULES = ("GH200",)
 # The driver updates its power values every 0.1 s, but sometimes the instantaneous value only every 0.2 s (H100,
 # 2026-11-26).
 POWER_UPDATE_S = 0.2
+# Temperatures change slowly, and another call to the driver with each power sample would double the sampling's cost.
+TEMPERATURE_PERIOD_S = 1.0
 # Averaging time of nvmlDeviceGetPowerUsage (measured on an H100: the value rises for 1.0 s after a power step).
 POWER_AVERAGE_S = 1.0
 
@@ -62,6 +66,7 @@ class NvmlMeter(Meter):
         self._traced: RunningIntegral | None = None
         self._is_settled = False
         self._marked_ns: int | None = None
+        self._temperature_due_s = 0.0
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> NvmlMeter:
@@ -184,11 +189,12 @@ class NvmlMeter(Meter):
         return [device.counter.at(at_ns) for device in self._devices]
 
     def _sample(self) -> Iterable[PowerSample]:
-        for device in self._devices:
-            asked_ns = time.perf_counter_ns()
-            power_w = device.power_w()
-            if power_w is not None:
-                yield PowerSample((asked_ns + time.perf_counter_ns()) // 2, "gpu", device.gpu.uuid, power_w)
+        """Return the power of all GPUs now and, once a second, their temperatures, which are read afterwards."""
+        samples = [(device, sample) for device in self._devices if (sample := device.sample()) is not None]
+        if time.monotonic() < self._temperature_due_s:
+            return [sample for _, sample in samples]
+        self._temperature_due_s = time.monotonic() + TEMPERATURE_PERIOD_S
+        return [replace(sample, temperature_c=device.temperature_c()) for device, sample in samples]
 
     def _reading(self, device: Device, begun: Edge, ended: Edge, trace_j: float | None) -> EnergyReading:
         uuid = device.gpu.uuid
@@ -334,6 +340,18 @@ class Device:
             return None
         self.power_reason = None
         return power_w
+
+    def sample(self) -> PowerSample | None:
+        """Return a sample of the power with the time in the middle of the call, or None if it cannot be read."""
+        asked_ns = time.perf_counter_ns()
+        power_w = self.power_w()
+        if power_w is None:
+            return None
+        return PowerSample((asked_ns + time.perf_counter_ns()) // 2, "gpu", self.gpu.uuid, power_w)
+
+    def temperature_c(self) -> int | None:
+        """Return the GPU's temperature, or None if the driver does not report it."""
+        return ask(self._lib, "nvmlDeviceGetTemperature", self._handle, self._lib.NVML_TEMPERATURE_GPU)
 
     def _instant_power_w(self) -> float:
         (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])

@@ -28,18 +28,34 @@ QUANTILES = 200
 MOST_DISTRIBUTIONS = 8  # as many as there are colours
 # The space at the ends of a forest plot's scale, as a factor.
 FOREST_MARGIN = 1.03
+# The space on either side of values that are all equal, as a factor.
+EQUAL_MARGIN = 1.05
 PRIMARY = "energy_per_output_token_j"
 COMPONENTS = {"gpu_energy_j": "GPU", "cpu_energy_j": "CPU", "dram_energy_j": "DRAM"}
+LATENCIES = {"latency": "latency", "ttft": "time to first token", "itl": "inter-token latency"}
 PHASES = {"load_energy_j": "loading", "warmup_energy_j": "warm-up", "energy_j": "window"}
+BARS = (
+    ("energy-by-component", "Energy of the window by component", COMPONENTS),
+    ("energy-by-phase", "Energy by phase", PHASES),
+)
+
+
+# Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900")
+# The height of a bar with the space around it, and of a cell of a heat map, in pixels.
+STEP_PX = 24
+CELL_PX = 48
 
 
 @dataclass(frozen=True)
 class Chart:
     """A chart: its heading, a sentence that describes it to readers who cannot see it, its specification and table.
 
-    `headers` and `lines` are the table with the values that the chart shows.
+    `headers` and `lines` are the table with the values that the chart shows. `key` names the plot in file names; it is
+    the same in every report that has the plot.
     """
 
+    key: str
     heading: str
     alt: str
     spec: Spec
@@ -49,11 +65,15 @@ class Chart:
 
 
 def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list[Chart]:
-    """Return the charts of energy by component and by phase; none if no energy is known or there are too many rows."""
+    """Return the charts of energy by component and by phase: as bars or, for many experiments, as distributions."""
     if len(rows) > MOST_BARS:
-        return []
+        return [
+            chart
+            for key, heading, columns in BARS
+            for chart in _over_experiments(key, heading, "energy", "J", rows, columns)
+        ]
     found = []
-    for heading, columns in (("Energy of the window by component", COMPONENTS), ("Energy by phase", PHASES)):
+    for key, heading, columns in BARS:
         values = [
             {"name": names[row.experiment_id], "part": part, "joules": value, "kind": _kind(row), "place": i}
             for row in rows
@@ -65,6 +85,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
         spec = {
             "data": {"values": values},
             "mark": {"type": "bar", "tooltip": True},
+            "height": STEP_PX * len({names[row.experiment_id] for row in rows}),
             "encoding": {
                 "y": _category("name", [names[row.experiment_id] for row in rows]),
                 "x": {"field": "joules", "type": "quantitative", "title": "energy (J)"},
@@ -75,6 +96,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
         total = sum(float(each["joules"]) for each in values)
         found.append(
             Chart(
+                key,
                 heading,
                 f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in all.",
                 spec,
@@ -103,14 +125,16 @@ def _kind(row: ExperimentRow) -> str:
 
 
 def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence[tuple[float, float, str]]) -> Chart:
-    """Return the chart of a power trace.
+    """Return the chart of a power trace and, if it was measured, of the temperature.
 
     Args:
         name: the experiment.
-        samples: the samples, each with `t_s`, `device` and `power_w`.
+        samples: the samples, each with `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature.
         edges: the phases, each with the times of its ends and its name.
     """
     phases = [{"from_s": start, "to_s": end, "phase": phase} for start, end, phase in edges]
+    warm = [each for each in samples if each.get("temperature_c") is not None]
+    several = len({each["device"] for each in samples}) > 1
     layers: list[Spec] = [
         {
             "data": {"values": phases},
@@ -118,31 +142,94 @@ def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence
             "encoding": {
                 "x": {"field": "from_s", "type": "quantitative"},
                 "x2": {"field": "to_s"},
-                "color": {"field": "phase", "type": "nominal", "title": "phase"},
+                "color": {
+                    "field": "phase",
+                    "type": "nominal",
+                    "title": "phase",
+                    "sort": [phase for *_, phase in edges],
+                    "legend": {"symbolOpacity": 0.6},
+                },
             },
         },
-        {
-            "data": {"values": [dict(each) for each in samples]},
-            "mark": {"type": "line", "strokeWidth": 1},
-            "encoding": {
-                "x": {"field": "t_s", "type": "quantitative", "title": "time since the window opened (s)"},
-                "y": {"field": "power_w", "type": "quantitative", "title": "power (W)"},
-                "detail": {"field": "device"},
-            },
-        },
+        _over_the_window("power_w", "power (W)", {"strokeWidth": 1}, samples, several),
     ]
-    powers = [float(each["power_w"]) for each in samples]
+    independent = {"color": "independent"}
+    text = f"Line of {len(samples)} samples: power from {_range(samples, 'power_w')} W"
+    note = "The temperature was not measured."
+    if warm:
+        dashed = {"strokeWidth": 1.5, "strokeDash": [4, 3], **({} if several else {"color": COLOURS[5]})}
+        layers.append(_over_the_window("temperature_c", "temperature (°C), dashed", dashed, warm, several))
+        independent["y"] = "independent"
+        text += f" and temperature from {_range(warm, 'temperature_c')} °C"
+        note = "The solid line is the power, the dashed line the temperature, which is read less often."
+    columns = ("t_s", "device", "power_w", *(("temperature_c",) if warm else ()))
     return Chart(
-        f"Power of {name}",
-        f"Line of {len(samples)} power samples, {min(powers):.4g} to {max(powers):.4g} W, with the phases behind it.",
-        {"layer": layers, "resolve": {"scale": {"color": "independent"}}},
-        ("time (s)", "device", "power (W)"),
-        [(each["t_s"], each["device"], each["power_w"]) for each in samples],
+        f"power-{name}",
+        f"Power and temperature of {name}" if warm else f"Power of {name}",
+        f"{text}, with the phases behind it.",
+        {"layer": layers, "resolve": {"scale": independent}},
+        ("time (s)", "device", "power (W)", *(("temperature (°C)",) if warm else ())),
+        [tuple(each[column] for column in columns) for each in samples],
+        note,
     )
+
+
+def _over_the_window(column: str, title: str, mark: Spec, samples: Sequence[Mapping[str, Any]], several: bool) -> Spec:
+    """Return the layer with one line for each device."""
+    lines = {"color" if several else "detail": {"field": "device", "type": "nominal"}}
+    return {
+        "data": {"values": [{key: each[key] for key in ("t_s", "device", column)} for each in samples]},
+        "mark": {"type": "line", **mark},
+        "encoding": {
+            "x": {"field": "t_s", "type": "quantitative", "title": "time since the window opened (s)"},
+            "y": {"field": column, "type": "quantitative", "title": title, "scale": {"zero": column == "power_w"}},
+            **lines,
+        },
+    }
+
+
+def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
+    values = [float(each[column]) for each in samples]
+    return f"{min(values):.4g} to {max(values):.4g}"
+
+
+def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
+    """Return the distribution of the average power over many experiments."""
+    columns = {"average_power_w": "average over the window"}
+    return _over_experiments("power", "Power", "power", "W", rows, columns)
+
+
+def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
+    """Return the distributions of the experiments' own mean latencies, for reports on many experiments."""
+    found = []
+    for stem, name in LATENCIES.items():
+        label = f"mean {name}"
+        found += _over_experiments(
+            f"distribution-{label}", label.capitalize(), label, "s", rows, {f"{stem}_mean_s": label}
+        )
+    return found
+
+
+def _over_experiments(
+    key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
+) -> list[Chart]:
+    """Return the distributions of columns over experiments as one chart; none if there are no values."""
+    values = {
+        name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
+    }
+    chart = _cumulative(key, f"{heading}, over the experiments", quantity, unit, values, "values")
+    return [] if chart is None else [chart]
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
     """Return a chart of cumulative distributions, one line for each name; None without values."""
+    quantity = heading.lower()
+    return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
+
+
+def _cumulative(
+    key: str, heading: str, quantity: str, unit: str, values: Mapping[str, Sequence[float]], named: str
+) -> Chart | None:
     known = {name: sorted(own) for name, own in values.items() if len(own) > 1}
     if not known:
         return None
@@ -151,11 +238,12 @@ def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]
         for name, own in known.items()
         for share, value in _quantiles(own)
     ]
+    scale = _scale((point["value"] for point in points), zero=True)
     spec = {
         "data": {"values": points},
         "mark": {"type": "line", "interpolate": "step-after", "tooltip": True},
         "encoding": {
-            "x": {"field": "value", "type": "quantitative", "title": f"{heading.lower()} ({unit})"},
+            "x": {"field": "value", "type": "quantitative", "title": f"{quantity} ({unit})", "scale": scale},
             "y": {"field": "share", "type": "quantitative", "title": "share of values", "axis": {"format": "%"}},
             "color": {"field": "name", "type": "nominal", "title": None},
         },
@@ -165,8 +253,8 @@ def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]
         for name, own in known.items()
     ]
     text = "; ".join(f"{name}: median {line[2]:.4g} {unit}" for name, line in zip(known, lines, strict=True))
-    headers = ("experiment", "values", f"p50 ({unit})", f"p95 ({unit})", f"p99 ({unit})")
-    return Chart(f"Distribution of {heading.lower()}", f"Cumulative distribution. {text}.", spec, headers, lines)
+    headers = (named, "number of values", f"p50 ({unit})", f"p95 ({unit})", f"p99 ({unit})")
+    return Chart(key, heading, f"Cumulative distribution. {text}.", spec, headers, lines)
 
 
 def _quantiles(ordered: Sequence[float]) -> list[tuple[float, float]]:
@@ -196,8 +284,11 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
         }
         for row in known
     ]
-    x = {"field": "speed", "type": "quantitative", "title": "output tokens/s", "scale": {"zero": False}}
-    y = {"field": "cost", "type": "quantitative", "title": "energy per output token (J)", "scale": {"zero": False}}
+    speeds, costs = (
+        _scale(each[f"{name}{end}"] for each in values for end in ("", "_low", "_high")) for name in ("speed", "cost")
+    )
+    x = {"field": "speed", "type": "quantitative", "title": "output tokens/s", "scale": speeds}
+    y = {"field": "cost", "type": "quantitative", "title": "energy per output token (J/token)", "scale": costs}
     bars: list[Spec] = []
     if any(each["cost_low"] is not None for each in values):
         bars = [
@@ -218,6 +309,7 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
                 "encoding": {
                     "x": x,
                     "y": y,
+                    "size": {"condition": {"test": {"field": "front", "equal": True}, "value": 120}, "value": 50},
                     "color": {"field": "model", "type": "nominal", "title": "model"},
                     "shape": {"field": "kind", "type": "nominal", "title": "energy"},
                 },
@@ -225,6 +317,7 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
         ],
     }
     return Chart(
+        "throughput-and-energy",
         "Throughput and energy per token",
         f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment is "
         "both faster and cheaper.",
@@ -237,7 +330,8 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
             )
             for each in values
         ],
-        "The intervals, where shown, are computed over the cycles of an experiment.",
+        "The dashed line joins the experiments on the Pareto front, whose points are larger. The intervals, where "
+        "shown, are computed over the cycles of an experiment.",
     )  # fmt: skip
 
 
@@ -276,10 +370,12 @@ def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
     }
     spec = {
         "data": {"values": values},
+        "height": CELL_PX * len({two for _, two in means}),
         "mark": {"type": "rect", "tooltip": True},
         "encoding": {**places, "color": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})"}},
     }
     return Chart(
+        "heat-map",
         f"{words.capitalize()} by {varying[0]} and {varying[1]}",
         f"Heat map with {len(values)} cells, from {min(means.values()):.4g} to {max(means.values()):.4g} {unit}.",
         spec,
@@ -324,6 +420,7 @@ def forest(answer: Answer) -> Chart | None:
         "scale": {"type": "log", "domain": [min(ends) / FOREST_MARGIN, max(ends) * FOREST_MARGIN], "nice": False},
     }
     spec = {
+        "height": STEP_PX * len(pairs),
         "layer": [
             {
                 "data": {"values": [{"one": 1}]},
@@ -343,6 +440,7 @@ def forest(answer: Answer) -> Chart | None:
         ],
     }
     return Chart(
+        "forest",
         f"{words.capitalize()} of each arm, relative to {answer.definition.baseline}",
         "; ".join(f"{p.arm}: {p.ratio:.4g} times ({p.verdict})" for p in pairs) + ".",
         spec,
@@ -359,26 +457,28 @@ def over_the_campaign(answer: Answer) -> list[Chart]:
     if not known:
         return []
     known.sort(key=lambda each: each[0].row.started_at if each[0].row else "")
+    scale = _scale(value for _, value in known)
     values = [
         {"arm": cell.arm, "cycle": cell.cycle, "position": cell.position, "order": order, "value": value}
         for order, (cell, value) in enumerate(known, start=1)
     ]
     found = []
-    for heading, field, kind, title in (
-        ("Position in the cycle", "position", "ordinal", "position in the cycle"),
-        ("Drift over the campaign", "order", "quantitative", "order of measurement"),
+    for key, heading, field, kind, title in (
+        ("position", "Position in the cycle", "position", "ordinal", "position in the cycle"),
+        ("drift", "Drift over the campaign", "order", "quantitative", "order of measurement"),
     ):
         spec = {
             "data": {"values": values},
             "mark": {"type": "point", "filled": True, "tooltip": True},
             "encoding": {
                 "x": {"field": field, "type": kind, "title": title, "axis": {"labelAngle": 0}},
-                "y": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})", "scale": {"zero": False}},
+                "y": {"field": "value", "type": "quantitative", "title": f"{words} ({unit})", "scale": scale},
                 "color": {"field": "arm", "type": "nominal", "title": "arm"},
             },
         }
         found.append(
             Chart(
+                key,
                 heading,
                 f"{len(values)} cells as points, by {title}.",
                 spec,
@@ -392,7 +492,6 @@ def over_the_campaign(answer: Answer) -> list[Chart]:
 def over_time(answer: ScheduleAnswer) -> list[Chart]:
     """Return the charts of a schedule: the primary metric of its runs, and its means by time of day and weekday."""
     unit, words = MEASURES[PRIMARY]
-    value = {"type": "quantitative", "title": f"{words} ({unit})", "scale": {"zero": False}}
     values = [
         # The browser is told that the local time is UTC, so that it does not convert it to its own time zone.
         {"at": f"{run.at.isoformat()}Z", "arm": arm or "runs", "value": own}
@@ -402,6 +501,7 @@ def over_time(answer: ScheduleAnswer) -> list[Chart]:
     ]
     if not values:
         return []
+    value = {"type": "quantitative", "title": f"{words} ({unit})"}
     zone = answer.manifest.time_zone
     several = len(answer.arms) > 1
     spec = {
@@ -409,13 +509,14 @@ def over_time(answer: ScheduleAnswer) -> list[Chart]:
         "mark": {"type": "line", "point": True, "tooltip": True},
         "encoding": {
             "x": {"field": "at", "type": "temporal", "scale": {"type": "utc"}, "title": f"planned start ({zone})"},
-            "y": {"field": "value", **value},
+            "y": {"field": "value", **value, "scale": _scale(each["value"] for each in values)},
             "color": {"field": "arm", "type": "nominal", "title": "arm" if several else None},
         },
     }
     lines = [(str(each["at"]).removesuffix("Z").replace("T", " "), each["arm"], each["value"]) for each in values]
     headers = (f"planned start ({zone})", "arm", f"{words} ({unit})")
-    found = [Chart(f"{words.capitalize()} over time", f"{len(values)} runs in order.", spec, headers, lines)]
+    heading = f"{words.capitalize()} over time"
+    found = [Chart("over-time", heading, f"{len(values)} runs in order.", spec, headers, lines)]
     for primary in (each for each in answer.found if each.is_primary):
         for variation in (primary.by_time, primary.by_weekday):
             if len(variation.levels) > 1:
@@ -428,6 +529,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
     levels = variation.levels
     values = [{"level": each.name, "mean": each.mean, "low": each.ci95_low, "high": each.ci95_high} for each in levels]
     x = {**_category("level", [each.name for each in levels]), "title": variation.factor, "axis": {"labelAngle": 0}}
+    value = {**value, "scale": _scale(each[end] for each in values for end in ("mean", "low", "high"))}
     spec = {
         "data": {"values": values},
         "layer": [
@@ -440,6 +542,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
     }
     of_arm = f" of {arm}" if arm else ""
     return Chart(
+        f"by-{variation.factor}-{arm}",
         f"Means by {variation.factor}{of_arm}",
         f"{len(levels)} means; verdict: {variation.verdict}.",
         spec,
@@ -447,6 +550,15 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
         [(each.name, each.runs, each.days, each.mean, each.ci95_low, each.ci95_high) for each in levels],
         "Geometric means, with Student's t-intervals over the days.",
     )
+
+
+def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
+    """Return a scale that begins at 0 if `zero` is set; if all values are equal, it spans a little around them."""
+    known = {float(value) for value in values if value is not None}
+    if len(known) != 1 or 0 in known:
+        return {"zero": zero}
+    (only,) = known
+    return {"zero": False, "domain": sorted((only / EQUAL_MARGIN, only * EQUAL_MARGIN)), "nice": False}
 
 
 def _category(field: str, order: Sequence[str]) -> Spec:

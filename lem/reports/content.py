@@ -28,7 +28,7 @@ from lem.warning_codes import WARNINGS
 # With more experiments than this, no power traces are shown.
 MOST_TRACES = 4
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.
-MOST_COMMANDS = 500
+MOST_COMMANDS = 20_000
 # A report names the starts of a schedule that have these statuses, because they have no result.
 NO_RESULT = ("failed", "skipped", "missed", "interrupted")
 # A trace with more samples is thinned out to this number; the table states how many there were.
@@ -275,8 +275,12 @@ def _charts(
     if len(rows) <= MOST_TRACES:
         for row in rows:
             yield from _traces(store, row, names[row.experiment_id], problems)
+    else:
+        yield from charts.powers(rows)
     if len(rows) <= charts.MOST_DISTRIBUTIONS:
         yield from _distributions(store, rows, names, problems)
+    else:
+        yield from charts.latencies(rows)
     if chart := charts.trade_off(rows, names):
         yield chart
     if answer is None and (chart := charts.heat_map(rows)):
@@ -311,16 +315,27 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 
 
 def _thinned(found: Sequence[PowerRecord]) -> list[dict[str, Any]]:
-    """Return at most about `MOST_SAMPLES` samples, evenly from each device."""
+    """Return at most about `MOST_SAMPLES` samples, evenly from each device, and as many that have a temperature."""
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)
     step = max(1, len(found) // MOST_SAMPLES)
+    warm_step = max(1, sum(each.temperature_c is not None for each in found) // MOST_SAMPLES)
     return [
-        {"t_s": each.t_s, "device": device, "power_w": each.power_w}
+        {"t_s": each.t_s, "device": device, "power_w": each.power_w, "temperature_c": each.temperature_c}
         for device, own in by_device.items()
-        for each in own[::step]
+        for each in _spread(own, step, warm_step)
     ]
+
+
+def _spread(own: Sequence[PowerRecord], step: int, warm_step: int) -> Iterator[PowerRecord]:
+    """Yield every `step`th sample, and of those with a temperature, every `warm_step`th."""
+    warm = 0
+    for place, each in enumerate(own):
+        is_warm = each.temperature_c is not None
+        if place % step == 0 or (is_warm and warm % warm_step == 0):
+            yield each
+        warm += is_warm
 
 
 def _edges(samples: Sequence[Mapping[str, Any]], window_s: float | None) -> list[tuple[float, float, str]]:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from html import escape
@@ -18,7 +19,7 @@ from typing import Any
 
 from lem import __version__
 from lem.quantities import printable
-from lem.reports.charts import Chart
+from lem.reports.charts import COLOURS, Chart
 from lem.reports.content import COLUMNS, Content, Setting, Trust
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
@@ -26,10 +27,21 @@ from lem.results.show import ESTIMATE, NOT_MEASURED
 
 # The rows of longer tables are added by the page's script, a screenful at a time.
 MOST_ROWS = 500
+# Longer tables of a chart's values are left out when the page is printed.
+MOST_PRINTED = 200
 # A text in a table is not wrapped if it is at most this long.
 SHORT = 32
 NAMED = ' class="name"'
 SCRIPTS = ("vega.min.js", "vega-lite.min.js", "page.js")
+# What was measured, by the columns that say so.
+MEASURED = {
+    "model": ("model",),
+    "backend": ("backend", "engine_version"),
+    "device": ("device",),
+    "prompts": ("dataset",),
+    "energy": ("energy_source", "energy_scope"),
+}
+MOST_NAMED = 12
 ENERGY = ("energy_j", "energy_per_output_token_j", "average_power_w", "co2e_g")
 
 
@@ -89,6 +101,7 @@ def _finite(value: Any) -> Any:
 def _data(content: Content) -> dict[str, Any]:
     return {
         "charts": [{"spec": chart.spec, "alt": chart.alt} for chart in content.charts],
+        "colours": COLOURS,
         "columns": [[head, unit] for head, unit in COLUMNS.values()],
         "rows": [[_value(row, name) for name in COLUMNS] for row in content.rows],
         "estimated": [i for i, row in enumerate(content.rows) if is_estimated(row.energy_source)],
@@ -112,14 +125,15 @@ def _sections(content: Content, created_at: str) -> Iterator[str]:
     yield f'<p class="quiet">{_text(content.source)} · made by lem {__version__}, {_text(created_at)}</p>'
     yield "</header>"
     yield "<main>"
+    yield from _measured(content.rows)
+    yield from _trust(content)
     if content.sentences:
         yield '<section id="answer"><h2>Answer</h2>'
         yield from (f"<p>{_text(sentence)}</p>" for sentence in content.sentences)
         yield "</section>"
-    yield from _trust(content)
-    yield from _experiments(content)
     for number, chart in enumerate(content.charts):
         yield from _chart(number, chart)
+    yield from _experiments(content)
     yield from _settings(content.settings)
     yield "</main>"
 
@@ -129,6 +143,28 @@ def _period(rows: Sequence[ExperimentRow]) -> str:
     if not starts:
         return ""
     return starts[0][:16].replace("T", " ") + (f" to {starts[-1][:16].replace('T', ' ')}" if len(starts) > 1 else "")
+
+
+def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
+    """Yield a list of what was measured, and with what."""
+    yield '<section id="measured"><h2>What was measured</h2><dl>'
+    for name, columns in MEASURED.items():
+        found = Counter(" ".join(filter(None, (getattr(row, each) for each in columns))) for row in rows)
+        found.pop("", None)
+        if found:
+            yield f"<dt>{name}</dt><dd>{_text(_counted(found.most_common()))}</dd>"
+    cycles = sum(row.cycles_completed for row in rows)
+    yield f"<dt>amount</dt><dd>{len(rows)} experiments with {cycles} finished cycles</dd>"
+    yield "</dl></section>"
+
+
+def _counted(values: Sequence[tuple[str, int]]) -> str:
+    """Return values as a list, with their numbers if there are several; only the first ones if there are many."""
+    if len(values) == 1:
+        return values[0][0]
+    more = len(values) - MOST_NAMED
+    shown = ", ".join(f"{value} ({count})" for value, count in values[:MOST_NAMED])
+    return f"{shown}, and {more} more" if more > 0 else shown
 
 
 def _trust(content: Content) -> Iterator[str]:
@@ -187,7 +223,8 @@ def _chart(number: int, chart: Chart) -> Iterator[str]:
     yield f'<div class="plot" data-chart="{number}" role="img" aria-label="{_text(chart.alt)}"></div>'
     if chart.note:
         yield f'<p class="quiet">{_text(chart.note)}</p>'
-    yield f"<details><summary>The values as a table ({len(chart.lines)} rows)</summary>"
+    printed = ' class="printed"' if len(chart.lines) <= MOST_PRINTED else ""
+    yield f"<details{printed}><summary>The values as a table ({len(chart.lines)} rows)</summary>"
     yield from _table(chart.headers, chart.lines)
     yield "</details></section>"
 
@@ -199,16 +236,13 @@ def _settings(settings: Sequence[Setting]) -> Iterator[str]:
         yield "<p>These values differ between the experiments:</p>"
         yield from _table(("setting", "values"), [_setting_line(each) for each in differing], mark=True)
     same = [each for each in settings if not each.differs]
-    yield f"<details><summary>The same in all experiments ({len(same)} settings)</summary>"
+    yield f'<details class="printed"><summary>The same in all experiments ({len(same)} settings)</summary>'
     yield from _table(("setting", "value"), [(each.key, each.values[0][0]) for each in same])
     yield "</details></section>"
 
 
 def _setting_line(setting: Setting) -> tuple[str, str]:
-    most = 12
-    parts = [f"{value} ({count})" for value, count in setting.values[:most]]
-    more = len(setting.values) - most
-    return setting.key, ", ".join(parts) + (f", and {more} more" if more > 0 else "")
+    return setting.key, _counted(setting.values)
 
 
 # ------------------------------------------------------------------ pieces

@@ -13,6 +13,15 @@ from lem.record import RequestRecord
 from lem.results.statistics import percentile
 from lem.warning_codes import PERCENTILES
 
+# What has percentiles: the prefix of its columns, and its name in warnings.
+SAMPLED = {
+    "latency": "latency",
+    "ttft": "time to first token",
+    "itl": "inter-token latency",
+    "tpot": "time per output token",
+    "queue": "queueing",
+}
+
 
 class Limits(Protocol):
     """The limits within which a request counts as good, as configured for the traffic."""
@@ -76,6 +85,11 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
     }
 
 
+def samples(counts: Sequence[Mapping[str, int]]) -> dict[str, list[int | None]]:
+    """Return the counts of `sample_counts`, for several cycles, by column."""
+    return {f"{stem}_samples": [each.get(name) for each in counts] for stem, name in SAMPLED.items()}
+
+
 def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
     """Return the number of values behind each set of percentiles, leaving out sets without values.
 
@@ -91,12 +105,12 @@ def sample_counts(requests: Sequence[RequestRecord]) -> dict[str, int]:
     streamed = [r for r in apart if r.ttft_s is not None]
     counts = {
         "latency": len(apart),
-        "time to first token": len(streamed),
-        "inter-token latency": sum([len(r.itl_s or ()) for r in streamed]),
-        "time per output token": len([r for r in apart if r.tpot_s is not None]),
-        "queueing": len([r for r in apart if r.queue_s is not None]),
+        "ttft": len(streamed),
+        "itl": sum([len(r.itl_s or ()) for r in streamed]),
+        "tpot": len([r for r in apart if r.tpot_s is not None]),
+        "queue": len([r for r in apart if r.queue_s is not None]),
     }
-    return {name: count for name, count in counts.items() if count}
+    return {SAMPLED[stem]: count for stem, count in counts.items() if count}
 
 
 def under_load(

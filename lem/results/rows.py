@@ -31,7 +31,7 @@ from lem.record import (
 from lem.results.codec import PlanExcerpt
 from lem.results.columns import REPEATED_MOST_SHARE, Columns, of_each, quotients, ratios, where
 from lem.results.cycles import experiment_columns
-from lem.results.latency import extent, of_tokens, sample_counts, summaries, under_load
+from lem.results.latency import extent, of_tokens, sample_counts, samples, summaries, under_load
 from lem.results.merging import UNMETERED, as_text, by_component, energy_j, headline, joined, once_each, total
 from lem.results.parquet import defaults
 from lem.results.peaks import Peak, arithmetic_dtype, peak_flops_per_s
@@ -43,7 +43,7 @@ from lem.spec.schedule import ScheduleRun
 SEVERAL = "several processes share the meter"
 COMPONENTS: tuple[Component, ...] = ("gpu", "cpu", "dram")
 # Columns that depend on how long requests waited in the queue.
-QUEUED = re.compile(r"(latency|ttft|queue)_.*_s|goodput_.*|idle_share")
+QUEUED = re.compile(r"(latency|ttft|queue)_(.*_s|samples)|goodput_.*|idle_share")
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,14 @@ def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
     columns |= _timed_and_metered(records)
     columns |= _prefill(records) | _flops(records) | _memory(records)
     columns |= summaries("latency", [[r.latency_s for r in rows if r.latency_s is not None] for rows in requests])
+    counts = list(map(sample_counts, requests))
+    columns |= samples(counts)
     columns |= _repeated(records, columns["duration_s"])
     columns |= _streamed_and_queued(cycles, columns["duration_s"])
     columns |= _steady(cycles, complete, columns["energy_j"])
     columns |= quotients(columns, complete)
     _withhold(columns, cycles, complete)
-    columns["warnings"] = _warnings(columns, cycles, requests)
+    columns["warnings"] = _warnings(columns, cycles, requests, counts)
     return columns
 
 
@@ -430,18 +432,22 @@ def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool
 
 
 def _warnings(
-    columns: Columns, cycles: Sequence[Cycle], finished: Sequence[Sequence[RequestRecord]]
+    columns: Columns,
+    cycles: Sequence[Cycle],
+    finished: Sequence[Sequence[RequestRecord]],
+    counts: Sequence[Mapping[str, int]],
 ) -> list[list[str]]:
     """Return the warnings of each cycle, without duplicates, as `code: message`."""
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
-    for cycle, done, of_row, duration_s in zip(cycles, finished, of_rows, columns["duration_s"], strict=True):
+    parts = zip(cycles, finished, counts, of_rows, columns["duration_s"], strict=True)
+    for cycle, done, of_samples, of_row, duration_s in parts:
         if cycle.has_lost_its_queue:
             of_row.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
         of_requests = [
             *warning_codes.of_failures(cycle.requests),
-            *warning_codes.of_samples(sample_counts(done)),
+            *warning_codes.of_samples(of_samples),
             *_of_times(cycle, duration_s),
             *warning_codes.of_timed_tokens(done),
         ]

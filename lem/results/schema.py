@@ -44,6 +44,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     latency_p50_s: Annotated[Seconds, "Median latency of a request."]
     latency_p95_s: Annotated[Seconds, "95th percentile of the latency."]
     latency_p99_s: Annotated[Seconds, "99th percentile of the latency."]
+    latency_samples: Annotated[int | None, "Number of latencies behind the percentiles."] = None
     warmup_duration_s: Annotated[Seconds, "Length of the warm-up, which is outside the window."]
     # metered
     energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
@@ -72,20 +73,24 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     ttft_p50_s: Annotated[Seconds, "Median time to first token."] = None
     ttft_p95_s: Annotated[Seconds, "95th percentile of the time to first token."] = None
     ttft_p99_s: Annotated[Seconds, "99th percentile of the time to first token."] = None
+    ttft_samples: Annotated[int | None, "Number of times to first token behind the percentiles."] = None
     itl_mean_s: Annotated[Seconds, "Mean inter-token latency, over all tokens."] = None
     itl_p50_s: Annotated[Seconds, "Median inter-token latency, over all tokens."] = None
     itl_p95_s: Annotated[Seconds, "95th percentile of the inter-token latency, over all tokens."] = None
     itl_p99_s: Annotated[Seconds, "99th percentile of the inter-token latency, over all tokens."] = None
+    itl_samples: Annotated[int | None, "Number of inter-token latencies behind the percentiles."] = None
     tpot_mean_s: Annotated[Seconds, "Mean time per output token after the first."] = None
     tpot_p50_s: Annotated[Seconds, "Median time per output token after the first."] = None
     tpot_p95_s: Annotated[Seconds, "95th percentile of the time per output token after the first."] = None
     tpot_p99_s: Annotated[Seconds, "99th percentile of the time per output token after the first."] = None
+    tpot_samples: Annotated[int | None, "Number of times per output token behind the percentiles."] = None
     # under traffic
     arrival_rate_per_s: Annotated[RequestsPerSecond, "Rate at which requests arrived."] = None
     queue_mean_s: Annotated[Seconds, "Mean wait in the queue."] = None
     queue_p50_s: Annotated[Seconds, "Median wait in the queue."] = None
     queue_p95_s: Annotated[Seconds, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
+    queue_samples: Annotated[int | None, "Number of waits in the queue behind the percentiles."] = None
     idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Rate of requests within the limits on TTFT and ITL."] = None
     # while all slots were taken, with continuous batching
@@ -129,7 +134,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     """
 
     AFTER: ClassVar[dict[str, str]] = {
-        "error": "status", "load_duration_s": "latency_p99_s", "energy_scope": "energy_source",
+        "error": "status", "load_duration_s": "latency_samples", "energy_scope": "energy_source",
         "gpu_energy_source": "gpu_energy_j", "cpu_energy_source": "cpu_energy_j",
         "dram_energy_source": "dram_energy_j", "trace_energy_j": "energy_idle_adjusted_j",
         "prefill_energy_j": "decode_duration_s", "co2e_g": "energy_per_request_j", "flops_method": "flops_per_s",

@@ -34,6 +34,8 @@ PERCENTILES = {
     "Inter-token latency": "itl",
     "Time per output token": "tpot",
 }
+# What has percentiles, by the prefix of its columns.
+SAMPLE_NAMES = {"latency": "latency", "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "queue": "queue"}
 # The indent of what stands below a heading.
 INDENT = 2
 NOT_MEASURED = "–"
@@ -228,6 +230,7 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Throughput", _listed(*(plain(speed, unit) for unit, speed in speeds.items() if speed is not None))
     for label, stem in PERCENTILES.items():
         yield label, _spread(row, stem, ("mean", "p50", "p95", "p99"))
+    yield "Sample sizes", _sample_sizes(row)
     if row.prefill_duration_s is not None:
         yield (
             "Prefill, decode",
@@ -252,6 +255,12 @@ def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
     """Return a mean and percentiles in seconds, to three digits, so that all four fit into 80 columns."""
     values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
     return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
+
+
+def _sample_sizes(row: ExperimentRow) -> str:
+    """Return how many values each set of percentiles rests on."""
+    counts = {stem: getattr(row, f"{stem}_samples") for stem in SAMPLE_NAMES}
+    return _listed(*(f"{SAMPLE_NAMES[stem]} {count}" for stem, count in counts.items() if count is not None))
 
 
 def _limits(row: ExperimentRow) -> str:

@@ -374,4 +374,5 @@ def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -
             component=sample.component,
             device=sample.device,
             power_w=sample.power_w,
+            temperature_c=sample.temperature_c,
         )

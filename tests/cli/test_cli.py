@@ -287,6 +287,9 @@ def test_what_streaming_and_traffic_measure_is_shown(lem):
     of = ("mean", "p50", "p95", "p99")
     for name, stem in zip(("Latency", *MEASURED[:3]), ("latency", "ttft", "itl", "tpot"), strict=True):
         assert lines[name] == " · ".join(f"{part} {quantity(row[f'{stem}_{part}_s'], 's', 3)}" for part in of)
+    gaps = row["output_tokens"] - 3  # one for each token of the three requests after the first
+    assert lines["Sample sizes"] == f"latency 3 · TTFT 3 · ITL {gaps} · TPOT 3 · queue 3"
+    assert (row["latency_samples"], row["itl_samples"]) == (3, gaps)
     assert lines["Arrivals"] == (
         f"{plain(row['arrival_rate_per_s'])} requests/s · idle {100 * row['idle_share']:.1f} % of the window"
     )

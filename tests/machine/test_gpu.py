@@ -468,3 +468,32 @@ def test_gpus_that_are_named_are_metered_and_idle_ones_among_them_mentioned(driv
     indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2, 3]")
     assert indices == [1, 2, 3]
     assert "the server computes only on GPU 1, 3, but all 3 named GPUs are metered" in doubt
+
+
+TRACE = """
+import json, time
+from msgspec.structs import asdict
+from lem.machine import gpu
+from lem.energy.nvml import NvmlMeter
+meter = NvmlMeter(gpu.visible())
+meter.open()
+meter.begin()
+time.sleep(1.2)
+meter.end()
+samples = meter.trace()
+meter.close()
+print(json.dumps([[s.device, s.power_w, s.temperature_c] for s in samples]))
+"""
+
+
+def test_the_trace_has_a_temperature_about_once_a_second(driver):
+    scenario = """
+        devices 2
+        device 0 temperature 51
+        device 1 unsupported nvmlDeviceGetTemperature
+    """
+    samples = driver(TRACE, scenario)
+    known = [temperature for device, _, temperature in samples if device == "GPU-00000000" and temperature is not None]
+    assert set(known) == {51}
+    assert 2 <= len(known) <= len(samples) / 2 / 4  # far fewer than samples of power
+    assert {temperature for device, _, temperature in samples if device == "GPU-00000001"} == {None}

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from lem.results.store import Store
+from tests.axe import axe_source, faults  # noqa: F401 - a fixture
 from tests.conftest import command
 from tests.records import finished, power, reading
 
 pytestmark = pytest.mark.browser
+DARK = ("--blink-settings=preferredColorScheme=0",)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SIMULATED = (
     "model=any", "backend=simulated", "backend.sleep=false", "backend.noise=0.02", "energy=simulated",
@@ -89,7 +91,7 @@ KINDS = {"experiments": 5, "grid": 4, "campaign": 6, "schedule": 5}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [(), ("--blink-settings=preferredColorScheme=0",), ("--window-size=500,900",)])
+@pytest.mark.parametrize("options", [(), DARK, ("--window-size=500,900",)])
 def test_every_chart_is_drawn_without_errors_or_requests(reports, tmp_path, kind, options):
     log = tmp_path / "net.json"
     done = browse(reports / f"{kind}.html", "--dump-dom", f"--log-net-log={log}", *options)
@@ -101,6 +103,12 @@ def test_every_chart_is_drawn_without_errors_or_requests(reports, tmp_path, kind
         assert 'role="img" aria-label="Vega visualization"' not in plot
     assert "CONSOLE" not in done.stderr, done.stderr
     assert requested(log) == []
+
+
+@pytest.mark.parametrize("options", [(), DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_axe_finds_no_grave_fault(reports, axe_source, kind, options):  # noqa: F811
+    assert faults(reports / f"{kind}.html", axe_source, browse, *options) == []
 
 
 def test_the_table_is_as_long_as_it_says_and_can_be_sorted(reports):

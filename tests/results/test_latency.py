@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from lem.record import RequestRecord
-from lem.results.latency import of_tokens, under_load
+from lem.results.latency import of_tokens, samples, under_load
 from lem.spec.experiment import Traffic
 from lem.workload.tokens import Chunk, first_tokens, token_times
 from lem.workload.traffic import arrival_times_s
@@ -155,3 +155,10 @@ def test_queueing_agrees_with_theory_on_the_simulated_engine(lem, tmp_path):
     assert requests.queue_s.tolist() == pytest.approx((requests.start_s - requests.arrived_s).tolist(), abs=1e-6)
     expected = arrival_times_s(Traffic(pattern="poisson", target_qps=50.0), 250, 42)
     assert (requests.arrived_s - expected).abs().max() < 0.001
+
+
+def test_samples_are_counted_where_there_are_percentiles():
+    counts = [{"latency": 3, "queueing": 2}, {}]
+    assert samples(counts)["latency_samples"] == [3, None]
+    assert samples(counts)["queue_samples"] == [2, None]
+    assert samples(counts)["ttft_samples"] == [None, None]

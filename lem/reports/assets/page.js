@@ -5,26 +5,31 @@
   const MANY_MARKS = 5000, SCREENFUL = 200;
 
   // ---------------------------------------------------------------- charts
+  // On paper, charts are dark on white, whatever the screen shows.
+  const PAPER = { text: "#1b1f24", quiet: "#57606a", line: "#d0d7de" };
+  let isPrinting = false;
   const colours = () => {
+    if (isPrinting) return PAPER;
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue(name).trim();
     return { text: of("--text"), quiet: of("--quiet"), line: of("--line") };
   };
 
-  const configuration = () => {
+  const configuration = (width) => {
     const { text, quiet, line } = colours();
     return {
       background: null,
       font: "system-ui, sans-serif",
-      axis: { labelColor: text, titleColor: text, domainColor: quiet, tickColor: quiet, gridColor: line },
-      legend: { labelColor: text, titleColor: text, labelLimit: 260, titleLimit: 400, orient: "bottom", columns: 2 },
+      axis: { labelFontSize: 12, titleFontSize: 13, labelColor: text, titleColor: text, domainColor: quiet, tickColor: quiet, gridColor: line },
+      legend: {
+        labelFontSize: 12, titleFontSize: 13, labelColor: text, titleColor: text, labelLimit: 260, titleLimit: 400,
+        symbolBaseFillColor: text, symbolBaseStrokeColor: text, gradientLength: 260, orient: "bottom", columns: width < 600 ? 1 : 4,
+      },
       title: { color: text },
       view: { stroke: line },
+      mark: { color: content.colours[dark.matches && !isPrinting ? 4 : 0] },
       rule: { color: quiet },
-      range: {
-        // Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
-        category: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900"],
-      },
+      range: { category: content.colours },
     };
   };
 
@@ -32,23 +37,20 @@
     (spec.data && spec.data.values ? spec.data.values.length : 0) +
     (spec.layer || []).reduce((sum, layer) => sum + marksOf(layer), 0);
 
-  // How many categories the vertical axis has; 0 if it is a scale of numbers.
-  const categoriesOf = (spec) =>
-    Math.max(((spec.encoding || {}).y || {}).sort ? spec.encoding.y.sort.length : 0, ...(spec.layer || []).map(categoriesOf));
-
   const draw = (element) => {
     const { spec } = content.charts[Number(element.dataset.chart)];
     const width = Math.max(240, element.clientWidth - 24);
-    const categories = categoriesOf(spec);
-    const height = categories ? categories * 24 + 12 : Math.min(360, Math.max(220, width * 0.5));
+    const height = Math.min(360, Math.max(220, width * 0.5));
     const sized = {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
-      height, autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(),
+      height, autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(width),
     };
     sized.width = width;
     const compiled = vegaLite.compile(sized).spec;
-    // Vega names its container, so it gets one of its own within the element that has our description.
+    // Vega names its container, so it gets one of its own within the element that has our description, which replaces
+    // the names that Vega gives to the marks.
     const container = document.createElement("div");
+    container.setAttribute("aria-hidden", "true");
     element.replaceChildren(container);
     const view = new vega.View(vega.parse(compiled), {
       renderer: marksOf(spec) > MANY_MARKS ? "canvas" : "svg", container, hover: true,
@@ -73,6 +75,22 @@
     return energy.has(column) && estimated.has(row) ? "≈" + text : text;
   };
 
+  const copier = (number) => {
+    const command = content.commands[number], button = document.createElement("button");
+    button.type = "button";
+    button.className = "copy";
+    button.textContent = "copy command";
+    button.setAttribute("aria-label", `copy command of ${content.rows[number][0]}`);
+    button.title = command;
+    button.addEventListener("click", () => {
+      const copied = navigator.clipboard ? navigator.clipboard.writeText(command) : Promise.reject();
+      const note = () => { button.textContent = "copied"; button.removeAttribute("aria-label"); };
+      copied.then(note, () => { window.prompt("Command", command); });
+    });
+    return button;
+  };
+  const hasCommand = (number) => content.commands[number] !== null && content.commands[number] !== undefined;
+
   const rowOf = (number) => {
     if (isStatic) return staticRows[number];
     const row = document.createElement("tr");
@@ -82,6 +100,7 @@
       if (typeof value === "number") cell.className = "number";
       else if (cell.textContent.length <= 32) cell.className = "name";
     });
+    if (hasCommand(number)) row.cells[0].append(" ", copier(number));
     return row;
   };
 
@@ -117,26 +136,23 @@
   const more = document.getElementById("more");
   if (more) more.addEventListener("click", () => { shownCount += SCREENFUL; refresh(); });
 
-  content.commands.forEach((command, i) => {
-    if (command === null || !isStatic) return;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "copy";
-    button.textContent = "copy command";
-    button.setAttribute("aria-label", `Copy the command of ${content.rows[i][0]}`);
-    button.title = command;
-    button.addEventListener("click", () => {
-      navigator.clipboard.writeText(command).then(
-        () => { button.textContent = "copied"; },
-        () => { window.prompt("Command", command); },
-      );
-    });
-    staticRows[i].cells[0].append(" ", button);
-  });
-
+  staticRows.forEach((row, number) => { if (hasCommand(number)) row.cells[0].append(" ", copier(number)); });
   refresh();
   drawAll();
   dark.addEventListener("change", drawAll);
+  const folded = Array.from(document.querySelectorAll("details.printed"));
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    isPrinting = true;
+    opened = folded.filter((each) => !each.open);
+    opened.forEach((each) => { each.open = true; });
+    drawAll();
+  });
+  window.addEventListener("afterprint", () => {
+    isPrinting = false;
+    opened.forEach((each) => { each.open = false; });
+    drawAll();
+  });
   let pending = 0;
   window.addEventListener("resize", () => { clearTimeout(pending); pending = setTimeout(drawAll, 150); });
 })();

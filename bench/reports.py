@@ -1,0 +1,86 @@
+"""Measures reports on thousands of experiments: their size, the cost of writing them, and how fast they open.
+
+Run with `python -m bench.reports`; it takes minutes. The experiments are those of `bench.aggregation`, each with one
+record. Writing is measured by the kernel, start-up included. Opening is timed in Chromium, if it is installed: from the
+start of the page's navigation to the moment at which its script has drawn every chart. The benchmark fails if a limit
+is exceeded.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.aggregation import LEM, Cost, cost, write_experiments
+
+SHOWN, WRITTEN = 5_000, 20_000
+SIZE_LIMIT_MB = 10
+OPEN_LIMIT_S = 3.0
+CPU_LIMIT_S = 10.0
+MEMORY_LIMIT_MB = 500
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Leaves the time at which everything is drawn in the page, in ms since the navigation began.
+WATCH = """
+const watch = () => {
+  if (document.querySelectorAll(".plot:not([data-drawn])").length > 0) return;
+  document.documentElement.dataset.openMs = document.documentElement.dataset.openMs || performance.now();
+};
+document.querySelectorAll(".plot").forEach((each) => new MutationObserver(watch).observe(each, { attributes: true }));
+watch();
+"""
+
+
+def write_report(folder: Path, count: int) -> tuple[Path, Cost]:
+    """Write experiments and a report on them; return the page and the cost of writing it."""
+    results, page = folder / f"results-{count}", folder / f"{count}.html"
+    write_experiments(results, count, 1)
+    cost([*LEM, "aggregate", "--all", "-o", str(results)])
+    return page, cost([*LEM, "results", "report", "--results-dir", str(results), "-o", str(page)])
+
+
+def seconds_to_open(page: Path) -> float | None:
+    """Return how long Chromium takes to open a page and draw its charts; None without Chromium."""
+    if CHROMIUM is None:
+        return None
+    watched = page.with_suffix(".watched.html")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    watched.write_text(text.replace("</body>", f"<script>{WATCH}</script></body>"))
+    # The page has real time, not virtual time, in which a slow script would seem fast.
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--timeout=60000", "--dump-dom",
+        f"--user-data-dir={page.parent / 'profile'}", watched.as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+    found = re.search(r'data-open-ms="([\d.]+)"', dom)
+    return float(found[1]) / 1e3 if found else float("inf")
+
+
+def main() -> int:
+    """Measure and print everything; return 1 if a limit is exceeded."""
+    within = True
+    with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
+        for count in (SHOWN, WRITTEN):
+            page, written = write_report(Path(folder), count)
+            size_mb, open_s = page.stat().st_size / 1e6, seconds_to_open(page)
+            opened = "not timed: there is no Chromium" if open_s is None else f"opened in {open_s:.2f} s"
+            print(
+                f"{count} experiments: {size_mb:.1f} MB, {opened}, written in {written.cpu_s:.2f} s CPU with "
+                f"{written.memory_mb:.0f} MB"
+            )
+            if count == SHOWN:
+                within &= size_mb <= SIZE_LIMIT_MB and (open_s is None or open_s <= OPEN_LIMIT_S)
+            else:
+                within &= written.cpu_s <= CPU_LIMIT_S and written.memory_mb <= MEMORY_LIMIT_MB
+    print(
+        f"limits: {SHOWN} experiments: {SIZE_LIMIT_MB} MB, {OPEN_LIMIT_S:g} s; "
+        f"{WRITTEN} experiments: {CPU_LIMIT_S:g} s CPU, {MEMORY_LIMIT_MB} MB"
+    )
+    return int(not within)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
