@@ -261,6 +261,12 @@ def accuracy(session: nox.Session) -> None:
 
 
 @in_dev
+def perturbation(session: nox.Session) -> None:
+    """Compare lem with a script that calls transformers directly; takes an idle machine and about an hour."""
+    run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
+
+
+@in_dev
 def calibrate(session: nox.Session) -> None:
     """Calibrate the nominal levels of adaptive campaigns by simulation; takes minutes."""
     run_in_dev(session, "python", "-m", "bench.calibrate")

@@ -331,6 +331,20 @@ class CpuLoad(Struct, frozen=True, gc=False):
     process_cores: Amount
 
 
+class OwnTime(Struct, frozen=True, gc=False):
+    """The time that a process spent on work that is not in a phase of its own.
+
+    `import_s` is the time for starting the engine, which imports its libraries, and `encode_s` the time for tokenizing
+    the prompts; both happen once in an attempt, outside the phases. `recording_s` is the part of the measured window
+    that was spent on reading the meter and writing the journal between batches. A time is None if that work was not
+    finished.
+    """
+
+    import_s: Annotated[Amount | None, units.SECOND] = None
+    encode_s: Annotated[Amount | None, units.SECOND] = None
+    recording_s: Annotated[Amount | None, units.SECOND] = None
+
+
 class UnderWay(Struct, frozen=True, gc=False):
     """The requests in flight at some moment in a window, and the work already spent on them.
 
@@ -465,6 +479,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     environment: Environment | None = None
     warnings: tuple[CodedWarning, ...] = ()
     devices_during: tuple[DeviceWindow, ...] = ()
+    own_time: OwnTime | None = None
 
     def phase(self, name: PhaseName) -> Phase | None:
         """Return the phase with this name, or None if the process did not reach it."""

@@ -30,6 +30,7 @@ from lem.backends.pytorch_logits import LastLogits, Noticed
 from lem.backends.pytorch_objections import PADDING_UNMASKED, objections
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.errors import RunError
+from lem.machine.collector import paused_collector
 from lem.machine.gpu import Gpu
 from lem.machine.host import Host, cpu_model, peak_memory_bytes, versions
 from lem.record import CodedWarning, EngineInfo, FinishReason, Memory, ModelInfo
@@ -91,9 +92,10 @@ class Pytorch(Backend):
     # -------------------------------------------------------------- loading
     def start(self) -> None:
         """Import torch and transformers, including the parts needed for loading and generating."""
-        import torch  # noqa: F401
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
+        with paused_collector():  # it would take a tenth of the time
+            import torch  # noqa: F401
+            import transformers
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()

@@ -21,6 +21,7 @@ import typer
 from lem import __version__
 from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin, new_app
 from lem.cli.environment import load_dotenv
+from lem.cli.formatter import import_formatter
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.quantities import one_line
 
@@ -63,6 +64,8 @@ FLAGS = {
     "seed": "--seed",
     "io.results_dir": "--results-dir",
 }
+
+HELP = frozenset({"-h", "--help"})
 
 # The exception that typer raises for invalid arguments; typer does not export it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -154,6 +157,8 @@ def _command(asked: str | None) -> Callable[..., Any]:
     """Return a click command that has at least the command asked for, cached because building it takes a while."""
     if "_LEM_COMPLETE" in os.environ:
         return typer.main.get_command(all_commands())
+    if asked is None or not HELP.isdisjoint(sys.argv):
+        import_formatter()
     if asked is None:
         return typer.main.get_command(_listing())
     _import_modules_of(asked)
@@ -192,11 +197,12 @@ def _misused(error: Any) -> int:
     For a value of the wrong type, print one sentence, as for a wrong value in a file. Print other errors in typer's
     format.
     """
-    from typer import rich_utils
-
     if sentence := _wrong_value(error):
         print(f"Error: {one_line(sentence)}", file=sys.stderr)
         return int(error.exit_code)
+    import_formatter()
+    from typer import rich_utils
+
     message = error.format_message()
     error.format_message = lambda: one_line(message)
     rich_utils.rich_format_error(error)

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lem.backends import tensorrt_options, vllm_options
-from lem.backends.openai_options import address_of
 from lem.config.layers import Sources, holds, origin
 from lem.config.problem import Location, shown_path
 from lem.errors import ConfigError
@@ -93,8 +91,12 @@ def all_asked(experiment: Experiment) -> Iterator[Asked]:
     yield _code_of_models(experiment)
     named: dict[str, Any] = {}
     if isinstance(backend, VllmBackend):
+        from lem.backends import vllm_options
+
         named = vllm_options.code_arguments(backend)
     elif isinstance(backend, TensorrtBackend):
+        from lem.backends import tensorrt_options
+
         named = tensorrt_options.code_arguments(backend)
     for path, value in named.items():
         yield _asked("code", path, f"{path.rpartition('.')[2]}={json.dumps(value, default=str)}")
@@ -194,6 +196,8 @@ def _other_machine(backend: OpenaiBackend) -> str | None:
     """Return the address of a server on another machine; None if it is on this one."""
     if backend.url is None:
         return None
+    from lem.backends.openai_options import address_of
+
     try:
         address = address_of(backend)
     except ConfigError:

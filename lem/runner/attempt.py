@@ -22,8 +22,8 @@ from lem.errors import Interrupted, LemError, RunError
 from lem.machine import host, processes
 from lem.machine.gpu import Gpu
 from lem.machine.watch import Watch
-from lem.quantities import timestamp
-from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, Phase, PowerRecord, Status
+from lem.quantities import NS_PER_S, timestamp
+from lem.record import ENERGY_OWNER, CodedWarning, DeviceState, ErrorInfo, Flops, OwnTime, Phase, PowerRecord, Status
 from lem.results.directory import ExperimentDir
 from lem.results.files import FULL, NO_SPACE
 from lem.results.journal import DIED, Checkpoint, Journal, read
@@ -52,6 +52,7 @@ class Loaded:
     phases: tuple[Phase, ...]
     warnings: tuple[CodedWarning, ...]
     journal: Journal | None
+    own_time: OwnTime
 
 
 @dataclass
@@ -112,7 +113,8 @@ class Attempt:
         bench = Bench(self._backend, self._meter, self._ranks, report, self._plan.replicas, watch)
         loaded = self._loaded = self._load(bench, texts, energy.idle_s if is_metered else 0.0, warnings)
         for number in unfinished:
-            self._cycle = Cycle(number, Measurement(phases=list(loaded.phases)))
+            measured = Measurement(phases=list(loaded.phases), own_time=loaded.own_time)
+            self._cycle = Cycle(number, measured)
             self._measure_cycle(loaded, finished.get(number, set()))
             self._write("completed")
 
@@ -121,7 +123,9 @@ class Attempt:
         experiment, backend = self._plan.experiment, self._backend
         backend.local_rank, backend.log_folder = self._ranks.local_rank, self._directory.path
         backend.forced, backend.cell = self._plan.forced, self._plan.campaign
+        began_ns = time.perf_counter_ns()
         backend.start()
+        self._cycle.measured.own_time = OwnTime(import_s=(time.perf_counter_ns() - began_ns) / NS_PER_S)
         self._gpus = tuple(backend.gpus_in_use(self._host))
         is_cool = cool_down(experiment.cooldown, self._gpus, report, backend.clock)
         self._devices_before = host.device_states(self._gpus, self._others_pids())
@@ -148,6 +152,7 @@ class Attempt:
             journal=(
                 Journal(self._directory.journal_file(self._rank, self._number)) if plan.counts(self._rank) else None
             ),
+            own_time=measured.own_time,
         )
 
     def _architecture(self) -> tuple[Architecture | None, tuple[CodedWarning, ...]]:

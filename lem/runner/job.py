@@ -7,10 +7,13 @@ nothing about Hydra or about how results are shown.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import structs
 
 from lem.errors import Interrupted, ResultsError
 from lem.machine import host
@@ -264,8 +267,11 @@ def _execute(
         store.mark_unfinished(directory.id, plan.fingerprint)
         log.debug("experiment %s, attempt %d, in %s", directory.id, attempt, directory.path)
         try:
+            began_s = time.monotonic()
             if plan.unfinished_cycles(directory.finished()):
                 launcher(directory, attempt, machine, report)
+                log.debug("the workers took %.2f s", time.monotonic() - began_s)
+                _log_times(directory, attempt)
         except Interrupted as stop:
             with signals_ignored():
                 directory.write_state(directory.state().now("interrupted", str(stop)))
@@ -274,11 +280,29 @@ def _execute(
             raise Interrupted(text, f"To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))
+        began_s = time.monotonic()
         row, problem = _row(store, directory, write_tables)
+        log.debug("computing and writing the rows took %.2f s", time.monotonic() - began_s)
         # This comes last, so that `catch_up` finds an experiment that was killed before its rows were written.
         if problem is None and not leave_marked and not plan.unfinished_cycles(directory.finished()):
             store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
+
+
+def _log_times(directory: ExperimentDir, attempt: int) -> None:
+    """Log where the time of an attempt's processes went; the times are in their records."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return
+    for record in directory.records():
+        if record.attempt != attempt:
+            continue
+        own = {} if record.own_time is None else structs.asdict(record.own_time)
+        times_s = {name.removesuffix("_s"): seconds for name, seconds in own.items()}
+        recording_s = times_s.pop("recording", None)
+        times_s |= {phase.name: phase.duration_s for phase in record.phases}
+        parts = [f"{name} {seconds:.2f}" for name, seconds in times_s.items() if seconds is not None]
+        parts += [] if recording_s is None else [f"of the window, recording {recording_s:.3f}"]
+        log.debug("seconds of process %d in cycle %d: %s", record.rank, record.cycle, ", ".join(parts))
 
 
 def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str | None]:

@@ -120,6 +120,7 @@ def process_record(known: Snapshot) -> ProcessRecord:
         prefill=prefill_of(measured.requests, known.trace, _readings(measured)),
         warmup=measured.warmup,
         cpu_load=measured.cpu_load,
+        own_time=measured.own_time,
         energy_so_far=_energy_so_far(plan, measured),
         cut=None if measured.lost_s is None else _cut(measured, counts=counts),
         arrivals_from_s=measured.arrivals_from_s,

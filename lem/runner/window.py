@@ -33,6 +33,7 @@ from lem.record import (
     CpuLoad,
     DeviceWindow,
     EnergyReading,
+    OwnTime,
     Phase,
     PhaseName,
     UnderWay,
@@ -99,6 +100,7 @@ class Measurement:
     under_way: UnderWay | None = None
     ends_when_cut: bool = False
     arrivals_from_s: float | None = None
+    own_time: OwnTime = field(default_factory=OwnTime)
 
     def add(self, generation: Generation, prompt: Encoded) -> MeasuredRequest:
         """Add one finished request of the measured window."""
@@ -208,7 +210,10 @@ class Bench:
             self.report(Event("load"))
             self.backend.load()
         # The engine numbers the prompts it is given; from here on, a prompt's index is its position in the experiment.
+        began_ns = time.perf_counter_ns()
         prompts = [replace(p, index=indices[p.index]) for p in self.backend.encode(texts)]
+        encode_s = (time.perf_counter_ns() - began_ns) / NS_PER_S
+        into.own_time = structs.replace(into.own_time, encode_s=encode_s)
         self._idle("idle_loaded", idle_s, into)
         return prompts
 
@@ -367,6 +372,7 @@ class _Window:
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
         self._next_reading_ns = 0
+        self._recording_ns = 0
 
     def open(self) -> None:
         """Open the window together with the other processes."""
@@ -382,9 +388,13 @@ class _Window:
             self.keep_noting()
 
     def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
-        """Record a finished batch and the progress of the window."""
+        """Record a finished batch and the progress of the window, and how long recording has taken so far."""
+        began_ns = time.perf_counter_ns()
         with self._lock:
             self._recorder.batch_finished(batch, self._checkpoint())
+        self._recording_ns += time.perf_counter_ns() - began_ns
+        into = self._into
+        into.own_time = structs.replace(into.own_time, recording_s=self._recording_ns / NS_PER_S)
 
     def keep_noting(self) -> None:
         """Start the thread that records checkpoints within batches."""

@@ -6,16 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lem.config.launcher import Launcher
 from lem.errors import Interrupted
 from lem.quantities import one_line
-from lem.results import show
-from lem.results.aggregate import catch_up
 from lem.results.directory import ExperimentDir
 from lem.results.store import Store
-from lem.runner.job import Outcome
 from lem.runner.preflight import Ready
+
+if TYPE_CHECKING:
+    from lem.config.launcher import Launcher
+    from lem.runner.job import Outcome
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def wants_to_cancel(jobs: int) -> bool:
 def catch_up_rows(results_dir: str | Path, options: RunOptions, ids: Sequence[str] = ()) -> None:
     """Write rows that earlier commands could not write, unless this command writes no rows; see `catch_up`."""
     if options.write_tables and not options.dry_run:
+        from lem.results.aggregate import catch_up
+
         print_warnings(*catch_up(Store(results_dir), ids))
 
 
@@ -98,12 +101,18 @@ def summary_of(ready: Ready) -> str:
 
 def print_warnings(*warnings: object) -> None:
     """Print warnings on stderr, in colour on a terminal."""
+    if not warnings:
+        return
+    from lem.results import show
+
     for warning in warnings:
         show.console(stderr=True).print(one_line(f"Warning: {warning}"), markup=False, highlight=False, style="yellow")
 
 
 def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     """Print an experiment's results and where its files are; return the exit code."""
+    from lem.results import show
+
     show.show_row(outcome.row)
     print(f"\nRaw records: {outcome.directory.path}")
     if outcome.problem:

@@ -1,6 +1,7 @@
 """`lem experiment`: composes, checks, confirms, runs and shows one experiment; `lem.studies.sweep` handles several.
 
-`lem.cli.hydra_app` also uses this module to run one experiment as a plain Hydra app.
+`lem.cli.hydra_app` also uses this module to run one experiment as a plain Hydra app. Modules that only a run needs are
+imported in the functions that run, so that a dry run stays fast.
 """
 
 from __future__ import annotations
@@ -18,19 +19,14 @@ from lem.config.problem import Location
 from lem.config.trust import all_asked, asked_by
 from lem.errors import ResultsError
 from lem.machine import host
-from lem.results.aggregate import aggregate
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
-from lem.results.jobs import queued_in
 from lem.results.plan import FINISHED
 from lem.results.store import Store, default_root, results_flag
-from lem.runner.job import fingerprint, run_ready
-from lem.runner.job import resume as resume_job
 from lem.runner.preflight import Ready, check_again, preflight
 from lem.studies import preview
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of, show_outcome, summary_of
 from lem.studies.consent import Consents
-from lem.studies.display import display
 
 
 def main(
@@ -50,6 +46,9 @@ def main(
     if options.dry_run:
         _show_plan(ready)
         return 0
+    from lem.results.jobs import queued_in
+    from lem.runner.job import fingerprint
+
     store = Store(ready.experiment.io.results_dir)
     queued = queued_in(store)
     unfinished = [] if options.fresh else [d for d in store.unfinished(fingerprint(ready)) if d.id not in queued]
@@ -66,6 +65,9 @@ def main(
 
 def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
     """Run a checked experiment, showing its progress and results; return the exit code."""
+    from lem.runner.job import run_ready
+    from lem.studies.display import display
+
     catch_up_rows(ready.experiment.io.results_dir, options)
     print(f"Prompts: {preview.counts(ready)}.", file=sys.stderr)
     with display() as report:
@@ -82,6 +84,8 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
         ResultsError: the experiment does not exist, or another process is running it.
         Interrupted: the run was interrupted again.
     """
+    from lem.results.jobs import queued_in
+
     if not experiment_id:  # for example from an unset shell variable; an empty prefix would match every id
         raise ResultsError("--resume: the id is empty. Choose one from lem results list --all.")
     store = Store(results_dir or default_root())
@@ -94,6 +98,8 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     state, plan = directory.free_state(take_over=options.force), directory.plan()
     if state.status in FINISHED:
         if options.write_tables and not options.dry_run:
+            from lem.results.aggregate import aggregate
+
             aggregate(store, directory)  # the run may have been killed just before its row was written
         print(f"{directory.id} is complete; there is nothing left to run.")
         return 0
@@ -118,6 +124,9 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
 
 
 def _resume(store: Store, directory: ExperimentDir, options: RunOptions) -> int:
+    from lem.runner.job import resume as resume_job
+    from lem.studies.display import display
+
     catch_up_rows(store.root, options)
     print(f"Resuming {directory.id}: {progress_of(directory)}.", file=sys.stderr)
     with display() as report:

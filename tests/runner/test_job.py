@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import subprocess
 import sys
 
@@ -12,7 +14,8 @@ from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Dataset, Energy, Io
 
 
-def test_a_library_user_runs_an_experiment(tmp_path):
+def test_a_library_user_runs_an_experiment(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "lem.runner.job")
     outcome = lem.run(
         lem.Experiment(
             model="any",
@@ -25,6 +28,13 @@ def test_a_library_user_runs_an_experiment(tmp_path):
     assert outcome.row.status == "completed"
     assert outcome.row.requests_completed == 3
     assert outcome.directory.path.parent.parent == tmp_path
+    (record,) = outcome.directory.records()
+    own = record.own_time
+    assert min(own.import_s, own.encode_s, own.recording_s) >= 0
+    assert own.recording_s < record.phase("measured").duration_s
+    # What --verbose shows.
+    (line,) = (text for text in caplog.messages if text.startswith("seconds of process 0 in cycle 1: "))
+    assert re.search(r"import \d.*encode \d.*load \d.*measured \d.*of the window, recording \d", line)
 
 
 def test_a_library_user_gets_an_error_not_an_exit(tmp_path):

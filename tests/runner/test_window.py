@@ -624,3 +624,19 @@ def test_a_warmup_that_never_steadies_ends_at_its_limit(limit, name):
 def test_the_processor_time_of_the_window_is_known():
     load = run().cpu_load
     assert 0 <= load.process_cores <= load.machine_cores + 0.5
+
+
+class SlowRecording(Recording):
+    """Takes a while to keep each batch."""
+
+    def batch_finished(self, batch, checkpoint):
+        time.sleep(0.1)
+        super().batch_finished(batch, checkpoint)
+
+
+def test_the_time_for_recording_is_part_of_the_window_and_the_time_for_encoding_is_not():
+    recording = SlowRecording()
+    measured = run(recording=recording, slow=True)
+    assert 0.1 * len(recording.batches) <= measured.own_time.recording_s < measured.phases[-1].duration_s
+    assert measured.own_time.encode_s >= 0.3
+    assert measured.own_time.import_s is None  # the engine is started elsewhere
