@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import httpcore
@@ -97,6 +98,7 @@ class Client:
         if soft != hard:
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _end_searches_for("sniffio")
         self._thread.start()
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context() if self._address.startswith("https") else None,
@@ -408,6 +410,16 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
             raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s") from None
         except OSError as error:
             raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+
+def _end_searches_for(package: str) -> None:
+    """Have imports of an optional package fail at once if it is not installed.
+
+    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing,
+    and would search all of its folders again each time, which takes most of the time of sending a request.
+    """
+    if find_spec(package) is None:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ metrics
