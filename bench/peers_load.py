@@ -222,14 +222,10 @@ TOOLS = {
 # ------------------------------------------------------------------ one run
 @dataclass(frozen=True)
 class Run:
-    """One run of a tool: its cost, the tokens that the server sent, and what was compared.
-
-    `late_ns` is how late each token left the server relative to its pace; it shows whether the server kept up.
-    """
+    """One run of a tool: its cost, the tokens that the server sent, and what it told with what the server noted."""
 
     cost: Cost
     tokens: int
-    notes: list[dict[str, Any]]
     told: list[tuple[Told, dict[str, Any]]]
 
 
@@ -254,7 +250,7 @@ def run_tool(tool: Tool, programs: Path, load: Load, server: Paced, *, is_ahead:
     pairs = [(each, by_key[key]) for key, each in told.items() if key in by_key]
     if len(pairs) < load.requests:
         raise SystemExit(f"{tool.name} reports {len(pairs)} of {load.requests} requests that the server answered.")
-    return Run(spent, sum(len(note["sent_ns"]) for note in notes), notes, pairs)
+    return Run(spent, sum(len(note["sent_ns"]) for note in notes), pairs)
 
 
 def errors_s(run: Run) -> dict[str, np.ndarray]:
@@ -274,7 +270,7 @@ def errors_s(run: Run) -> dict[str, np.ndarray]:
 
 def lateness_s(run: Run, rate_hz: float) -> np.ndarray:
     """Return how late each request of an open loop reached the server, in seconds after the earliest possible plan."""
-    arrived = np.sort([note["arrived_ns"] for note in run.notes]) / 1e9
+    arrived = np.sort([note["arrived_ns"] for _, note in run.told]) / 1e9
     late = arrived - np.arange(len(arrived)) / rate_hz
     return late - late.min()
 
