@@ -43,6 +43,8 @@ ENDING_S = 0.25
 LEAST_RETRY_S = 0.25
 # The maximum size in bytes of a response that is not a completion, such as a list of models.
 LARGEST_PAGE = 16 * 2**20
+# How late asyncio's timer may be.
+TIMER_NS = 1_000_000
 # Linux's socket option for time stamps of received data, which the module socket does not name, and their format.
 SO_TIMESTAMPNS = 35
 TIMESPEC = struct.Struct("@ll")
@@ -185,7 +187,8 @@ class Client:
         epoch = self._cancelled
         try:
             while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
-                await asyncio.sleep(left_ns / NS_PER_S)
+                # asyncio's timer may be a millisecond late, so the last millisecond is spent asking for the time.
+                await asyncio.sleep(max(0, left_ns - TIMER_NS) / NS_PER_S)
             answer = await self._insist(body, patience_s)
             if epoch == self._cancelled:
                 self.on_answer(answer)
