@@ -21,9 +21,7 @@ from typing import Any
 
 MODEL = "paced"
 WORD = " word"
-HEADERS = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-)
+HEADERS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 # Gaps follow this sequence, so that they differ within a request and between requests, but not between clients.
 GOLDEN = 0.618_033_988_75
 
@@ -65,10 +63,12 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the connection."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """Answer a request as soon as all of it has arrived."""
         self._received += data
         head, end, rest = bytes(self._received).partition(b"\r\n\r\n")
         if not end:

@@ -29,14 +29,14 @@ Turns = dict[str, list[dict[str, float | None]]]
 DIRECTORY = Path(".nox")
 
 
-def compare(turns: Turns, reference: str) -> dict[str, dict[str, Any]]:
-    """Return the median of each figure of each tool, and its ratio to the reference tool's in the same turn."""
+def compare(turns: Turns, references: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the median of each figure of each tool, and its ratio to the tool's reference in the same turn."""
     compared: dict[str, dict[str, Any]] = {}
     for tool, found in turns.items():
         compared[tool] = {}
         for name in found[0]:
             values = [each[name] for each in found]
-            pairs = [(own, base[name]) for own, base in zip(values, turns[reference], strict=True)]
+            pairs = [(own, base[name]) for own, base in zip(values, turns[references[tool]], strict=True)]
             known = [value for value in values if value is not None]
             compared[tool][name] = {
                 "median": statistics.median(known) if known else None,
@@ -58,12 +58,12 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     }
 
 
-def table(compared: Mapping[str, Mapping[str, Any]], reference: str) -> str:
+def table(compared: Mapping[str, Mapping[str, Any]], references: Mapping[str, str]) -> str:
     """Return the comparison as a Markdown table with a row for each figure."""
-    others = [tool for tool in compared if tool != reference]
-    head = ["figure", *compared, *(f"{tool} ÷ {reference}" for tool in others)]
+    others = [tool for tool in compared if tool != references[tool]]
+    head = ["figure", *compared, *(f"{tool} ÷ {references[tool]}" for tool in others)]
     lines = [head, ["---"] * len(head)]
-    for name in compared[reference]:
+    for name in next(iter(compared.values())):
         lines.append([
             f"`{name}`",
             *(_number(each[name]["median"]) for each in compared.values()),
@@ -98,7 +98,7 @@ def load(pairs: int, programs: Mapping[str, Path], *, is_ahead: bool) -> dict[st
         for name, tool in tools.items():
             ladders[name] = peers_load.ladder(tool, programs.get(name, Path()), server, is_ahead=is_ahead)
             print(f"ladder, {name}: {json.dumps(ladders[name])}", file=sys.stderr, flush=True)
-    return {"turns": turns, "compared": compare(turns, "lem"), "ladders": ladders}
+    return {"turns": turns, "compared": compare(turns, dict.fromkeys(turns, "lem")), "ladders": ladders}
 
 
 def _in_turn(tools: Mapping[str, Any], turn: int) -> list[tuple[str, Any]]:
@@ -155,12 +155,17 @@ def main() -> int:
     }
     if options.what == "load":
         found = load(options.pairs, programs, is_ahead=options.ahead)
-        print(table(found["compared"], "lem"), "", ladder_table(found["ladders"]), sep="\n")
+        print(
+            table(found["compared"], dict.fromkeys(found["compared"], "lem")),
+            "",
+            ladder_table(found["ladders"]),
+            sep="\n",
+        )
     else:
         found = peers_job.job(options.pairs, programs.get("optimum"), is_ahead=options.ahead)
-        found["compared"] = {str(size): compare(turns, "bare script") for size, turns in found["turns"].items()}
+        found["compared"] = {size: compare(turns, peers_job.REFERENCES) for size, turns in found["turns"].items()}
         for size, compared in found["compared"].items():
-            print(f"Batch size {size}:\n\n{table(compared, 'bare script')}\n")
+            print(f"Batch size {size}:\n\n{table(compared, peers_job.REFERENCES)}\n")
     if options.json:
         about["load_average_after"] = os.getloadavg()[0]
         options.json.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")

@@ -1,10 +1,10 @@
 """Compares a whole job with lem and with optimum-benchmark to the same job in a bare script.
 
 `python -m bench.peers job` runs this. A job starts a program, loads the built-in model on the CPU, and generates for a
-number of batches: greedily, without warm-up and without meters, with the same number of input and output tokens, on one thread. CPU
-and wall time are those of the whole command with all of its processes. optimum-benchmark needs an older transformers
-than lem, whose loading and generating cost something else, so it is compared with the bare script in its own
-environment. Its inputs are random token ids; it reads no prompts and stores no request.
+number of batches: greedily, on one thread, without warm-up and without meters, with the same number of input and output
+tokens. CPU and wall time are those of the whole command with all of its processes. optimum-benchmark needs an older
+transformers than lem, whose loading and generating take a different time, so it is compared with the bare script in its
+own environment. Its inputs are random token ids; it reads no prompts and stores no requests.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from lem.workload import tiny
 
 BATCHES, BATCH_SIZES = 10, (1, 8)
 INPUT_TOKENS, OUTPUT_TOKENS = 32, 64
+BARE_NEW, BARE_OLD = "bare script", "bare script, transformers 4"
+# What each tool is compared with.
+REFERENCES = {BARE_NEW: BARE_NEW, "lem": BARE_NEW, BARE_OLD: BARE_OLD, "optimum-benchmark": BARE_OLD}
 BARE = Path(__file__).with_name("peers_job_bare.py")
 TEXT = "the river carries small stones to the sea and leaves them where the water slows, every winter anew; "
 
@@ -59,11 +62,11 @@ def _run(command: Callable[[Path], list[str]], *, is_ahead: bool) -> dict[str, f
 def _commands(size: int, optimum: Path | None) -> dict[str, Callable[[Path], list[str]]]:
     """Return what writes a job's files and returns its command, by tool; the names are also the table's columns."""
     found: dict[str, Callable[[Path], list[str]]] = {
-        "bare script": partial(_bare, sys.executable, size),
+        BARE_NEW: partial(_bare, sys.executable, size),
         "lem": partial(_lem, size),
     }
     if optimum is not None:
-        found["bare script, transformers 4"] = partial(_bare, str(optimum / "python"), size)
+        found[BARE_OLD] = partial(_bare, str(optimum / "python"), size)
         found["optimum-benchmark"] = partial(_optimum, optimum, size)
     return found
 

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -289,9 +289,7 @@ LEAST_SHARE = 0.95
 
 def figures(tool: Tool, programs: Path, server: Paced, *, is_ahead: bool) -> dict[str, float | None]:
     """Measure one tool once; each figure's name has its unit, and None means that the tool does not report it."""
-    short, long, opened = (
-        run_tool(tool, programs, load, server, is_ahead=is_ahead) for load in (SHORT, LONG, OPEN)
-    )
+    short, long, opened = (run_tool(tool, programs, load, server, is_ahead=is_ahead) for load in (SHORT, LONG, OPEN))
     assert OPEN.rate_hz is not None
     errors, late = errors_s(long), lateness_s(opened, OPEN.rate_hz)
     found: dict[str, float | None] = {}

@@ -37,9 +37,13 @@ def begin(core: int | None = None, *, is_ahead: bool = False) -> None:
 
 
 def cost(
-    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, before: Callable[[], None] | None = None,
+    command: Sequence[str],
+    log: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
     timeout_s: float = 600.0,
-) -> Cost:  # fmt: skip
+) -> Cost:
     """Run a command to its end with its output in a file; `before` is called in its process first.
 
     Raises:

@@ -237,7 +237,7 @@ class Client:
                 return status, text.decode("utf-8-sig", errors="replace")
 
     async def _complete(self, body: bytes, sent_ns: int | None) -> Answer:
-        """Send a request and read the answer; it counts as sent at `sent_ns` or, if that is None, when it is written."""
+        """Send a request and read the answer; it counts as sent at `sent_ns` or, without that, when it is written."""
         reply: Reply | None = None
         with self._failing_as_gone(self._timeout_s):
             try:
