@@ -114,7 +114,7 @@ class Connection(asyncio.Protocol):
             self._send(note, events, 0)
         else:
             content = {"message": {"role": "assistant", "content": WORD * count}} if is_chat else {"text": WORD * count}
-            whole = {"id": note.id, "model": MODEL, "usage": usage(count)}
+            whole: dict[str, Any] = {"id": note.id, "model": MODEL, "usage": usage(count)}
             whole["choices"] = [{"index": 0, "finish_reason": "length", **content}]
             self._loop.call_at(note.due_ns[-1] / 1e9, self._json, 200, whole)
 

@@ -137,6 +137,10 @@ def main() -> int:
         "--ahead", action="store_true", help="run everything at the highest ordinary priority, which needs root"
     )
     options = parser.parse_args()
+    if options.pairs < 1:
+        parser.error("--pairs must be at least 1.")
+    if options.ahead and os.geteuid() != 0:
+        parser.error("--ahead needs root; leave it out, or run as root.")
     peers = {"load": ["guidellm", "aiperf"], "job": ["optimum"]}[options.what]
     programs = {}
     for name in peers:
