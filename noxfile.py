@@ -2,7 +2,8 @@
 
 All versions are pinned in constraints.txt. Sessions that need lem and its development tools share one environment. The
 session `dev` creates it, and the others require `dev`; with `--no-dependencies` they use the environment as it is,
-without running pip. `demo`, `vllm`, `lint` and `types` have their own environments. No session needs a network, except
+without running pip. `demo`, `vllm`, `lint` and `types` have their own environments, and
+`peers` creates one for each of the tools that it compares lem with. No session needs a network, except
 to install packages.
 """
 
@@ -33,6 +34,12 @@ SLURM_PACKAGES = (
 )  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
+# The tools that lem is compared with; the environment peers-NAME gets these packages, and the torch of constraints.txt.
+PEERS = {
+    "guidellm": ("guidellm[recommended]==0.8.1",),
+    "aiperf": ("aiperf==0.13.0",),
+    "optimum": ("torch", "optimum-benchmark==0.6.0", "transformers<5", "pillow"),
+}
 VLLM_TESTS = (
     "tests/backends/test_vllm.py",
     "tests/backends/test_vllm_serve.py",
@@ -264,6 +271,22 @@ def accuracy(session: nox.Session) -> None:
 def perturbation(session: nox.Session) -> None:
     """Compare lem with a script that calls transformers directly; takes an idle machine and about an hour."""
     run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
+
+
+@in_dev
+def peers(session: nox.Session) -> None:
+    """Compare lem with guidellm, aiperf and optimum-benchmark, each in its own environment; takes half an hour."""
+    for name, requirements in PEERS.items():
+        environment = session.cache_dir.parent / f"peers-{name}"
+        if not environment.exists():
+            session.run("python", "-m", "venv", str(environment), external=True)
+        install_there = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        versions = Path(session.create_tmp()) / "torch.txt"
+        versions.write_text("".join(f"{line}\n" for line in _requirements(CONSTRAINTS) if line.startswith("torch==")))
+        session.run(*install_there, "--constraint", str(versions), *requirements, external=True)
+    for what in ("load", "job"):
+        output = os.path.join(session.invoked_from, f"peers-{what}.json")
+        run_in_dev(session, "python", "-m", "bench.peers", what, "--json", output, *session.posargs)
 
 
 @in_dev

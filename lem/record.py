@@ -340,9 +340,9 @@ class OwnTime(Struct, frozen=True, gc=False):
     finished.
     """
 
-    import_s: Annotated[Amount | None, units.SECOND] = None
-    encode_s: Annotated[Amount | None, units.SECOND] = None
-    recording_s: Annotated[Amount | None, units.SECOND] = None
+    import_s: Annotated[Amount | None, quantities.SECOND] = None
+    encode_s: Annotated[Amount | None, quantities.SECOND] = None
+    recording_s: Annotated[Amount | None, quantities.SECOND] = None
 
 
 class UnderWay(Struct, frozen=True, gc=False):

@@ -12,14 +12,17 @@ import math
 import queue
 import re
 import resource
+import socket
 import ssl
+import struct
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import httpcore
@@ -40,6 +43,15 @@ ENDING_S = 0.25
 LEAST_RETRY_S = 0.25
 # The maximum size in bytes of a response that is not a completion, such as a list of models.
 LARGEST_PAGE = 16 * 2**20
+# How late asyncio's timer may be.
+TIMER_NS = 1_000_000
+# Linux's socket option for time stamps of received data, which the module socket does not name, and their format.
+SO_TIMESTAMPNS = 35
+TIMESPEC = struct.Struct("@ll")
+# Two clocks are read together up to this often, until that takes less than this time in nanoseconds.
+CLOCK_TRIES, CLOCK_NS = 3, 5_000
+# Data that waited longer than this to be read has not been stamped correctly: the wall clock has been set.
+OLDEST_NS = 60 * NS_PER_S
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
 
@@ -97,6 +109,7 @@ class Client:
         if soft != hard:
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _end_searches_for("sniffio")
         self._thread.start()
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context() if self._address.startswith("https") else None,
@@ -174,7 +187,8 @@ class Client:
         epoch = self._cancelled
         try:
             while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
-                await asyncio.sleep(left_ns / NS_PER_S)
+                # asyncio's timer may be a millisecond late, so the last millisecond is spent asking for the time.
+                await asyncio.sleep(max(0, left_ns - TIMER_NS) / NS_PER_S)
             answer = await self._insist(body, patience_s)
             if epoch == self._cancelled:
                 self.on_answer(answer)
@@ -189,7 +203,7 @@ class Client:
         sent_ns, retries = time.perf_counter_ns(), 0
         while True:
             try:
-                return replace(await self._complete(body, sent_ns), retries=retries)
+                return replace(await self._complete(body, sent_ns if retries else None), retries=retries)
             except RunError as error:
                 asked_s = error.retry_after_s if isinstance(error, Refused) else None
                 wait_s = max(asked_s or 0.0, LEAST_RETRY_S)
@@ -222,7 +236,8 @@ class Client:
                     text += unpacking.take(received)
                 return status, text.decode("utf-8-sig", errors="replace")
 
-    async def _complete(self, body: bytes, sent_ns: int) -> Answer:
+    async def _complete(self, body: bytes, sent_ns: int | None) -> Answer:
+        """Send a request and read the answer; it counts as sent at `sent_ns` or, without that, when it is written."""
         reply: Reply | None = None
         with self._failing_as_gone(self._timeout_s):
             try:
@@ -236,8 +251,8 @@ class Client:
                         extensions=_limits(self._timeout_s),
                     ) as response,
                 ):
-                    status = int(response.status)
-                    reply = Reply(sent_ns, status, response.headers, **self._as_answers)
+                    status, written_ns = int(response.status), response.extensions["network_stream"].written_at_ns
+                    reply = Reply(sent_ns or written_ns, status, response.headers, **self._as_answers)
                     await self._read(response, reply, limit)
                 return reply.answer()
             except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, TimeoutError):
@@ -298,18 +313,69 @@ class _Piece:
     data: bytes
 
 
-class _Incoming(asyncio.Protocol):
-    """Receives the data of one connection, and immediately records when each read arrived."""
+class _StampedSocket(socket.socket):
+    """A socket that knows when the data that was last read had reached this machine, by the kernel's time stamps.
 
-    def __init__(self) -> None:
+    asyncio reads with `recv` and, under TLS, with `recv_into`. The time of a read may be much later than the arrival
+    if this process was busy or had no processor.
+    """
+
+    arrived_ns: int | None = None
+
+    def stamp(self) -> None:
+        """Have the kernel stamp what arrives; without support for that, `arrived_ns` remains None."""
+        with suppress(OSError):
+            self.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        data, notes, *_ = self.recvmsg(size, socket.CMSG_SPACE(TIMESPEC.size), flags)
+        self._take(notes)
+        return data
+
+    def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
+        view = memoryview(buffer)
+        count, notes, *_ = self.recvmsg_into([view[:size] if size else view], socket.CMSG_SPACE(TIMESPEC.size), flags)
+        self._take(notes)
+        return count
+
+    def _take(self, notes: Sequence[tuple[int, int, bytes]]) -> None:
+        self.arrived_ns = None
+        for level, kind, data in notes:
+            if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS) and len(data) == TIMESPEC.size:
+                seconds, nanoseconds = TIMESPEC.unpack(data)
+                self.arrived_ns = _as_counter_ns(seconds * NS_PER_S + nanoseconds)
+
+
+def _as_counter_ns(stamp_ns: int) -> int | None:
+    """Return a recent reading of the wall clock as a reading of `time.perf_counter_ns`.
+
+    Both clocks run at the same speed. The result is None if the wall clock has been set since the reading.
+    """
+    best = None
+    for _ in range(CLOCK_TRIES):
+        before_ns, wall_ns, after_ns = time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()
+        if best is None or after_ns - before_ns < best[1] - best[0]:
+            best = before_ns, after_ns, wall_ns
+        if best[1] - best[0] < CLOCK_NS:
+            break
+    assert best is not None
+    age_ns = best[2] - stamp_ns
+    return best[0] - age_ns if 0 <= age_ns < OLDEST_NS else None
+
+
+class _Incoming(asyncio.Protocol):
+    """Receives the data of one connection, and records when each read arrived."""
+
+    def __init__(self, connected: _StampedSocket) -> None:
         self.pieces: deque[_Piece] = deque()
         self.has_ended = False
         self.waiter: asyncio.Future[None] | None = None
-        self._reads = 0
+        self._socket, self._reads, self._last_ns = connected, 0, 0
 
     def data_received(self, data: bytes) -> None:
         self._reads += 1
-        self.pieces.append(_Piece(self._reads, time.perf_counter_ns(), data))
+        self._last_ns = max(self._last_ns, self._socket.arrived_ns or time.perf_counter_ns())
+        self.pieces.append(_Piece(self._reads, self._last_ns, data))
         self._wake()
 
     def eof_received(self) -> None:
@@ -328,12 +394,13 @@ class _Incoming(asyncio.Protocol):
 class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
     """A connection; `reads` and `read_at_ns` are the number and the time of the read that delivered the last data.
 
+    `written_at_ns` is when the last data was written. Times are readings of `time.perf_counter_ns`.
     This class replaces httpcore's own stream, which reports no times and takes twice the CPU time per read.
     """
 
     def __init__(self, transport: asyncio.Transport, incoming: _Incoming) -> None:
         self._transport, self._incoming = transport, incoming
-        self.reads, self.read_at_ns = 0, 0
+        self.reads, self.read_at_ns, self.written_at_ns = 0, 0, 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         incoming = self._incoming
@@ -365,7 +432,9 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if self._transport.is_closing():
             raise httpcore.WriteError("the connection is closed")
-        self._transport.write(buffer)
+        if buffer:  # httpcore ends a request with an empty write
+            self.written_at_ns = time.perf_counter_ns()
+            self._transport.write(buffer)
 
     async def aclose(self) -> None:
         self._transport.close()
@@ -403,11 +472,43 @@ class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):
-                return _TimedStream(*await loop.create_connection(_Incoming, host, port))
+                connected = await _connected(host, port)
+                return _TimedStream(*await loop.create_connection(lambda: _Incoming(connected), sock=connected))
         except TimeoutError:
             raise httpcore.ConnectTimeout(f"no connection within {timeout:g} s") from None
         except OSError as error:
             raise httpcore.ConnectError(error.strerror or str(error)) from error
+
+
+async def _connected(host: str, port: int) -> _StampedSocket:
+    """Return a socket connected to the first of a host's addresses that accepts the connection."""
+    loop = asyncio.get_running_loop()
+    error = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        candidate = _StampedSocket(family, kind, protocol)
+        try:
+            candidate.setblocking(False)
+            candidate.stamp()
+            await loop.sock_connect(candidate, address)
+        except OSError as failure:
+            candidate.close()
+            error = failure
+        except BaseException:
+            candidate.close()
+            raise
+        else:
+            return candidate
+    raise error
+
+
+def _end_searches_for(package: str) -> None:
+    """Have imports of an optional package fail at once if it is not installed.
+
+    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing,
+    and would search all of its folders again each time, which takes most of the time of sending a request.
+    """
+    if find_spec(package) is None:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ metrics

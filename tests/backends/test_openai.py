@@ -24,7 +24,7 @@ import pytest
 from lem.backends import make_backend
 from lem.backends.base import Encoded
 from lem.backends.openai_answer import Events, Transcript
-from lem.backends.openai_client import samples
+from lem.backends.openai_client import Client, samples
 from lem.backends.openai_options import address_of, command_line, gpus_for, request_body, runs_here
 from lem.backends.server import Server, environment, free_port
 from lem.errors import ConfigError, RunError
@@ -811,3 +811,26 @@ def test_the_server_sees_the_gpus_that_are_metered(monkeypatch):
     assert environment(None)["CUDA_VISIBLE_DEVICES"] == "3,2,1"
     assert environment("0,1")["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert "PYTHONSAFEPATH" not in environment(None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux stamps what arrives")
+def test_the_time_of_a_token_is_when_it_arrived_even_if_the_client_is_busy():
+    with Running(counted_tokens, Behaviour(first_wait_s=0.2, wait_s=0.05)) as server:
+        client = Client(server.url, None, 10.0)
+        client.start()
+        try:
+            _answered(client)  # the kernel begins to stamp shortly after it was first asked to
+            # From before the first token until long after the last, the client's thread reads nothing.
+            answer = _answered(client, pause_s=0.15, busy_s=0.6)
+        finally:
+            client.close()
+    assert answer.chunks(4)[0][-1].at_ns - answer.sent_ns < 0.5e9
+
+
+def _answered(client, pause_s=0.0, busy_s=0.0):
+    """Send a request, keep the client's thread busy for a while, and return the answer."""
+    body = {"prompt": [5], "max_tokens": 4, "stream": True, "return_token_ids": True}
+    client.send(0, json.dumps(body).encode())
+    time.sleep(pause_s)
+    client.run(lambda: time.sleep(busy_s))
+    return client.next_done()[1]
