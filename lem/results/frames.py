@@ -127,9 +127,9 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
     unit, add it to `frame.attrs["units"]`, which takes precedence over the names. pandas copies `attrs` in most
     operations, but not in all of them.
 
-    Truth values have no unit, nor have whole numbers under the name of a quantity that is not one, such as the counts
-    of `groupby(…).count()`. If you compute another quantity under the same name in another way, such as a variance or
-    a count of tokens' values, rename the column.
+    Values that cannot be the quantity have no unit: truth values, and whole numbers where the quantity has fractions,
+    as after `groupby(…).count()`. Another quantity under an old name is not recognised otherwise, such as a variance,
+    or counts in a column of tokens; rename such a column.
 
     Args:
         frame: a DataFrame, or a single column as a Series.

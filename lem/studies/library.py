@@ -140,7 +140,7 @@ def campaign(
 
     Raises:
         ConfigError: an arm or a setting is wrong, or there is another campaign of this name; nothing has run. The error
-            lists all problems. `DatasetError` and `ModelError` do not occur here; their problems are in the list.
+            lists all problems, including those with models and prompts.
         ResultsError: the campaign's files are damaged, or another process is measuring it.
         RunError: the disk is full; or the campaign's cells are Slurm jobs that have not ended.
         Interrupted: the campaign was stopped from outside; the finished requests are kept.
