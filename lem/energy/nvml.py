@@ -351,7 +351,9 @@ class Device:
 
     def temperature_c(self) -> int | None:
         """Return the GPU's temperature, or None if the driver does not report it."""
-        return ask(self._lib, "nvmlDeviceGetTemperature", self._handle, self._lib.NVML_TEMPERATURE_GPU)
+        kind = self._lib.NVML_TEMPERATURE_GPU
+        temperature_c: int | None = ask(self._lib, "nvmlDeviceGetTemperature", self._handle, kind)
+        return temperature_c
 
     def _instant_power_w(self) -> float:
         (value,) = self._lib.nvmlDeviceGetFieldValues(self._handle, [INSTANT_POWER_FIELD])

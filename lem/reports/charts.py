@@ -322,11 +322,14 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
         f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment is "
         "both faster and cheaper.",
         spec,
-        ("experiment", "output tokens/s", "J/token", "95 % from", "95 % to", "energy", "on the Pareto front"),
+        (
+            "experiment", "output tokens/s", "95 % from", "95 % to", "J/token", "95 % from", "95 % to", "energy",
+            "on the Pareto front",
+        ),
         [
             (
-                each["name"], each["speed"], each["cost"], each["cost_low"], each["cost_high"], each["kind"],
-                "yes" if each["front"] else "no",
+                each["name"], each["speed"], each["speed_low"], each["speed_high"], each["cost"], each["cost_low"],
+                each["cost_high"], each["kind"], "yes" if each["front"] else "no",
             )
             for each in values
         ],

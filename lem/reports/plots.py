@@ -112,6 +112,7 @@ def _config(legend_columns: int) -> Spec:
         "background": "white",
         "font": FONT,
         "axis": {**text, **plain, "domainColor": INK, "tickColor": INK, "gridColor": FAINT, "labelLimit": 110},
+        "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 4},
         "legend": {**text, **plain, "orient": "bottom", "columns": legend_columns, "labelLimit": 240, "symbolSize": 50},
         "mark": {"color": COLOURS[0]},
         "point": {"size": 25},

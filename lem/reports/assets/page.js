@@ -21,6 +21,7 @@
       background: null,
       font: "system-ui, sans-serif",
       axis: { labelFontSize: 12, titleFontSize: 13, labelColor: text, titleColor: text, domainColor: quiet, tickColor: quiet, gridColor: line },
+      axisQuantitative: { labelOverlap: "greedy", labelSeparation: 8 },
       legend: {
         labelFontSize: 12, titleFontSize: 13, labelColor: text, titleColor: text, labelLimit: 260, titleLimit: 400,
         symbolBaseFillColor: text, symbolBaseStrokeColor: text, gradientLength: 260, orient: "bottom", columns: width < 600 ? 1 : 4,
