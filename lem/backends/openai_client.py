@@ -323,7 +323,9 @@ class _StampedSocket(socket.socket):
     arrived_ns: int | None = None
 
     def stamp(self) -> None:
-        """Have the kernel stamp what arrives; without support for that, `arrived_ns` remains None."""
+        """Have the kernel stamp what arrives; except on Linux, `arrived_ns` remains None."""
+        if sys.platform != "linux":
+            return
         with suppress(OSError):
             self.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
 
