@@ -41,7 +41,7 @@ LOCAL = ["-m", "lem", "experiment", "-m", "./model", "-p", "prompts.jsonl", "-n"
 COMMANDS = {
     NOTHING: Command(["-c", "pass"]),
     "import lem": Command(["-c", "import lem"]),
-    "lem --help": Command(["-m", "lem", "--help"], 0.2, 12),
+    "lem --help": Command(["-m", "lem", "--help"], 0.2, 7),
     "lem experiment --help": Command(["-m", "lem", "experiment", "--help"]),
     "lem presets": Command(["-m", "lem", "presets"], None, 14),
     "lem config validate": Command(["-m", "lem", "config", "validate", "a.yaml"], 0.4, 20),

@@ -378,12 +378,12 @@ class _Window:
         """Open the window together with the other processes."""
         into = self._into
         into.current = "measured"
-        server_pids = self._bench.backend.server_pids()
+        self._load.find_processes(self._bench.backend.server_pids())
         self._bench.watch.begin()
         self._bench.open_together()
         into.window_opened_unix_s = time.time()
         into.window_opened_ns = self._bench.now_ns()
-        self._load.start(server_pids)
+        self._load.start()
         if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:
             self.keep_noting()
 
@@ -572,11 +572,11 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 class _CpuClock:
     """Measures processor time, in busy cores: of the machine, and of this process with its children and servers."""
 
-    def start(self, server_pids: Sequence[int]) -> None:
-        """Start measuring.
+    def find_processes(self, server_pids: Sequence[int]) -> None:
+        """Find the processes to measure.
 
-        The processes are listed here and not again at the end, because listing them takes milliseconds. An engine's
-        workers are already running by now.
+        This takes milliseconds, so it happens before the window opens, and not again at its end. An engine's workers
+        are already running by then.
         """
         import psutil
 
@@ -584,6 +584,9 @@ class _CpuClock:
         for pid in server_pids:
             with suppress(psutil.Error):  # the process may have ended
                 self._processes.append(psutil.Process(pid))
+
+    def start(self) -> None:
+        """Start measuring."""
         self._wall_ns, self._machine_s, self._process_s = self._now()
 
     def stop(self) -> CpuLoad:
