@@ -76,7 +76,9 @@ class Member:
 
 @pytest.fixture(scope="session")
 def server(tiny_that_ends):
-    with http_server.Running(http_server.ModelTokens(str(tiny_that_ends))) as running:
+    # Like a real server, it takes a while, so that requests sent together are in flight together.
+    behaviour = http_server.Behaviour(first_wait_s=0.02)
+    with http_server.Running(http_server.ModelTokens(str(tiny_that_ends)), behaviour) as running:
         yield running
 
 
