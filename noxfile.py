@@ -155,7 +155,7 @@ def browser(session: nox.Session) -> None:
         session.warn(f"axe-core cannot be downloaded: {reason}")
     # Where this fails, it says why, and the tests that need axe-core are skipped.
     run_in_dev(session, "python", "-m", "tests.axe", success_codes=(0, 1))
-    run_in_dev(session, "pytest", "-m", "browser", "tests/reports", "tests/test_site.py", *session.posargs)
+    _pytest(session, "-m", "browser", "tests/reports", "tests/test_site.py")
 
 
 @in_dev

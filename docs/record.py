@@ -3,7 +3,7 @@
 Run `python docs/record.py` after a change to what these commands print. It runs the commands of the first comparison,
 shortened, on the simulated backend in a temporary folder, writes what the terminal showed to docs/assets/session.svg,
 and opens the campaign's report in Chromium to take docs/assets/report.png. The times and energies are simulated, as the
-warnings in both pictures say; everything else is a real run.
+pages that show the pictures say; everything else is a real run.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_tables_are_loaded_as_they_are(results):
 def test_units_come_along(results):
     frames = lem.load(str(results))
     assert frames.experiments.attrs["units"]["energy_j"] == "J"
-    assert frames.power.attrs["units"] == {"t_s": "s", "power_w": "W"}
+    assert frames.power.attrs["units"] == {"t_s": "s", "power_w": "W", "temperature_c": "°C"}
     assert "model" not in frames.experiments.attrs["units"]
 
 
