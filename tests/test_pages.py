@@ -116,7 +116,9 @@ def test_the_gate_works(tmp_path):
     (tmp_path / "gate.yaml").write_text(f"{config}energy: {{idle_s: 0}}\n")
     # Two runs instead of five, and a limit that noise cannot exceed.
     sh(job.replace("1 2 3 4 5", "1 2").replace("<-10%", "<-99%"), tmp_path)
-    assert "output_tokens_per_s" in (tmp_path / "comparison.md").read_text()
+    comparison = (tmp_path / "comparison.md").read_text()
+    assert "passed for candidate" in comparison
+    assert "95 % interval of the change" in comparison
 
 
 @pytest.mark.processes
