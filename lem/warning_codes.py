@@ -352,11 +352,11 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "compare_driver": WarningKind(
         "The GPU driver differs between the two sides, and with it the clocks and the sensors' behaviour may differ.",
-        "Measure both sides with one driver, or accept the difference (--allow driver) if it is what you compare.",
+        "Measure both sides with one driver, or accept the difference (--allow driver) if that is what you are comparing.",
     ),
     "compare_engine": WarningKind(
         "The two sides ran on different engines, or on different versions of an engine.",
-        "Use one version, or accept the difference (--allow engine) if it is what you compare.",
+        "Use one engine and version, or accept the difference (--allow engine) if that is what you are comparing.",
     ),
     "compare_prompts": WarningKind(
         "The two sides did not run the same prompts.", "Set the same dataset, sample size and seed for both."
@@ -697,7 +697,8 @@ def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
         return
     foreign = loads[0].machine_cores - sum(load.process_cores for load in loads)
     if foreign > BUSY_SHARE * here.cpu_threads:
-        yield warning("busy_host", f"other processes used {foreign:.2g} of {here.cpu_threads} cores during the window.")
+        used = f"other processes used {foreign:.1f} of {here.cpu_threads} CPU threads during the window"
+        yield warning("busy_host", f"{used}.")
 
 
 def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:

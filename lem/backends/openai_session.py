@@ -235,7 +235,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
     reason = loaded.failure(answer)
     if isinstance(answer, Failure) or reason is not None:
         is_kind = isinstance(answer, Failure) and _is_refusal_of_its_kind(answer)
-        raise RunError(f"The server did not answer the first request: {reason}{f' {HINT}' if is_kind else ''}")
+        raise RunError(f"The first request failed: {reason}{f' {HINT}' if is_kind else ''}")
     answer = loaded.counted(prompt, answer, short)
     _favour_the_client(ending)
     return replace(loaded, sends_ids=answer.token_ids is not None)

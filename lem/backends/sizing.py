@@ -54,7 +54,7 @@ def architecture_of(model: Any) -> Architecture:
     found = (hollow.get_decoder(), hollow.base_model, getattr(hollow, "model", None))
     decoder = next((each for each in found if each is not hollow), None)
     if decoder is None:
-        raise UnknownArchitecture("its layers cannot be told apart from its output projection")
+        raise UnknownArchitecture("the model's layers cannot be told apart from its output projection")
     _check_nothing_else(hollow, decoder, head)
     layers, body = _costs(decoder, hollow.config)
     of_body, of_head = _adapter_weights(model) if inner is not model else (0, 0)
@@ -83,7 +83,7 @@ def _text_model(model: Any) -> Any:
             else:
                 hollow = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except Exception as error:  # the model's own code may fail on tensors without values
-        raise UnknownArchitecture(f"its text model cannot be built without weights ({_brief(error)})") from error
+        raise UnknownArchitecture(f"the text model cannot be built without weights ({_brief(error)})") from error
     hollow.eval()
     # With this implementation, the experts run without looking at values; models without experts reject the option.
     with suppress(Exception):
@@ -98,7 +98,8 @@ def _check_nothing_else(hollow: Any, decoder: Any, head: Any) -> None:
     known = {*decoder.modules(), *head.modules()}
     for module in hollow.modules():
         if module not in known and isinstance(module, torch.nn.Linear):
-            raise UnknownArchitecture("it has linear layers outside its transformer layers and output projection")
+            outside = "outside its transformer layers and output projection"
+            raise UnknownArchitecture(f"the model has linear layers {outside}")
 
 
 def _brief(error: Exception) -> str:
@@ -137,9 +138,9 @@ def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
     for index in range(len(layers)):
         constant, linear, quadratic = _parts([each.layers[index] for each in passes])
         if abs(constant) > CONSTANT_SHARE * linear:
-            raise UnknownArchitecture("the work of its layers is not proportional to the number of tokens")
+            raise UnknownArchitecture("the work of the model's layers is not proportional to the number of tokens")
         if quadratic <= 0:
-            raise UnknownArchitecture("some of its layers do not attend to all earlier positions")
+            raise UnknownArchitecture("some of the model's layers do not attend to all earlier positions")
         attention.append(quadratic)
         body += linear
     for name, module in experts.items():
@@ -154,7 +155,7 @@ def _layers(decoder: Any, config: Any) -> Sequence[Any]:
     for module in decoder.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)
-    raise UnknownArchitecture("its layers were not found")
+    raise UnknownArchitecture("the model's layers were not found")
 
 
 def _experts(decoder: Any) -> dict[str, Any]:
@@ -176,12 +177,12 @@ def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
     each = sum(int(p.numel()) // int(p.shape[0]) for p in tensors)
     if total is None or active is None or any(p.shape[0] != total for p in tensors):
-        raise UnknownArchitecture("it is unknown how many of its experts a token is routed to")
+        raise UnknownArchitecture("it is unknown how many of the model's experts a token is routed to")
     if cost == 2 * active * each:
         return Fraction(0)
     if cost == 2 * total * each:
         return Fraction(2 * (total - active) * each)
-    raise UnknownArchitecture("the work of its experts does not match the experts that a token is routed to")
+    raise UnknownArchitecture("the work of the model's experts does not match the experts that a token is routed to")
 
 
 def _named(config: Any, names: Sequence[str]) -> int | None:
@@ -203,7 +204,8 @@ def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], le
         with torch.no_grad(), _counting(found, layers, experts):
             decoder(input_ids=ids, use_cache=True)
     except Exception as error:  # the model's own code may fail on tensors without values
-        raise UnknownArchitecture(f"its code does not run without values ({_brief(error)})") from error
+        reason = f"the model's code needs the values of tensors, not only their shapes ({_brief(error)})"
+        raise UnknownArchitecture(reason) from error
     return found
 
 
@@ -272,7 +274,7 @@ def _linear(costs: Sequence[int]) -> Fraction:
     """
     constant, linear, quadratic = _parts(costs)
     if quadratic or abs(constant) > CONSTANT_SHARE * linear:
-        raise UnknownArchitecture("its work outside the layers is not proportional to the number of tokens")
+        raise UnknownArchitecture("the model's work outside its layers is not proportional to the number of tokens")
     return linear
 
 
@@ -300,12 +302,12 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     if kind == SLIDING and window is None:
         window = getattr(config, "window_size", None)
     elif not kinds and (unknown := _unknown_windows(config)):
-        raise UnknownArchitecture(f"how far back its layers attend is unknown ({', '.join(unknown)})")
+        raise UnknownArchitecture(f"how far back the model's layers attend is unknown ({', '.join(unknown)})")
     if getattr(config, "index_topk", None) is not None or kind not in (FULL, SLIDING, CHUNKED):
-        raise UnknownArchitecture("it has layers that attend only to selected positions or keep a recurrent state")
+        raise UnknownArchitecture("the model has layers that attend only to selected positions or keep a state")
     reach = {FULL: None, SLIDING: window, CHUNKED: chunk}[kind]
     if kind != FULL and not isinstance(reach, int):
-        raise UnknownArchitecture("it is unknown how far back its layers attend")
+        raise UnknownArchitecture("it is unknown how far back the model's layers attend")
     return reach, kind == CHUNKED
 
 

@@ -80,7 +80,7 @@ def _interpolates(layer: Any, path: tuple[str, ...]) -> bool:
 
 
 def all_asked(experiment: Experiment) -> Iterator[Asked]:
-    """Yield everything that an experiment asks to run or send, with `is_own` set to False."""
+    """Yield everything that an experiment asks to run or send, except for environment variables; `is_own` is False."""
     backend = experiment.backend
     if isinstance(backend, OpenaiBackend):
         if backend.command is not None:

@@ -19,6 +19,7 @@ from lem.results.aggregate import catch_up, read
 from lem.results.campaign import Answer
 from lem.results.campaign_show import sentences
 from lem.results.directory import ExperimentDir
+from lem.results.jobs import CELLS
 from lem.results.schedule import Start
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store
@@ -161,19 +162,20 @@ def _without_result(start: Start) -> str:
 
 
 def of_grid(folder: Path) -> Content:
-    """Return the content of a report on the experiments of a grid, batch or sweep, given its directory.
+    """Return the content of a report on a batch or sweep, given its directory or its list of experiments.
 
     Raises:
         ResultsError: the directory has no list of experiments.
     """
-    file = folder / "experiments.json"
+    folder = folder.parent if folder.name == CELLS else folder
+    file = folder / CELLS
     try:
         entries = json.loads(file.read_bytes())
         places = [Path(entry["directory"]) for entry in entries if entry["directory"]]
     except (OSError, ValueError, TypeError, KeyError):
         raise ResultsError(
-            f"--grid: {file} cannot be read; give the directory that lem batch or a sweep prints when it "
-            "finishes (List of experiments: …)."
+            f"--grid: {file} cannot be read; give the file that lem batch or a sweep prints when it ends (List of "
+            "experiments: …), or its directory."
         ) from None
     rows = [row for place in places if (row := _known_row(Store(place.parent.parent), place.name)) is not None]
     if not rows:

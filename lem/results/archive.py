@@ -161,7 +161,10 @@ class _Writer:
 
 
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
-    """Yield the files of a directory in a fixed order, except for locks and scratch files and for a subdirectory."""
+    """Yield the files below a directory in a fixed order, without hidden ones (locks, scratch files) and `but_for`.
+
+    `but_for` is the name of an entry at the top.
+    """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:
             continue

@@ -235,10 +235,10 @@ def folder_of(store: Store, name: str) -> Path:
 
 
 def folder_named(text: str, store: Store) -> Path:
-    """Return the directory of a campaign, given its name or its directory, which need not be in the store.
+    """Return the directory of a campaign, given its directory or its name, of which there need not be a campaign yet.
 
     Raises:
-        ResultsError: the text is neither.
+        ResultsError: the text is neither the directory of a campaign nor a possible name.
     """
     # Not Path.is_file, which raises if the text is too long for a path.
     if text and os.path.isfile(os.path.join(text, DEFINITION)):

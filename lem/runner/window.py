@@ -78,8 +78,8 @@ class Measurement:
     - `energy_behind_s`: how long before the window's end its energy was last read; None if no meter was read;
     - `under_way`: the work that the engine had in progress at the window's end.
 
-    If `ends_when_cut` is true, the window ends at the interruption, because other processes may have finished requests
-    until then.
+    If `ends_when_cut` is true, the window ends at the interruption, because other processes may have gone on finishing
+    requests up to then.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.

@@ -122,7 +122,8 @@ def campaign(
     continued by `lem campaign --resume NAME`.
 
     Args:
-        arms: experiments by the names of the arms; or config files, folders or patterns of them; or a campaign file.
+        arms: a mapping from the names of the arms to experiments; or config files, folders of them or glob patterns; or
+            a campaign file.
         name: the name of the campaign and of its directory; needed unless a campaign file is given.
         overrides: Hydra overrides for all arms, such as `max_output_tokens=8`; only for arms from files.
         results_dir: where the results go; by default, the directory in the arms' configurations.

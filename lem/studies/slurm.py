@@ -279,7 +279,7 @@ class SlurmRunner(Runner):
             self.stop()
 
     def how_to_return(self) -> str:
-        """Return sentences that say which jobs there are, and with which commands to follow or cancel them."""
+        """Return sentences that say which jobs there are, and which commands follow or cancel them."""
         assert self.ledger is not None
         study = f"{self.ledger.directory.name}{results_flag(Store(self.ledger.terms.results_dirs[0]))}"
         left = [n for n, state in enumerate(self.manifest.states) if state.status in OPEN]

@@ -563,7 +563,7 @@ def test_a_server_that_stays_busy_is_not_asked_for_ever(served):
 def test_a_server_that_is_always_busy_is_soon_given_up(served, monkeypatch):
     monkeypatch.setattr("lem.backends.openai_session.TRIAL_PATIENCE_S", 1.5)
     refusal = response(b'{"error": {"message": "busy"}}', status=429, Retry_After="1")
-    with pytest.raises(RunError, match=r"did not answer the first request: HTTP 429: busy\."):
+    with pytest.raises(RunError, match=r"first request failed: HTTP 429: busy\."):
         served(lambda _: [refusal], {"timeout_s": 600})
 
 
