@@ -352,11 +352,11 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "compare_driver": WarningKind(
         "The GPU driver differs between the two sides, and with it the clocks and the sensors' behaviour may differ.",
-        "Measure both sides with one driver, or accept the difference (--allow driver) if that is what you are comparing.",
+        "Measure both sides with one driver, or accept the difference (--allow driver) if you are comparing just that.",
     ),
     "compare_engine": WarningKind(
         "The two sides ran on different engines, or on different versions of an engine.",
-        "Use one engine and version, or accept the difference (--allow engine) if that is what you are comparing.",
+        "Use one engine and version, or accept the difference (--allow engine) if you are comparing just that.",
     ),
     "compare_prompts": WarningKind(
         "The two sides did not run the same prompts.", "Set the same dataset, sample size and seed for both."

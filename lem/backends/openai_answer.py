@@ -239,7 +239,7 @@ class Reply:
         if self._status != OK:
             raise self._refusal(content)
         if not is_whole or self._unpacking.is_cut:
-            raise ServerGone("The server ended its response early: the last token or the final count of tokens is missing.")
+            raise ServerGone("The server ended its response early: the last token or the token count is missing.")
         return _whole_answer(content, self._sent_ns, self._at_ns, by_text=self._by_text)
 
     def _refusal(self, content: bytes) -> Refused:
@@ -557,7 +557,7 @@ class Transcript:
         else:
             is_told = is_whole or has_count
         if not is_told:
-            raise ServerGone("The server ended its response early: the last token or the final count of tokens is missing.")
+            raise ServerGone("The server ended its response early: the last token or the token count is missing.")
 
 
 def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool) -> Answer:

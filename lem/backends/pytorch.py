@@ -271,8 +271,8 @@ class Loaded:
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
     `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
-    defaults that ship with the model are never used. `pad_token` pads shorter prompts and is masked. `fit` is the loader's report
-    on the weights.
+    defaults that ship with the model are never used. `pad_token` pads shorter prompts and is masked. `fit` is the
+    loader's report on the weights.
     """
 
     found: Model

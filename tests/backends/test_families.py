@@ -110,7 +110,7 @@ def test_a_window_under_a_name_that_nobody_knows_makes_sizes_unknown():
     """As in the config of a model with code of its own."""
     loaded = FAMILIES["llama"].build()
     loaded.config.attention_window_size = WINDOW
-    with pytest.raises(UnknownArchitecture, match=r"back the model's layers attend is unknown \(attention_window_size\)"):
+    with pytest.raises(UnknownArchitecture, match=r"the model's layers attend is unknown \(attention_window_size\)"):
         architecture_of(loaded)
     loaded.config.attention_window_size = None
     assert architecture_of(loaded) == sizes("llama")
