@@ -87,7 +87,7 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
 # The names of amounts in files; `lem.record` declares the same fields as an `Amount` or a `Count`.
 AMOUNT = re.compile(
     r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
-    r"|latency_s|ttft_s|tpot_s|itl_s|cores)"
+    r"|latency_s|ttft_s|tpot_s|itl_s|import_s|encode_s|recording_s|cores)"
 )
 
 
