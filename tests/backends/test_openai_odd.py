@@ -444,7 +444,9 @@ def test_prompts_that_are_refused_as_ids_can_be_sent_as_text(served):
             return [response(b'{"detail": "prompt must be a string"}', status=422)]
         return stream(events(body, final=False))
 
-    with pytest.raises(RunError, match=r"first request failed: HTTP 422: prompt must be a string\. .*backend\.prompts=text"):
+    with pytest.raises(
+        RunError, match=r"first request failed: HTTP 422: prompt must be a string\. .*backend\.prompts=text"
+    ):
         served(takes_text)
     server, backend = served(takes_text, {"prompts": "text"})
     text = "Once upon a time, there was"
