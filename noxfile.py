@@ -122,8 +122,7 @@ def engines(session: nox.Session) -> None:
 @in_dev
 def processes(session: nox.Session) -> None:
     """Run the tests that start many processes: ranks, signals, batches, whole runs on a stand-in driver."""
-    # Most of these tests wait, so that three at a time load two cores less than fully.
-    _pytest(session, "-n", "3", "-m", "processes and not slow and not slurm")
+    _pytest(session, "-m", "processes and not slow and not slurm")
 
 
 @in_dev

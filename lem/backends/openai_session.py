@@ -44,6 +44,8 @@ ASIDE_S = 2.0
 TRIAL_PATIENCE_S = 30.0
 # How long to wait for the processes of a server that no longer answers to end.
 ENDING_PATIENCE_S = 4.0
+# The kernel closes all sockets of a process that was killed within this time.
+CLOSING_S = 0.2
 # Paths that make servers drop cached prefixes: vLLM in its development mode, and SGLang.
 RESETS = ("/reset_prefix_cache", "/flush_cache")
 RESET_TRIES = 20
@@ -155,14 +157,24 @@ class Loaded:
         if isinstance(answer, Failure):
             if isinstance(answer.error, ServerGone) and self.server is not None:
                 # A server takes a while to end, and whatever ended it may be about to end this process too.
-                is_there = answers(self.address.host, self.address.port or 0, ASIDE_S)
-                end = self.server.how_it_ended(0.0 if is_there else ENDING_PATIENCE_S)
+                end = self.server.how_it_ended(0.0 if self._is_listening() else ENDING_PATIENCE_S)
                 if end is not None:
                     raise RunError(f"{answer.error} {end}")
             return str(answer.error)
         if answer.finish_reason is not None and answer.finish_reason not in FINISH_REASONS:
             return f"The server stopped generating: {printable(answer.finish_reason)[:80]}."
         return None
+
+    def _is_listening(self) -> bool:
+        """Return whether the server accepts connections, and still does so a moment later.
+
+        When a process is killed, its connections may be closed before the socket on which it listens.
+        """
+        host, port = self.address.host, self.address.port or 0
+        if not answers(host, port, ASIDE_S):
+            return False
+        time.sleep(CLOSING_S)
+        return answers(host, port, ASIDE_S)
 
     def counted(self, prompt: Encoded, answer: Answer, experiment: Experiment) -> Answer:
         """Return an answer with its token count and with lem's name for the finish reason.
