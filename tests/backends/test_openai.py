@@ -10,8 +10,10 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -23,9 +25,10 @@ import pytest
 
 from lem.backends import make_backend
 from lem.backends.base import Encoded
-from lem.backends.openai_answer import Events, Transcript
-from lem.backends.openai_client import Client, samples
-from lem.backends.openai_options import address_of, command_line, gpus_for, request_body, runs_here
+from lem.backends.openai_answer import Events, ServerGone, Transcript
+from lem.backends.openai_client import Client, Failure, samples
+from lem.backends.openai_options import Address, address_of, command_line, gpus_for, request_body, runs_here
+from lem.backends.openai_session import Loaded
 from lem.backends.server import Server, environment, free_port
 from lem.errors import ConfigError, RunError
 from lem.machine.gpu import Gpu
@@ -634,6 +637,22 @@ def test_a_server_that_is_killed_takes_its_family_along(tmp_path, in_root):
         time.sleep(0.05)
     assert re.match(r"The server was ended by SIGKILL\. The end of its log: serving at \d+", server.how_it_ended())
     server.close()
+
+
+def test_a_killed_server_is_the_reason_even_if_its_listening_socket_closes_last(tmp_path):
+    server = Server(["sh", "-c", "sleep 1; kill -9 $$"], environment(None), tmp_path / "server.log")
+    listening = socket.create_server(("127.0.0.1", 0))  # stands in for the socket that the kernel has not closed yet
+    address = Address("http", *listening.getsockname())
+    loaded = Loaded(None, address, None, server, {}, None, sends_ids=True)
+    server.start()
+    closing = threading.Timer(0.05, listening.close)
+    closing.start()
+    try:
+        with pytest.raises(RunError, match=r"The connection was lost\. The server was ended by SIGKILL\."):
+            loaded.failure(Failure(0, 1, ServerGone("The connection was lost.")))
+    finally:
+        closing.join()
+        server.close()
 
 
 def test_no_process_outlives_the_one_that_started_the_server(tmp_path, in_root):
