@@ -1,7 +1,7 @@
 """A script without lem that does the work of a small experiment: it loads a model and generates batch by batch.
 
-`bench.perturbation` runs it as `python bare.py JOB.json` and compares it with `lem experiment`. The last line of its
-output is JSON. It imports nothing from lem.
+`bench.perturbation` and `bench.peers_job` run it as `python bare.py JOB.json`, the latter also in the environment of
+another tool. The last line of its output is JSON. It imports nothing from lem.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def run(job: dict[str, Any]) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     end = tokenizer.eos_token_id
     settings = GenerationConfig(
-        max_new_tokens=job["max_output_tokens"], do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=end
-    )
+        max_new_tokens=job["max_output_tokens"], min_new_tokens=job["min_output_tokens"], do_sample=False,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=end,
+    )  # fmt: skip
+    tokenized = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": longest}
     batches = [
-        tokenizer(prompts[i : i + size], return_tensors="pt", padding=True, truncation=True, max_length=longest)
-        for i in range(0, len(prompts), size)
+        tokenizer(prompts[i : i + size], **tokenized, return_token_type_ids=False) for i in range(0, len(prompts), size)
     ]
 
     def generate(count: int) -> int:

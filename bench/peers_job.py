@@ -26,7 +26,7 @@ INPUT_TOKENS, OUTPUT_TOKENS = 32, 64
 BARE_NEW, BARE_OLD = "bare script", "bare script, transformers 4"
 # What each tool is compared with.
 REFERENCES = {BARE_NEW: BARE_NEW, "lem": BARE_NEW, BARE_OLD: BARE_OLD, "optimum-benchmark": BARE_OLD}
-BARE = Path(__file__).with_name("peers_job_bare.py")
+BARE = Path(__file__).with_name("bare.py")
 TEXT = "the river carries small stones to the sea and leaves them where the water slows, every winter anew; "
 
 
@@ -78,8 +78,9 @@ def _prompts(size: int) -> list[str]:
 
 def _bare(python: str, size: int, folder: Path) -> list[str]:
     content = {
-        "model": str(tiny.path()), "batch_size": size, "prompts": _prompts(size), "input_tokens": INPUT_TOKENS,
-        "output_tokens": OUTPUT_TOKENS,
+        "model": str(tiny.path()), "batch_size": size, "prompts": _prompts(size), "max_input_tokens": INPUT_TOKENS,
+        "max_output_tokens": OUTPUT_TOKENS, "min_output_tokens": OUTPUT_TOKENS, "warmup_prompts": 0,
+        "starts_with": None,
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(content))
     return [python, str(BARE), str(folder / "job.json")]

@@ -166,6 +166,7 @@ class Bare(Side):
             "batch_size": case.batch_size,
             "max_input_tokens": case.input_tokens,
             "max_output_tokens": case.output_tokens,
+            "min_output_tokens": 0,
             "warmup_prompts": 0 if case.is_job else case.batch_size * 5,
             "starts_with": starts_with,
         }
