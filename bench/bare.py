@@ -1,7 +1,7 @@
 """A script without lem that does the work of a small experiment: it loads a model and generates batch by batch.
 
-`bench.perturbation` and `bench.peers_job` run it as `python bare.py JOB.json`, the latter also in the environment of
-another tool. The last line of its output is JSON. It imports nothing from lem.
+`bench.perturbation` and `bench.peers_job` run the script as `python bare.py JOB.json`, and `bench.peers_job` also runs
+it in another tool's environment. The last line of its output is JSON. The script imports nothing from lem.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def run(job: dict[str, Any]) -> dict[str, float]:
-    """Generate for the prompts of a job; return the window's length, its CPU time, and the number of output tokens."""
+    """Run the prompts of a job; return the window's length, its CPU time, and the number of output tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -1,17 +1,17 @@
-"""Compares `lem experiment` with a script that calls transformers directly (bench/bare.py): what does lem change?
+"""Compares `lem experiment` with a script that calls transformers directly (bench/bare.py), to show what lem changes.
 
-Run with `python -m bench.perturbation` on an otherwise idle machine. Each pair runs both in fresh processes with the
+Run with `python -m bench.perturbation` on an otherwise idle machine. In each pair, both run in fresh processes with the
 same model, prompts, settings and number of threads; the order alternates from pair to pair. Each ratio is the geometric
 mean over the pairs, with its 95 % interval (Student's t on the logarithms).
 
 - In the cases `batch 1` and `batch 8`, the measured windows are compared, without a meter: output tokens per second,
   and output tokens per second of the process's CPU time.
 - In the cases `job, batch 1` and `job, batch 8`, whole commands with 10 prompts and the default meter are compared: the
-  CPU time of all processes, and the time on the clock. lem's includes two idle phases and the warm-up.
+  CPU time of all processes, and the wall time. lem's times include two idle phases and the warm-up.
 
 `--together` runs the two windows of a pair at the same time. The machine's load then affects both in the same way, so
-CPU times can be compared on a busy machine, but times on the clock mean less. Options after `--` are added to the
-command line of lem, so that causes can be excluded one at a time.
+CPU times can be compared on a busy machine, but wall times mean less. Options after `--` are added to the command line
+of lem, so that causes can be excluded one at a time.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command: its window, and the CPU time and length of the whole command."""
+    """One run of a command: its window, and the CPU time and wall time of the whole command."""
 
     window_s: float
     window_cpu_s: float
@@ -98,7 +98,7 @@ def texts(count: int) -> list[str]:
 
 # ------------------------------------------------------------------ running
 class Side:
-    """A command that runs in a folder of its own; `start` starts it, and `result` waits for it and reads its window."""
+    """A command that runs in its own folder; in subclasses, `begin` starts it, and `result` waits for its `Run`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -200,7 +200,7 @@ def pair(case: Case, folder: Path, number: int, options: argparse.Namespace) -> 
 
 # ------------------------------------------------------------------ comparing
 def ratios_of(case: Case, lem: Run, bare: Run) -> dict[str, float]:
-    """Return the ratios of lem to the script; those of a window are rates, and those of a job are costs."""
+    """Return the ratios of lem to the script; those of a window compare rates, and those of a job compare costs."""
     if case.is_job:
         return {
             "CPU time of the job": lem.command_cpu_s / bare.command_cpu_s,
@@ -213,7 +213,7 @@ def ratios_of(case: Case, lem: Run, bare: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The geometric mean of a ratio over the pairs, with its 95 % interval; no interval with a single pair."""
+    """The geometric mean of a ratio over the pairs, with its 95 % interval (None with a single pair)."""
 
     pairs: int
     mean: float
@@ -228,7 +228,7 @@ class Ratio:
 
 
 def ratio_of(name: str, runs: Sequence[tuple[Run, Run]], case: Case) -> Ratio:
-    """Combine one ratio over the pairs; the medians are those of the quantity itself."""
+    """Combine one ratio over the pairs; the medians are those of the quantity that the ratio compares."""
     found = summarise([math.log(ratios_of(case, lem, bare)[name]) for lem, bare in runs])
     assert found.mean is not None
     low, high = (None if each is None else math.exp(each) for each in (found.ci95_low, found.ci95_high))
@@ -270,7 +270,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the pairs, taking the cases in turn, and print the table; return 1 if an interval excludes its goal."""
+    """Run the pairs, taking the cases in turn, and print the table; return 1 if a goal is clearly missed."""
     options = parsed()
     cases = {name: CASES[name] for name in options.case or CASES}
     if options.prompts:
@@ -294,7 +294,7 @@ def main() -> int:
 
 
 def is_exceeded(case: Case, ratio: Ratio) -> bool:
-    """Return whether the interval of a ratio lies on the wrong side of the goal."""
+    """Return whether the whole interval of a ratio lies on the wrong side of the goal."""
     if ratio.low is None or ratio.high is None:
         return False
     return ratio.low > JOB_LIMIT if case.is_job else ratio.high < WINDOW_LIMIT
