@@ -204,11 +204,11 @@ def rules() -> str:
     )
 
 
-def _rules_table(catalogue: dict[str, Rule]) -> str:
+def _rules_table(catalog: dict[str, Rule]) -> str:
     rows = [
         f'| <a id="{code}"></a>`{code}` | {rule.severity} | {rule.scope} '
         f"| {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
-        for code, rule in catalogue.items()
+        for code, rule in catalog.items()
     ]
     return "\n".join(["| code | severity | scope | problem | remedy |", "|---|---|---|---|---|", *rows]) + "\n"
 
