@@ -50,7 +50,7 @@ class Note:
 
 @dataclass
 class State:
-    """The server's pace, and its notes since notes were last taken."""
+    """The server's pace, and the notes that it has made since notes were last taken."""
 
     pace: Pace = field(default_factory=Pace)
     notes: list[Note] = field(default_factory=list)

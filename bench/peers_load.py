@@ -41,7 +41,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @dataclass(frozen=True)
 class Load:
-    """What a tool must send: `requests` in total, with `in_flight` at any time or, if set, at the rate `rate_hz`."""
+    """What a tool must send: `requests` in total, `in_flight` at a time or, if `rate_hz` is set, at this rate."""
 
     requests: int
     in_flight: int = 0
@@ -255,7 +255,8 @@ def run_tool(tool: Tool, programs: Path, load: Load, server: Paced, *, is_ahead:
         spent = cost(command, folder / "log.txt", env=env, before=before)
         told = tool.read(folder)
     notes = [note for note in server.post("/take", {}) if len(note["sent_ns"]) == OUTPUT_TOKENS]
-    by_key = {tool.key(note): note for note in notes}  # of a warm-up and a window request with the same key, the later
+    # If a warm-up request and a window request have the same key, the later one counts.
+    by_key = {tool.key(note): note for note in notes}
     pairs = [(each, by_key[key]) for key, each in told.items() if key in by_key]
     if len(pairs) < load.requests:
         raise SystemExit(f"{tool.name} reports {len(pairs)} of {load.requests} requests that the server answered.")

@@ -44,7 +44,7 @@ def cost(
     before: Callable[[], None] | None = None,
     timeout_s: float = 600.0,
 ) -> Cost:
-    """Run a command to its end, and write its output to a file; `before` is first called in the command's process.
+    """Run a command to its end, and write its output to a file; the command's process calls `before` at its start.
 
     Raises:
         SystemExit: the command failed; the message contains the end of its output.
