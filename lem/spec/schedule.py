@@ -25,10 +25,10 @@ FULL_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday"
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the runs of a schedule start, and for how long the schedule lasts."""
+    """When the runs of a schedule start, and how long the schedule lasts."""
 
     interval_s: Annotated[
-        float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d; elapsed time.")
+        float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d (always 24 hours).")
     ] = None
     at: Annotated[
         tuple[str, ...],
@@ -70,7 +70,7 @@ class ScheduleRun:
 
 # ------------------------------------------------------------------ settings as text
 def seconds_of(text: str, flag: str) -> float:
-    """Return a length of time such as 30m, 6h, 1d or 1h30m in seconds; raises `ConfigError`, naming the flag."""
+    """Convert a length of time such as 30m, 6h, 1d or 1h30m to seconds; raises `ConfigError`, naming the flag."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
