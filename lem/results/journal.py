@@ -5,8 +5,8 @@ A journal is a file of JSON lines for one process and one attempt. It has two ki
 - `{"record": …}` is written when a measured window opens, with the process's record up to then.
 - `{"done": [rows], "duration_s": …}` is written after each batch, occasionally with the window's energy so far.
 
-A last line without a line end was cut off when the process died, and is ignored. This module knows nothing about
-engines or meters.
+If the last line has no line break, it was cut off when the process died, and is ignored. This module knows nothing
+about engines or meters.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from lem.record import RequestRecord
 from lem.results.statistics import percentile
 from lem.warning_codes import PERCENTILES
 
-# What has percentiles: the prefix of its columns, and its name in warnings.
+# The quantities that have percentiles: the prefix of their columns, and their names in warnings.
 SAMPLED = {
     "latency": "latency",
     "ttft": "time to first token",

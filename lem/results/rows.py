@@ -1,8 +1,8 @@
 """Computes rows from the processes' records, merging ranks, for many experiments at once.
 
 Throughput is output tokens divided by the window's wall-clock time. Rows are computed column by column, which for
-thousands of cycles takes a fraction of the time needed row by row. This module works only on records; it knows nothing
-about files or about how anything was measured.
+thousands of cycles takes a fraction of the time that computing row by row would take. This module works only on
+records; it knows nothing about files or about how anything was measured.
 """
 
 from __future__ import annotations

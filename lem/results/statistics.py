@@ -26,7 +26,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values; a mean needs at least one value, and a spread at least two.
+    """Summarize values; a mean needs at least one value, and a spread at least two.
 
     The standard deviation is the sample standard deviation (n - 1). The interval assumes independent, roughly normal
     values (Student 1908); consecutive cycles on a warm machine meet this assumption only approximately.
@@ -126,7 +126,7 @@ def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbours."""
+    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbors."""
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

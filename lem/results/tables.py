@@ -179,8 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        A table's rows of an experiment count only if it has a row in `experiments`, so that row goes first where the
-        file has no other rows. In a shared file it goes last, so that rows that are left are found again.
+        An experiment's rows count only if the table `experiments` has a row for it. If a file has no other rows, that
+        row is therefore removed first. In a shared file, it is removed last, so that after an interruption, the next
+        call finds the rows that are left.
         """
         self._sweep()
         locations = self.locations()

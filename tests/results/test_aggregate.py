@@ -270,7 +270,7 @@ def test_what_runs_or_is_still_ending_or_has_not_run_is_left_alone(store):
     with ending.hold():
         outcomes = list(aggregate_all(store, store.ids()))
     assert kinds(outcomes) == ["skipped"] * 3
-    for outcome, word in zip(outcomes, ("is running", "still ending", "not been run"), strict=True):
+    for outcome, word in zip(outcomes, ("is running", "not exited yet", "not been run"), strict=True):
         assert word in outcome.text
     assert not list(store.root.glob("*/*.parquet"))
     assert at_work.state().status == "running"

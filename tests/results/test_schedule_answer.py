@@ -160,8 +160,8 @@ def test_without_energy_it_cannot_tell(tmp_path):
     store, of = Store(tmp_path / "results"), manifest([start(1), start(2, "planned")])
     assert primary(written(store, of)).by_time.reason == "no run has completed"
     measure(store, of, of.starts[0], None)
-    assert primary(written(store, of)).by_time.reason == "no run has a value of energy_per_output_token_j"
-    assert next(sentences(answer(store, of))).endswith("cannot tell: no run has a value of energy_per_output_token_j.")
+    assert primary(written(store, of)).by_time.reason == "no run has a value for energy_per_output_token_j"
+    assert next(sentences(answer(store, of))).endswith("cannot tell: no run has a value for energy_per_output_token_j.")
 
 
 def test_one_run_has_a_mean_without_an_interval(tmp_path):

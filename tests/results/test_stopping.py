@@ -204,7 +204,7 @@ def test_it_says_how_it_ended():
         sentences(at_limit)
     )
     under_way = answer(definition, measured(definition, noisy(6), "not run"))
-    assert "not over: 6 of 5 to 10 cycles have begun" in " ".join(sentences(under_way))
+    assert "not over: 6 cycles have begun (minimum 5, maximum 10)." in " ".join(sentences(under_way))
     assert not under_way.ended
 
 
