@@ -159,7 +159,7 @@ def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
 
 
 def _counted(values: Sequence[tuple[str, int]]) -> str:
-    """Return values as a list in words, with their counts if there are several; of many, only the first are named."""
+    """Return values as text, with their counts if there are several; if there are many, only the first ones."""
     if len(values) == 1:
         return values[0][0]
     more = len(values) - MOST_NAMED

@@ -50,7 +50,7 @@ def files(charts: Sequence[Chart], folder: Path, *, force: bool) -> list[Path]:
     """Return the files of the charts, without their suffixes.
 
     Raises:
-        ResultsError: one of them exists, and `force` is not set.
+        ResultsError: one of the files exists, and `force` is not set.
     """
     found = [folder / name for name in _names(charts)]
     there = [file for stem in found for suffix in FORMATS if (file := _with_suffix(stem, suffix)).exists()]

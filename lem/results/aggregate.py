@@ -255,7 +255,7 @@ def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> di
     An experiment that already has a row, or whose files cannot be read, is left out.
 
     Raises:
-        ResultsError: a file of several experiments cannot be read.
+        ResultsError: a file with the rows of several experiments cannot be read.
     """
     tables, rows = Tables(store), dict[str, ExperimentRow]()
     with tables.locked():

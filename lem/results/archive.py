@@ -149,7 +149,7 @@ class _Writer:
         """Add a plain file.
 
         Raises:
-            ResultsError: it is a link, a pipe or a device, whose content may belong to someone else.
+            ResultsError: the file is a link, a pipe or a device, whose content may belong to someone else.
         """
         with plain_file(path) as source:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
@@ -258,7 +258,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
     """Open an archive and check its manifest, and the names, kinds and sizes of its members, but not their content.
 
     Raises:
-        ResultsError: it is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
+        ResultsError: the file is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
     """
     if file.exists() and not file.is_file():  # opening a pipe could block forever
         raise ResultsError(f"{file} is not a file.")
@@ -297,7 +297,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
     infos = [info for info in archive.infolist() if info.filename != MANIFEST]
     names = {info.filename for info in infos}
     if len(archive.infolist()) != len(names) + 1:
-        raise ValueError("it has two files of the same name")
+        raise ValueError("it has two files with the same name")
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if not is_safe(info.filename) or kind not in (0, stat.S_IFREG):
@@ -333,7 +333,7 @@ def check(file: Path) -> Manifest:
     """Read an archive completely and compare every file with the manifest; return the manifest.
 
     Raises:
-        ResultsError: it is not an archive of lem, or not intact.
+        ResultsError: the file is not an archive of lem, or is not intact.
     """
     with opened(file) as (archive, manifest):
         for name, entry in manifest.files.items():
@@ -346,7 +346,7 @@ def unpack(file: Path, folder: Path) -> Manifest:
     """Unpack an archive into an empty directory, and compare every file with the manifest; return the manifest.
 
     Raises:
-        ResultsError: it is not an archive of lem, it is not intact, or there is no space for it.
+        ResultsError: the file is not an archive of lem or is not intact, or there is no space for its content.
     """
     with opened(file) as (archive, manifest):
         free = shutil.disk_usage(folder).free
@@ -393,7 +393,7 @@ def report_check(file: Path) -> int:
     """Check an archive and print what it holds; return 0.
 
     Raises:
-        ResultsError: it is not an archive of lem, or not intact.
+        ResultsError: the file is not an archive of lem, or is not intact.
     """
     manifest = check(file)
     print(one_line(f"{file} is intact: {words(manifest)}, written by lem {manifest.lem_version}"))

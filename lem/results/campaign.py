@@ -398,7 +398,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
     Args:
         definition: the campaign.
         cells: the state of its cells.
-        cycle: the last cycle that is considered.
+        cycle: the last cycle to consider.
         given_up: arms that are no longer measured; their ratios, and ratios to them, cannot become more precise and do
             not count.
     """
@@ -414,7 +414,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
 
 
 def half_width(pair: PairRow) -> float | None:
-    """Return half the width of a ratio's interval, divided by the ratio, or None if it has no interval."""
+    """Return half the width of a ratio's interval, divided by the ratio; None if there is no interval."""
     if pair.ratio is None or pair.ci_low is None or pair.ci_high is None:
         return None
     return (pair.ci_high - pair.ci_low) / 2 / pair.ratio
@@ -732,7 +732,7 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
         for each in found.after
     ]
     yield warning(
-        "campaign_carry_over", f"{what} depends on the arm before: {', '.join(parts)} (p = {found.p_value:.2g})."
+        "campaign_carry_over", f"{what} depends on the preceding arm: {', '.join(parts)} (p = {found.p_value:.2g})."
     )
 
 

@@ -101,7 +101,7 @@ def on_nodes(answer: Answer) -> Iterator[str]:
         interval = "no interval"
         if each.ci_low is not None and each.ci_high is not None:
             interval = f"95 % interval {each.ci_low:.4g}–{each.ci_high:.4g}"
-        yield f"{names[each.arm]} to {definition.baseline} on {where}: {each.ratio:.4g} times ({interval})."
+        yield f"The ratio of {names[each.arm]} to {definition.baseline} on {where} is {each.ratio:.4g} ({interval})."
     for test in found.interactions:
         differs = "differs" if test.p_adjusted < SUSPICIOUS else "does not differ noticeably"
         yield (

@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared, with its name as the user gave it; `left_out` counts incomplete runs."""
+    """One side of a comparison, with its name as the user gave it; `left_out` counts incomplete runs."""
 
     name: str
     cases: Sequence[Case]
@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if it rises by more than 3 %."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3 %."""
 
     text: str
     metric: str
@@ -333,7 +333,10 @@ def _has_estimates(case: Case) -> bool:
 def _repeated(
     metric: str, base: Case, other: Case, values: Sequence[Sequence[float | None]]
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
-    """Return the values whose spread determines the interval: a value per experiment or, if single, per cycle."""
+    """Return the basis of the interval, and the values of the two sides whose spread determines it.
+
+    These are the values of the experiments or, if each side has a single experiment, of its cycles.
+    """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
         if all(len(side) > 1 for side in cycles):

@@ -153,7 +153,10 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 
 
 def _intensity(group: Sequence[int], of_cycles: Columns) -> float | None:
-    """Return the mean carbon intensity of cycles, weighted by energy, so that CO2e is also a mean."""
+    """Return the mean carbon intensity of cycles.
+
+    The mean is weighted by energy, so that mean energy times mean intensity is the mean CO2e.
+    """
     values = _at(group, of_cycles["carbon_intensity_g_per_kwh"])
     if values.count(values[0]) == len(values):
         return values[0] if isinstance(values[0], float) else None

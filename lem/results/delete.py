@@ -57,7 +57,7 @@ class Deletion:
         """Delete everything.
 
         Raises:
-            ResultsError: an experiment or a campaign is in use; whatever comes before it has been deleted.
+            ResultsError: an experiment or a campaign is in use; the experiments before it have been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
@@ -171,7 +171,7 @@ def finish(store: Store) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a directory, or only the link if it is one."""
+    """Remove a directory; if it is a link, remove only the link."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     else:

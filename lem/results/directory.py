@@ -252,8 +252,8 @@ class ExperimentDir:
     def _check_plain(self) -> None:
         """Raise `ResultsError` if the directory contains links, pipes or devices.
 
-        The directory may come from someone else, and if a log in it were a link, a run would append to the file it
-        points to.
+        The directory may come from someone else, and if a log in it were a link, a run would append to the file that
+        the link points to.
         """
         for entry in os.scandir(self.path):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):

@@ -39,8 +39,8 @@ CELLS, OPEN = "experiments.json", ("not run", "queued", "running")
 class Terms:
     """How a study was submitted: everything that is needed to submit more of its jobs and to collect their results.
 
-    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch, by which the same command
-    recognizes them. Paths are absolute.
+    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch. If the same command is given again,
+    it recognizes the study by this digest. Paths are absolute.
     """
 
     slurm: SlurmOptions
@@ -164,7 +164,7 @@ class Ledger:
         self._record({"submitting": {"file": file, "jobs": [list(cells) for cells in jobs], "at_s": time.time()}})
 
     def submitted(self, ids: Sequence[str]) -> None:
-        """Record the ids of the last array's jobs; no ids mean that Slurm did not accept it, at least for now."""
+        """Record the ids of the last array's jobs; without ids, Slurm has not accepted the array, at least for now."""
         self._record({"submitted": list(ids)})
 
     def adopted(self, ids: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class Ledger:
         self._record({"refused": True})
 
     def cancel(self) -> None:
-        """Record that the jobs are to be canceled, so that another command can complete this if this one is killed."""
+        """Record that the jobs are to be canceled, so that another command can do so if this one is killed."""
         self._record({"cancelled": True})
 
     def end(self) -> None:

@@ -176,7 +176,7 @@ class Journal:
         self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Record a finished batch; on return the kernel has the data, so a kill cannot lose it."""
+        """Record a finished batch; once this returns, the batch is not lost even if the process is killed."""
         done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
         known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
         self._write(msgspec.json.encode({"done": done} | known) + b"\n")

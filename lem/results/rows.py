@@ -256,7 +256,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
 
 
 def _peak_of(engine: EngineInfo | None, model: ModelInfo | None, environment: Environment | None) -> Peak | None:
-    """Return a GPU's peak for the arithmetic, or None if the peak is unknown or only part of the GPU was used."""
+    """Return a GPU's peak for the arithmetic's dtype; None if it is unknown or only part of the GPU was used."""
     if engine is None or model is None or not engine.device.startswith("cuda"):
         return None
     if environment is not None and any(state.mig for state in environment.devices_before):

@@ -155,7 +155,10 @@ def results_hint(folder: Path) -> str:
 
 # ------------------------------------------------------------------ reading and writing
 def not_copied(store: Store) -> str | None:
-    """Return a note, for commands that copy experiments, on the schedules whose files are not copied; None if none."""
+    """Return a note that the files of schedules are not copied, for commands that copy experiments.
+
+    The note is None if there are no schedules.
+    """
     known = names(store)
     if not known:
         return None
@@ -223,7 +226,7 @@ def write_outcome(folder: Path, number: int, outcome: RunOutcome) -> None:
 
 @contextmanager
 def held(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
-    """Hold one of a schedule's locks; the kernel releases it when this process ends, even by a crash.
+    """Hold one of a schedule's locks; the kernel releases it when this process ends, even in a crash.
 
     Raises:
         ResultsError: another process holds the lock and `wait` is not set, or the directory is not writable.

@@ -93,7 +93,7 @@ def filled(parts: Iterable[str], separator: str, width: int, cells: Callable[[st
 
     Args:
         parts: the parts, which are not divided.
-        separator: what stands between two parts; at the end of a line, without its spaces.
+        separator: the text between two parts; at the end of a line, its trailing spaces are dropped.
         width: the width of a line, in columns.
         cells: returns the number of columns of a text.
     """

@@ -135,7 +135,7 @@ class Store:
 
         Args:
             fingerprint: the fingerprint, see `lem.results.plan.Plan`.
-            marked: the result of `marked_by_fingerprint`, if the caller has it because it looks up many fingerprints.
+            marked: the result of `marked_by_fingerprint`, if the caller already has it.
         """
         marked = self.marked_by_fingerprint() if marked is None else marked
         found = [ExperimentDir(self.raw / name) for name in marked.get(fingerprint, ())]
@@ -172,5 +172,5 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 
 
 def results_flag(store: Store) -> str:
-    """Return ` -o …`, the option with which a command finds a results directory; empty if it is not needed."""
+    """Return ` -o …`, the option that names the results directory in a command; empty if not needed."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

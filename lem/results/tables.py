@@ -68,7 +68,7 @@ class Tables:
         """Return the locations of all experiments' rows or, without `alone`, only of rows in shared files.
 
         Raises:
-            ResultsError: a file of several experiments cannot be read.
+            ResultsError: a file with the rows of several experiments cannot be read.
         """
         found = {}
         for file in self.files():
@@ -226,7 +226,7 @@ ArrowTables = dict[str, Any]
 
 
 class NewRows:
-    """Rows waiting to be written, as Arrow tables, because those take a tenth of the memory of the original data.
+    """Rows waiting to be written, as Arrow tables, which take a tenth of the memory of the original data.
 
     Args:
         locations: the locations of the experiments' previous rows, which are replaced; new experiments share a new

@@ -159,7 +159,7 @@ class Campaign:
 class CampaignCell:
     """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
 
-    `number` is the cell's position, from 1, in the planned order of all cells, and `cells` is their number.
+    `number` is the cell's position, from 1, in the planned order of all cells, and `cells` is the number of cells.
     `simulated_before` holds the backend options of the preceding cell if that cell is simulated; a simulated carry-over
     depends on these options.
     """

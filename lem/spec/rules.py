@@ -328,7 +328,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
-            "The model was to be split over processes on the CPU, but transformers uses GPUs if any are visible.",
+            "The model is to be split over processes on the CPU, but transformers uses GPUs if any are visible.",
             "Hide the GPUs with CUDA_VISIBLE_DEVICES='', or run on the GPUs.",
         ),
         "attention_needs_gpu": (
@@ -653,7 +653,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Correct the name, which is relative to this file.",
         ),
         "inheritance_cycle": (
-            "A file inherits from itself, directly or through others.",
+            "A file inherits from itself, directly or through other files.",
             "Break the cycle: edit the `defaults` of one file.",
         ),
         # ------------------------------------------------------ values from any source

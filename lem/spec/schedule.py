@@ -84,7 +84,7 @@ def seconds_of(text: str, flag: str) -> float:
 
 
 def times_of(text: str) -> tuple[str, ...]:
-    """Return the times of day in a list such as 09:00,14:30, in order; raises `ConfigError`."""
+    """Return the times of day in a list such as 09:00,14:30, in order; raises `ConfigError` for anything else."""
     return tuple(sorted({_time_of(part.strip()) for part in text.split(",")}))
 
 
@@ -102,7 +102,7 @@ def _time_of(text: str) -> str:
 
 
 def days_of(text: str) -> tuple[str, ...]:
-    """Return the days in a list such as mon,wed-fri or weekends, in the order of the week; raises `ConfigError`."""
+    """Return the days in a list such as mon,wed-fri or weekends, from Monday on; raises `ConfigError` otherwise."""
     chosen = {day for part in text.lower().split(",") for day in _days_of_part(part.strip())}
     return tuple(day for day in WEEKDAYS if day in chosen)
 
