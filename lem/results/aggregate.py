@@ -124,7 +124,9 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
     """Raise if records belong to different experiments, or if a prompt was counted twice."""
     if plan.experiment_id != directory.id:
-        raise ResultsError(f"{directory.path} contains {plan.experiment_id}: rename the directory to that id.")
+        raise ResultsError(
+            f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."
+        )
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:

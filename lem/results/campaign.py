@@ -59,7 +59,7 @@ MEASURES = {
 LENGTHS_DIFFER = 0.01
 # A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05
-# The separator between the names of several nodes in a column of a row.
+# The separator between the names of several nodes in one value of a column.
 SEVERAL = "+"
 
 # The cells of a campaign, by cycle and arm.
@@ -434,7 +434,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
     if wide and not any(cell.status == NOT_NEEDED for cell in cells):
         yield warning(
             "campaign_limit_reached",
-            f"{rule.most} cycles, the limit, were not enough to make every interval as narrow as "
+            f"the limit of {rule.most} cycles was reached before every interval was as narrow as "
             f"±{quantities.percent(rule.half_width)}: {', '.join(wide)}.",
         )
 

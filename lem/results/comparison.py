@@ -420,7 +420,7 @@ def _work_differs(base: Case, other: Case) -> Iterator[CodedWarning]:
     known = [length for length in lengths if length is not None]
     if len(known) == 2 and max(known) > (1 + LENGTHS_DIFFER) * min(known):
         words = [f"{length:.4g}" for length in known]
-        yield warning("compare_lengths", _apart("the mean number of output tokens of a request differs", words))
+        yield warning("compare_lengths", _apart("the mean number of output tokens per request differs", words))
     traffic = [_values(case, lambda row: row.arrival_rate_per_s is not None) for case in (base, other)]
     if traffic[0] != traffic[1]:
         words = [" and ".join("with arrivals" if has else "all requests at once" for has in side) for side in traffic]

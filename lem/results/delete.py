@@ -125,7 +125,9 @@ def _folder(store: Store, campaign: str) -> Path:
 
     folder = folder_named(campaign, store)
     if folder.parent.resolve() != (store.root / "campaigns").resolve():
-        raise ResultsError(f"--campaign: {folder} is not in {store.root}; give its results directory with -o.")
+        raise ResultsError(
+            f"--campaign: {folder} is not in {store.root}; give the campaign's results directory with -o."
+        )
     return folder
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 UNITS = "units"
 # The pandas aggregations whose results have the unit of the values, by the names that pandas gives to their columns.
 KEEPS_UNIT = re.compile(r"mean|median|min|max|sum|std|sem|first|last|nth|quantile|\d+(\.\d+)?%")
-# What a merge appends to the names of columns that both sides have, unless it is told otherwise.
+# What a merge appends, by default, to the names of columns that both sides have.
 MERGED = re.compile(r"(.+)_[xy]")
 
 

@@ -151,7 +151,7 @@ def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tu
     if opened_s + duration_s <= carbon.until_unix_s:
         return replace(carbon, until_unix_s=None), ()
     text = (
-        "the carbon intensity changed during the window, and the process was killed before it could weigh its values."
+        "the carbon intensity changed during the window, and the process was killed before it could compute the mean."
     )
     return None, (warning("carbon_unknown", text),)
 

@@ -62,7 +62,7 @@ def sentence(found: Found, variation: Variation) -> str:
     words = MEASURES[found.measure][1] + (f" of {found.arm}" if found.arm else "")
     what = f"{words[0].upper()}{words[1:]}"
     if variation.result is None:
-        return f"{what} by {variation.factor}: cannot tell: {variation.reason}."
+        return f"{what} by {variation.factor}: cannot tell ({variation.reason})."
     test = variation.result
     shown = f"{variation.test}, F({test.numerator}, {test.denominator}) = {test.statistic:.3g}"
     p_value = f"p = {variation.p_adjusted:.2g}"

@@ -114,7 +114,7 @@ def level_for(analysis: Analysis, least: int, most: int) -> float:
     if not found:
         offered = ", ".join(f"{each.least} to {each.most}" for each in known if each.least >= FEWEST_ADAPTIVE_CYCLES)
         raise ConfigError(
-            f"No level is calibrated for {least} to {most} cycles; choose limits within one of {offered}."
+            f"No level is calibrated for {least} to {most} cycles; choose limits within one of these ranges: {offered}."
         )
     return min(found)
 

@@ -73,7 +73,9 @@ def seconds_of(text: str, flag: str) -> float:
     """Convert a length of time such as 30m, 6h, 1d or 1h30m to seconds; raises `ConfigError`, naming the flag."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
+        raise ConfigError(
+            f"{flag}: '{text}' is not a length of time. Use a number followed by s, m, h or d, such as 30m."
+        )
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
     if seconds == 0:
         raise ConfigError(f"{flag}: must be longer than 0 seconds, not '{text}'. Use a length of time such as 30m.")

@@ -202,7 +202,7 @@ def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
     directory.path.rename(moved)
-    refused(store.find(moved.name), "contains exp_20260102_030405", strict=False)
+    refused(store.find(moved.name), "contains experiment exp_20260102_030405", strict=False)
 
 
 @pytest.mark.parametrize("strict", [True, False])
