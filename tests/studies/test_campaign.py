@@ -464,7 +464,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "exp_2026"],
-            "name: 'exp_2026' would hide the experiments whose ids begin like that",
+            "name: 'exp_2026' would hide the experiments whose ids begin with it",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "ttft_mean_s"],
