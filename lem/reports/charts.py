@@ -1,7 +1,7 @@
 """The charts of a report, as Vega-Lite specifications in plain data, each with its numbers as a table.
 
 A chart knows its values, but not how it is drawn or what the page looks like; `lem/reports/assets/page.js` sets sizes
-and colours. Field names never contain text from users, because Vega would read them as expressions.
+and colors. Field names never contain text from users, because Vega would read them as expressions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_BARS = 40
 MOST_CELLS = 2_500
 # A distribution is drawn through this many of its quantiles.
 QUANTILES = 200
-MOST_DISTRIBUTIONS = 8  # as many as there are colours
+MOST_DISTRIBUTIONS = 8  # as many as there are colors
 # The space at the ends of a forest plot's scale, as a factor.
 FOREST_MARGIN = 1.03
 # The space on either side of values that are all equal, as a factor.
@@ -40,7 +40,7 @@ BARS = (
 )
 
 
-# Distinguishable with all common kinds of colour blindness (Okabe and Ito 2008).
+# Distinguishable with all common kinds of color blindness (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900")
 # The height of a bar with the space around it, and of a cell of a heat map, in pixels.
 STEP_PX = 24
@@ -125,7 +125,7 @@ def _kind(row: ExperimentRow) -> str:
 
 
 def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence[tuple[float, float, str]]) -> Chart:
-    """Return the chart of a power trace and, if it was measured, of the temperature.
+    """Return the chart of a power trace, with the temperature if it was measured.
 
     Args:
         name: the experiment.
@@ -496,7 +496,7 @@ def over_time(answer: ScheduleAnswer) -> list[Chart]:
     """Return the charts of a schedule: the primary metric of its runs, and its means by time of day and weekday."""
     unit, words = MEASURES[PRIMARY]
     values = [
-        # The browser is told that the local time is UTC, so that it does not convert it to its own time zone.
+        # The browser is told that the local time is UTC, so that it shows the time unchanged.
         {"at": f"{run.at.isoformat()}Z", "arm": arm or "runs", "value": own}
         for run in answer.runs
         for arm in answer.arms
@@ -556,7 +556,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
 
 
 def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
-    """Return a scale that begins at 0 if `zero` is set; if all values are equal, it spans a little around them."""
+    """Return a scale that begins at 0 if `zero` is set; if all values are equal, it is a small range around them."""
     known = {float(value) for value in values if value is not None}
     if len(known) != 1 or 0 in known:
         return {"zero": zero}
@@ -570,7 +570,7 @@ def _category(field: str, order: Sequence[str]) -> Spec:
 
 
 def _ordered(texts: Iterable[str]) -> list[str]:
-    """Return distinct texts in the order of their numbers or, if they are not all numbers, of the alphabet."""
+    """Return distinct texts in numerical order or, if they are not all numbers, in alphabetical order."""
     distinct = set(texts)
     try:
         return sorted(distinct, key=float)

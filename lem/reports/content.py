@@ -116,7 +116,9 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
         return _content(store, ", ".join(row.experiment_id for row in rows), rows, late)
     rows, damaged = Tables(store).rows()
     if not rows:
-        raise ResultsError(f"{store.root} has no experiments to report on; lem results list --all lists its content.")
+        raise ResultsError(
+            f"{store.root} has no experiments to report on; lem results list --all also lists experiments without rows."
+        )
     return _content(store, f"{len(rows)} experiments", rows, [*late, *damaged])
 
 
@@ -174,12 +176,12 @@ def of_grid(folder: Path) -> Content:
         places = [Path(entry["directory"]) for entry in entries if entry["directory"]]
     except (OSError, ValueError, TypeError, KeyError):
         raise ResultsError(
-            f"--grid: {file} cannot be read; give the file that lem batch or a sweep prints when it ends (List of "
-            "experiments: …), or its directory."
+            f"--grid: {file} cannot be read; give the file whose path lem batch or a sweep prints when it ends "
+            "(List of experiments: …), or its directory."
         ) from None
     rows = [row for place in places if (row := _known_row(Store(place.parent.parent), place.name)) is not None]
     if not rows:
-        raise ResultsError(f"--grid: none of the experiments in {file} has results.")
+        raise ResultsError(f"--grid: no experiment in {file} has results.")
     return _content(Store(places[0].parent.parent), f"Sweep {folder.name}", rows, [])
 
 
@@ -317,7 +319,7 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 
 
 def _thinned(found: Sequence[PowerRecord]) -> list[dict[str, Any]]:
-    """Return at most about `MOST_SAMPLES` samples, evenly from each device, and as many that have a temperature."""
+    """Return about `MOST_SAMPLES` samples, evenly from each device, and about as many more with a temperature."""
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)

@@ -33,7 +33,7 @@ MOST_PRINTED = 200
 SHORT = 32
 NAMED = ' class="name"'
 SCRIPTS = ("vega.min.js", "vega-lite.min.js", "page.js")
-# What was measured, by the columns that say so.
+# The entries of the list of what was measured, each with the columns that it shows.
 MEASURED = {
     "model": ("model",),
     "backend": ("backend", "engine_version"),
@@ -159,7 +159,7 @@ def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
 
 
 def _counted(values: Sequence[tuple[str, int]]) -> str:
-    """Return values as a list, with their numbers if there are several; only the first ones if there are many."""
+    """Return values as text, with their counts if there are several; if there are many, only the first ones."""
     if len(values) == 1:
         return values[0][0]
     more = len(values) - MOST_NAMED
@@ -174,8 +174,8 @@ def _trust(content: Content) -> Iterator[str]:
     estimated = sum(is_estimated(row.energy_source) for row in content.rows)
     if estimated:
         yield (
-            f"<p>{ESTIMATE} marks an estimate. The energy of {estimated} of {len(content.rows)} experiments is an "
-            "estimate or simulated, not a measurement.</p>"
+            f"<p>{ESTIMATE} marks an estimate. The energy of {estimated} of {len(content.rows)} experiments is "
+            "estimated or simulated, not measured.</p>"
         )
     if content.trust:
         yield from _table(

@@ -39,7 +39,7 @@ FORMATS = ("svg", "png")
 
 
 def check(folder: Path) -> None:
-    """Raise `ResultsError` if plots cannot be drawn, or if the folder's name belongs to something else."""
+    """Raise `ResultsError` if plots cannot be drawn, or if the given path is not a directory."""
     if find_spec(PACKAGE) is None:
         raise ResultsError("--plots needs the package vl-convert-python, for SVG too (pip install 'lem[plots]').")
     if folder.exists() and not folder.is_dir():
@@ -50,7 +50,7 @@ def files(charts: Sequence[Chart], folder: Path, *, force: bool) -> list[Path]:
     """Return the files of the charts, without their suffixes.
 
     Raises:
-        ResultsError: one of them exists, and `force` is not set.
+        ResultsError: one of the files exists, and `force` is not set.
     """
     found = [folder / name for name in _names(charts)]
     there = [file for stem in found for suffix in FORMATS if (file := _with_suffix(stem, suffix)).exists()]
@@ -85,7 +85,7 @@ def drawn(chart: Chart) -> tuple[str, bytes]:
 
 
 def for_paper(chart: Chart) -> Spec:
-    """Return the specification of a chart with the size and the look of a figure in a paper: black on white."""
+    """Return the specification of a chart with the size and look of a figure in a paper: black on white."""
     height_px = chart.spec["height"] * BAR_SHARE if "height" in chart.spec else HEIGHT_IN * PX_PER_IN
     return {
         **chart.spec,

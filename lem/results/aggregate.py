@@ -124,7 +124,9 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
     """Raise if records belong to different experiments, or if a prompt was counted twice."""
     if plan.experiment_id != directory.id:
-        raise ResultsError(f"{directory.path} contains {plan.experiment_id}: rename the directory to that id.")
+        raise ResultsError(
+            f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."
+        )
     records = [part.record for of_cycle in by_cycle.values() for part in of_cycle]
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
@@ -146,16 +148,16 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return the reason why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
+    """Return why a record cannot belong to the plan, or None; with `foreign`, it may come from another backend."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
-        return "was measured with a configuration other than that in spec.json"
+        return "was measured with a configuration other than the one in spec.json"
     if record.world_size != plan.processes:
         return f"was written by one of {record.world_size} processes, but the plan has {plan.processes}"
     for phase in record.phases:
         if not 0 <= phase.duration_s < math.inf:
-            return f"says that the phase {phase.name} lasted {phase.duration_s:g} s: it was edited or is damaged"
+            return f"says that the phase {phase.name} lasted {phase.duration_s:g} s: the file was edited or is damaged"
     return None
 
 
@@ -172,7 +174,7 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
             missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle}")
     if missing:
         raise ResultsError(
-            f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate the rest."
+            f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate what is there."
         )
 
 
@@ -198,7 +200,7 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
     """Return the ranks of two processes whose windows do not overlap, or None if there are none.
 
-    Killed processes are left out: a journal tells when its process reached the window, not when all windows opened.
+    Killed processes are left out: a journal says when its process reached the window, not when all windows opened.
     """
     windows = [
         (record.window_opened_unix_s, window.duration_s, record.rank)
@@ -250,12 +252,12 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 
 
 def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> dict[str, ExperimentRow]:
-    """Write the rows of experiments that have none yet, a file for many of them; return the rows by id.
+    """Write the rows of experiments that have none yet, many experiments to a file; return the rows by id.
 
     An experiment that already has a row, or whose files cannot be read, is left out.
 
     Raises:
-        ResultsError: a file of several experiments cannot be read.
+        ResultsError: a file with the rows of several experiments cannot be read.
     """
     tables, rows = Tables(store), dict[str, ExperimentRow]()
     with tables.locked():
@@ -298,7 +300,7 @@ def aggregate_all(
         files = {locations[name].file for name in ids if name in locations}
         yield from [Aggregated("failed", damaged[file]) for file in sorted(files & damaged.keys())]
         writer = _Writer(store, locations)
-        for name in _with_neighbours(store, ids, locations, files & (lacking.keys() - damaged.keys())):
+        for name in _with_neighbors(store, ids, locations, files & (lacking.keys() - damaged.keys())):
             at = locations.get(name)
             if at and at.file in damaged:
                 continue
@@ -357,7 +359,7 @@ def _ended(directory: ExperimentDir) -> State | None:
     return state if state.status in (*FINISHED, "failed") and not directory.is_held() else None
 
 
-def _with_neighbours(
+def _with_neighbors(
     store: Store, ids: Sequence[str], locations: Mapping[str, RowLocation], lacking: Set[str]
 ) -> Sequence[str]:
     """Return the ids, plus the ids of all experiments whose rows are in one of the files in `lacking`."""
@@ -383,7 +385,7 @@ class _Writer:
         self._requests = self._cycles = 0
 
     def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Aggregated]:
-        """Add an experiment; return the outcomes of experiments written in the meantime."""
+        """Add an experiment; if enough are waiting, write all of them and return their outcomes."""
         self._read.append((directory, state, one))
         self._requests += sum([len(cycle.requests) for cycle in one.cycles])
         self._cycles += len(one.cycles)
@@ -434,7 +436,7 @@ def _reason_to_skip(
             "skipped", f"{directory.id} was skipped: it is running (process {state.pid} on {state.host})."
         )
     if state.pid is not None and directory.is_held():
-        return Aggregated("skipped", f"{directory.id} was skipped: its processes are still ending.")
+        return Aggregated("skipped", f"{directory.id} was skipped: its processes have not exited yet.")
     if not state.attempt and not at:
         return Aggregated("skipped", f"{directory.id} was skipped: it has not been run.")
     if at and is_fresh(tables, directory.id, at, state):

@@ -1,8 +1,8 @@
 """Archives: zip files with experiments and campaigns, and a manifest with the SHA-256 of each file.
 
-An archive has the layout of a results directory, and `MANIFEST.json` as its last member. `lem results merge` reads it
-back. An archive may come from someone else, so nothing in it is trusted: every name must be one that `lem` gives to its
-files, every member must be a plain file of the size and digest that the manifest states, and nothing in it is run.
+An archive has the layout of a results directory, with `MANIFEST.json` as its last member. `lem results merge` reads
+archives. An archive may come from someone else, so nothing in it is trusted: every name must be one that `lem` gives to
+its files, every member must be a plain file of the size and digest that the manifest states, and nothing in it is run.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
 # ------------------------------------------------------------------ writing
 @contextmanager
 def plain_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a plain file to read it; raises `ResultsError` for anything else."""
+    """Open a plain file for reading; raises `ResultsError` for anything else."""
     if path.is_symlink():
         raise ResultsError(f"{path} is a link, and its content is elsewhere; replace it with a plain file.")
     try:
@@ -133,7 +133,7 @@ class _Writer:
 
     def add(self, name: str, source: IO[bytes], changed_s: float) -> None:
         """Add a file; `changed_s` is its time of change, in seconds since 1970."""
-        # Zip files know no time before 1980.
+        # Zip files cannot store a time before 1980.
         info = zipfile.ZipInfo(name, time.localtime(max(changed_s, 315_619_200.0))[:6])
         info.external_attr = (stat.S_IFREG | 0o644) << 16
         info.compress_type = zipfile.ZIP_STORED if name.endswith(COMPRESSED) else zipfile.ZIP_DEFLATED
@@ -149,21 +149,21 @@ class _Writer:
         """Add a plain file.
 
         Raises:
-            ResultsError: it is a link, a pipe or a device, whose content may belong to someone else.
+            ResultsError: the file is a link, a pipe or a device, whose content may belong to someone else.
         """
         with plain_file(path) as source:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
 
     def add_folder(self, name: str, folder: Path, but_for: str | None = None) -> None:
-        """Add the files of a directory, except for hidden ones and for a subdirectory."""
+        """Add the files of a directory, except for hidden ones and those in the subdirectory `but_for`."""
         for path in files_in(folder, but_for):
             self.add_file(f"{name}/{path.relative_to(folder).as_posix()}", path)
 
 
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
-    """Yield the files below a directory in a fixed order, without hidden ones (locks, scratch files) and `but_for`.
+    """Yield the files below a directory in a fixed order, except for hidden ones (locks, scratch files).
 
-    `but_for` is the name of an entry at the top.
+    The file or subdirectory named `but_for`, directly in the directory, is left out as well.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:
@@ -214,7 +214,11 @@ def _add_experiment(writer: _Writer, store: Store, experiment_id: str) -> None:
 
 
 def _add_rows(writer: _Writer, store: Store, ids: Sequence[str]) -> None:
-    """Add the rows of experiments: whole files where all of their experiments are archived, else new files."""
+    """Add the rows of experiments.
+
+    A table's file is copied as it is if all of its experiments are archived. Otherwise, a new file with only the wanted
+    rows takes its place.
+    """
     locations, wanted = Tables(store).locations(), set(ids)
     for file, names in by_file(locations).items():
         some = [name for name in names if name in wanted]
@@ -254,7 +258,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
     """Open an archive and check its manifest, and the names, kinds and sizes of its members, but not their content.
 
     Raises:
-        ResultsError: it is not an archive of lem, it was written by a newer lem, or something about it is wrong.
+        ResultsError: the file is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
     """
     if file.exists() and not file.is_file():  # opening a pipe could block forever
         raise ResultsError(f"{file} is not a file.")
@@ -268,7 +272,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
     # Whatever zipfile raises for damaged files, unknown compression and encryption.
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ResultsError(f"{file} is not an intact archive: {what}; get it again from where it was made.") from None
+        raise ResultsError(f"{file} is not an intact archive: {what}; get a new copy of it from its source.") from None
 
 
 def _manifest(file: Path, archive: zipfile.ZipFile) -> Manifest:
@@ -293,11 +297,11 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
     infos = [info for info in archive.infolist() if info.filename != MANIFEST]
     names = {info.filename for info in infos}
     if len(archive.infolist()) != len(names) + 1:
-        raise ValueError("it has two files of the same name")
+        raise ValueError("it has two files with the same name")
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if not is_safe(info.filename) or kind not in (0, stat.S_IFREG):
-            raise ValueError(f"{one_line(info.filename[:100])!r} is not a file of a results directory")
+            raise ValueError(f"{one_line(info.filename[:100])!r} does not belong in a results directory")
     if odd := sorted(names ^ manifest.files.keys()):
         which = "missing" if odd[0] in manifest.files else "not in its manifest"
         raise ValueError(f"{one_line(odd[0][:100])} is {which}")
@@ -306,7 +310,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
 
 
 def is_safe(name: str) -> bool:
-    """Return whether a member's name is that of a file which lem itself puts into a results directory."""
+    """Return whether a member has a name that lem itself gives to a file in a results directory."""
     parts = name.split("/")
     if any(part.startswith(".") or not part for part in parts) or "\\" in name or not is_printable(name):
         return False
@@ -329,7 +333,7 @@ def check(file: Path) -> Manifest:
     """Read an archive completely and compare every file with the manifest; return the manifest.
 
     Raises:
-        ResultsError: it is not an archive of lem, or not intact.
+        ResultsError: the file is not an archive of lem, or is not intact.
     """
     with opened(file) as (archive, manifest):
         for name, entry in manifest.files.items():
@@ -342,7 +346,7 @@ def unpack(file: Path, folder: Path) -> Manifest:
     """Unpack an archive into an empty directory, and compare every file with the manifest; return the manifest.
 
     Raises:
-        ResultsError: it is not an archive of lem, it is not intact, or there is no space for it.
+        ResultsError: the file is not an archive of lem or is not intact, or there is no space for its content.
     """
     with opened(file) as (archive, manifest):
         free = shutil.disk_usage(folder).free
@@ -359,7 +363,7 @@ def unpack(file: Path, folder: Path) -> Manifest:
 
 
 def _chunks(archive: zipfile.ZipFile, name: str, entry: Entry) -> Iterator[bytes]:
-    """Yield the content of a member; raises ValueError as soon as it has more bytes than the manifest states."""
+    """Yield the content of a member; raises ValueError if its size or digest is not the one in the manifest."""
     digest, size = hashlib.sha256(), 0
     with archive.open(name) as source:
         while chunk := source.read(CHUNK):
@@ -389,7 +393,7 @@ def report_check(file: Path) -> int:
     """Check an archive and print what it holds; return 0.
 
     Raises:
-        ResultsError: it is not an archive of lem, or not intact.
+        ResultsError: the file is not an archive of lem, or is not intact.
     """
     manifest = check(file)
     print(one_line(f"{file} is intact: {words(manifest)}, written by lem {manifest.lem_version}"))

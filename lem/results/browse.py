@@ -37,7 +37,7 @@ from lem.results.tables import Tables
 def store_at(results_dir: Path | None) -> Store:
     """Return the store in --results-dir or, without it, in the directory that `default_root` returns.
 
-    A deletion that was cut short there is finished first, unless the directory cannot be written to.
+    An earlier deletion that was cut short is finished first, unless the directory cannot be written to.
     """
     store = Store(results_dir or default_root())
     with suppress(OSError):
@@ -118,9 +118,9 @@ def list_experiments(
     in_jobs: Mapping[Path, InJob] = MappingProxyType({}),
     as_json: bool = False,
 ) -> int:
-    """Print a line for each experiment that has a row or is a job or, with `everything`, for all experiments.
+    """Print a line for each experiment that has a row or a Slurm job or, with `everything`, for all experiments.
 
-    `in_jobs` has the jobs of experiments that have not ended, by the experiments' directories.
+    `in_jobs` maps the directory of each experiment that has not ended to its Slurm job.
     """
     late = catch_up(store)
     with paused_collector():
@@ -273,10 +273,10 @@ def _refuse_flags(store: Store, name: str, what: str, *, raw: bool, environment:
 
 
 def schedule_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the schedule that a text names: its name, its id or its directory; None if none does.
+    """Return the directory of the schedule with the given name, id or directory; None if there is no such schedule.
 
     Raises:
-        ResultsError: the text names a campaign too.
+        ResultsError: the text also names a campaign.
     """
     from lem.results import schedule
 

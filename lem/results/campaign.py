@@ -59,7 +59,7 @@ MEASURES = {
 LENGTHS_DIFFER = 0.01
 # A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05
-# What joins the names of several nodes in a row.
+# The separator between the names of several nodes in one value of a column.
 SEVERAL = "+"
 
 # The cells of a campaign, by cycle and arm.
@@ -92,7 +92,7 @@ class Definition:
 
     `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
     campaign's intervals, as calibrated when it began; None if the campaign is not adaptive. `working_dir` is the
-    directory in which it was started: relative paths in the arms' configurations start there.
+    directory in which the campaign was started; relative paths in the arms' configurations are resolved from it.
     """
 
     campaign: Campaign
@@ -134,7 +134,7 @@ class CellEntry:
     row: ExperimentRow | None = None
     # Whether the cell was skipped because its arm had been given up.
     given_up: bool = False
-    # Why the cell has no result: its experiment failed in this way, or its arm had been given up.
+    # Why the cell has no result: how its experiment failed, or why its arm had been given up.
     error: str | None = None
 
 
@@ -235,7 +235,7 @@ def folder_of(store: Store, name: str) -> Path:
 
 
 def folder_named(text: str, store: Store) -> Path:
-    """Return the directory of a campaign, given its directory or its name, of which there need not be a campaign yet.
+    """Return the directory of a campaign, given the directory or a name; the campaign need not exist yet.
 
     Raises:
         ResultsError: the text is neither the directory of a campaign nor a possible name.
@@ -398,7 +398,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
     Args:
         definition: the campaign.
         cells: the state of its cells.
-        cycle: the last cycle that is considered.
+        cycle: the last cycle to consider.
         given_up: arms that are no longer measured; their ratios, and ratios to them, cannot become more precise and do
             not count.
     """
@@ -414,7 +414,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
 
 
 def half_width(pair: PairRow) -> float | None:
-    """Return half the width of a ratio's interval, divided by the ratio, or None if it has no interval."""
+    """Return half the width of a ratio's interval, divided by the ratio; None if there is no interval."""
     if pair.ratio is None or pair.ci_low is None or pair.ci_high is None:
         return None
     return (pair.ci_high - pair.ci_low) / 2 / pair.ratio
@@ -434,7 +434,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
     if wide and not any(cell.status == NOT_NEEDED for cell in cells):
         yield warning(
             "campaign_limit_reached",
-            f"{rule.most} cycles, the limit, were not enough to make every interval as narrow as "
+            f"the limit of {rule.most} cycles was reached before every interval was as narrow as "
             f"±{quantities.percent(rule.half_width)}: {', '.join(wide)}.",
         )
 
@@ -469,16 +469,16 @@ def _arm_row(definition: Definition, name: str, measure: str, cells: Sequence[Ce
 
 
 def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
-    """Return why an arm has no mean of a metric, given the arm's cells."""
+    """Return why an arm has no mean for a metric, given the arm's cells."""
     values = [_value(cell, measure) for cell in cells if cell.row is not None]
     if values:
         lacking, count = values.count(None), len(values)
         which = "no completed cell has" if lacking == count else f"{lacking} of {count} completed cells lack"
-        return f"{which} a value of {measure}"
+        return f"{which} a value for {measure}"
     failed = [cell.error or "for an unknown reason" for cell in cells if cell.status == "failed"]
     given_up = next((cell.error for cell in cells if cell.given_up and cell.error), None)
     if not failed:
-        return "none of its cells is completed"
+        return "none of its cells has completed"
     how = f"{len(failed)} of its {len(cells)} cells failed"
     if given_up:  # such as "quick was abandoned after 3 failures in a row."
         how = given_up.removeprefix(f"{cells[0].arm} was ").rstrip(".")
@@ -534,10 +534,11 @@ def _node_and_board(row: ExperimentRow) -> tuple[str, str]:
 
 
 def _apart(definition: Definition, found: Found) -> set[tuple[int, str]]:
-    """Return the cells that ran on another node or board than the baseline's cell of their cycle, or on several.
+    """Return the cells that did not run on the same node and board as the baseline's cell in their cycle.
 
-    This happens if a job was requeued in the middle of its cycle and started again on another node. In a grouped
-    campaign, each arm is one job, so that no cycle has a node of its own; its cells are all kept.
+    This happens if a job was requeued in the middle of its cycle and started again on another node; a cell may also
+    have run on several nodes. In a grouped campaign, each arm is one job, so no cycle has a node of its own, and the
+    result is empty.
     """
     if definition.campaign.structure == "grouped":
         return set()
@@ -552,7 +553,7 @@ def _apart(definition: Definition, found: Found) -> set[tuple[int, str]]:
 
 
 def _comparable(definition: Definition, found: Found) -> Found:
-    """Return the cells without the values of those that cannot be compared with the others of their cycle."""
+    """Return the cells, with the rows removed from those that cannot be compared with the rest of their cycle."""
     apart = _apart(definition, found)
     return {key: replace(cell, row=None) if key in apart else cell for key, cell in found.items()}
 
@@ -579,13 +580,13 @@ def _spread(definition: Definition, names: Sequence[str], comparable: Found) -> 
 def _of_nodes(
     definition: Definition, names: Sequence[str], found: Found, spread_of_nodes: Spread | None
 ) -> Iterator[CodedWarning]:
-    """Warn about cells on other nodes than the rest of their cycle, and about ratios that differ between nodes."""
+    """Warn about cells on a different node from the rest of their cycle, and about ratios that differ between nodes."""
     apart = sorted(_apart(definition, found))
     if apart:
         parts = [f"{arm} in cycle {cycle} ({row.slurm_node})" for cycle, arm in apart if (row := found[cycle, arm].row)]
         text = (
-            "cells ran on another node than the rest of their cycle, or on several nodes, so the pairs that contain "
-            f"them are left out: {', '.join(parts)}."
+            "cells did not run on the same node as the rest of their cycle, or ran on several nodes, so the pairs that "
+            f"contain them are left out: {', '.join(parts)}."
         )
         yield warning("campaign_cycle_moved", text)
     for test in spread_of_nodes.interactions if spread_of_nodes else ():
@@ -623,7 +624,7 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
         nearest = [str(cycles) for cycles in (above - size, above) if cycles > 0]
         text = (
             f"the number of cycles ({campaign.cycles}) is not a multiple of {size}, so positions and predecessors are "
-            f"not balanced; {' or '.join(nearest)} cycles would be."
+            f"not balanced; {' or '.join(nearest)} cycles would balance them."
         )
         yield warning("campaign_unbalanced", text)
 
@@ -731,7 +732,7 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
         for each in found.after
     ]
     yield warning(
-        "campaign_carry_over", f"{what} depends on the arm before: {', '.join(parts)} (p = {found.p_value:.2g})."
+        "campaign_carry_over", f"{what} depends on the preceding arm: {', '.join(parts)} (p = {found.p_value:.2g})."
     )
 
 
@@ -743,7 +744,7 @@ def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]
 
 
 def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> tuple[list[float], int]:
-    """Return what arms and cycles leave of each logarithm, fitted by least squares, and the degrees of freedom used."""
+    """Return the residuals of a least-squares fit of arms and cycles, and the degrees of freedom that the fit uses."""
     import numpy as np
 
     cycles = sorted({cell.cycle for cell, _ in known})

@@ -87,7 +87,7 @@ def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
 
 
 def on_nodes(answer: Answer) -> Iterator[str]:
-    """Yield sentences on how far the nodes and boards of a cluster differ by the primary metric."""
+    """Yield sentences on how much the primary metric differs between the nodes and boards of a cluster."""
     found, definition = answer.spread, answer.definition
     if found is None:
         return
@@ -101,7 +101,7 @@ def on_nodes(answer: Answer) -> Iterator[str]:
         interval = "no interval"
         if each.ci_low is not None and each.ci_high is not None:
             interval = f"95 % interval {each.ci_low:.4g}–{each.ci_high:.4g}"
-        yield f"{names[each.arm]} to {definition.baseline} on {where}: {each.ratio:.4g} times ({interval})."
+        yield f"The ratio of {names[each.arm]} to {definition.baseline} on {where} is {each.ratio:.4g} ({interval})."
     for test in found.interactions:
         differs = "differs" if test.p_adjusted < SUSPICIOUS else "does not differ noticeably"
         yield (
@@ -118,8 +118,8 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
     target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
     if not answer.ended:
         yield (
-            f"The campaign is adaptive and not over: {answer.cycles_begun} of {rule.least} to {rule.most} cycles have "
-            f"begun. It stops as soon as {target.format('')}."
+            f"The campaign is adaptive and not over: {answer.cycles_begun} cycles have begun (minimum {rule.least}, "
+            f"maximum {rule.most}). It stops as soon as {target.format('')}."
         )
     elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
         yield (
@@ -183,8 +183,8 @@ def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
 
     Args:
         pairs: the pairs to draw.
-        width: the width of the terminal; None if there is none. Where names and plot do not fit side by side, each
-            name stands above its interval.
+        width: the width of the terminal; None if there is none. If names and plot do not fit side by side, each name
+            stands above its interval.
     """
     from rich.cells import cell_len
 
@@ -220,13 +220,13 @@ def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
 
 
 def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
-    """Return the labels at the two ends of a scale, by column; the ratio 1 is labelled separately."""
+    """Return the labels at the two ends of a scale, by column; the ratio 1 is labeled separately."""
     digits = _digits(low, high)
     return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
 
 
 def _scale(labels: Mapping[int, str], width: int) -> str:
-    """Return a line with each label centred on its column, or moved if it would touch a label or leave the width."""
+    """Return a line with each label centered on its column, or moved if it would touch another label or not fit."""
     line = ""
     left = sum(len(text) + 1 for text in labels.values())
     for column, text in sorted(labels.items()):
@@ -314,7 +314,7 @@ def _carry_over(answer: Answer) -> dict[str, Any] | None:
 
 
 def _nodes(answer: Answer) -> dict[str, Any] | None:
-    """Return how far nodes and boards differ as plain data; None unless cycles ran on several nodes of a cluster."""
+    """Return how much nodes and boards differ, as plain data; None unless cycles ran on several nodes of a cluster."""
     if answer.spread is None:
         return None
     names = [arm.name for arm in answer.definition.arms]

@@ -65,7 +65,7 @@ class Known:
         return "completed" if state.status in FINISHED else state.status
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether an experiment is running, its processes are still ending, or a Slurm job has yet to run it."""
+        """Return whether an experiment is running, its processes have not exited, or a Slurm job has yet to run it."""
         directory = self.store.directory(experiment_id)
         if experiment_id not in self.raw:
             return False

@@ -1,4 +1,4 @@
-"""Converts plans, records and configurations to and from JSON, by their types. It knows nothing about files."""
+"""Converts plans, records and configurations to and from JSON, by their types; knows nothing about files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ AMOUNT = re.compile(
 
 
 def check_numbers(content: bytes) -> None:
-    """Check the numbers in JSON lines that could not be read by their type, to give a better reason for the error.
+    """Check the numbers in JSON lines that could not be read as their type, to find a clearer reason for the error.
 
     Raises:
         ValueError: a number is too large, or one that cannot be negative is negative; the message says which.

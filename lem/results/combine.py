@@ -4,7 +4,7 @@
     <target>/raw/<id>/merged.json      for an experiment that was renamed: its original id and its digest in the source
 
 An experiment is copied completely and then moved to its place, so the target contains either all of it or none of it.
-Rows are written next, and then campaigns. An experiment or a campaign that the target already contains is recognised by
+Rows are written next, and then campaigns. An experiment or a campaign that the target already contains is recognized by
 its content and left alone, so repeating an interrupted merge completes it. The sources are only read.
 """
 
@@ -41,7 +41,7 @@ from lem.results.tables import KINDS, RowLocation, Tables, file_name, read_file
 FOLDER, LOCK, ORIGIN = ".merging", ".merging.lock", "merged.json"
 # The number of experiments that are copied before waiting for the disk to store them.
 TOGETHER = 500
-# Files that do not matter for whether two experiments are the same: they record what was done with the results.
+# Files that are ignored when two experiments are compared: they record what was done with the results.
 NOT_ITS_OWN = frozenset({AGGREGATED, ORIGIN})
 # The files that contain the id of their experiment.
 NAMING = re.compile(r"spec\.json|process_\d+_c\d+_a\d+\.json|journal_\d+_a\d+\.jsonl")
@@ -89,7 +89,7 @@ def _check_source(source: Path, target: Store) -> None:
     if not source.is_dir():
         raise ResultsError(f"{source} is neither a results directory nor an archive.")
     if not any((source / name).is_dir() for name in ("raw", "experiments")):
-        raise ResultsError(f"{source} is not a results directory: it has no raw/ and no experiments/.")
+        raise ResultsError(f"{source} is not a results directory: it has neither raw/ nor experiments/.")
     here, there = source.resolve(), target.root.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ResultsError(f"{source} and the target {target.root} overlap; choose another target with -o.")
@@ -118,7 +118,7 @@ def _only_merge(target: Store) -> Iterator[Path]:
 
 @contextmanager
 def _as_directory(source: Path, scratch: Path) -> Iterator[Store]:
-    """Yield a source as a results directory; an archive is unpacked for that."""
+    """Yield a source as a results directory, unpacking it first if it is an archive."""
     if source.is_dir():
         yield Store(source)
         return
@@ -136,7 +136,7 @@ class _Merge:
         self._target, self._source, self._scratch = target, source, scratch
         self._there, self._here = Known(target), Known(source)
         self._done = Merged(shown)
-        # What experiments and campaigns of the source are called in the target.
+        # The names that the source's experiments and campaigns have in the target.
         self._ids: dict[str, str] = {}
         self._campaigns: dict[str, str] = {}
         # The digests of the experiments that are to be copied.
@@ -221,7 +221,7 @@ class _Merge:
         names = self._names[_start(old)]
         new = f"{_start(old)}_{max(age(name)[1] for name in names) + 1}"
         names.append(new)
-        self._done.renamed.append(f"{old} is called {new}, because there is another {old}")
+        self._done.renamed.append(f"{old} is called {new} here, because the target already has another {old}")
         return new
 
     def _place_campaigns(self) -> None:
@@ -234,7 +234,9 @@ class _Merge:
             new = self._same_campaign(name, taken)
             if new is None and name in taken:
                 new = next(each for n in count(2) if (each := f"{name[:90]}_{n}") not in {*taken, *theirs})
-                self._done.renamed.append(f"campaign {name} is called {new}, because there is another campaign {name}")
+                self._done.renamed.append(
+                    f"campaign {name} is called {new} here, because the target already has another campaign {name}"
+                )
             self._campaigns[name] = new or name
             taken.add(self._campaigns[name])
 
@@ -295,7 +297,7 @@ class _Merge:
         return _mapped(rows, "campaign", self._campaigns) if kind == "experiments" else rows
 
     def _copy_campaign(self, old: str, new: str) -> None:
-        """Copy a campaign's files; where the target has an earlier state of the campaign, replace it."""
+        """Copy a campaign's files; if the target has an earlier state of the campaign, replace it."""
         from lem.results.campaign import CELLS, folder_of
 
         source, place = folder_of(self._source, old), folder_of(self._target, new)
@@ -318,7 +320,7 @@ class _Merge:
         self._done.campaigns.append(new)
 
     def _rename_campaign(self, folder: Path, old: str, name: str) -> None:
-        """Put the names that the target uses into the files of a campaign."""
+        """Change the names in a campaign's files to those that the target uses."""
         from lem.results.campaign import CELLS, DEFINITION
 
         if name != old:
@@ -371,7 +373,7 @@ def _origin(folder: Path) -> Origin | None:
 
 # ------------------------------------------------------------------ files
 def digest_of(folder: Path) -> str:
-    """Return a digest of the files of an experiment, which is the same wherever the experiment has been copied to.
+    """Return a digest of an experiment's files; all copies of an experiment have the same digest.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.
@@ -386,7 +388,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy the plain files of a directory to an existing one, except for locks, scratch files and a subdirectory.
+    """Copy the plain files of a directory to an existing one, except for hidden files and the subdirectory `but_for`.
 
     Raises:
         ResultsError: one of them cannot be read, or is a link, a pipe or a device.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Verdict = Literal["less", "more", "the same", "cannot tell"]
 # How a comparison treats the position of a cell in its cycle. The choice follows from the order of the cells, not from
-# the data. `paired` leaves the effect of the position in the noise, `position` removes a straight-line effect of it
-# from each pair, and `latin` removes the mean of each position.
+# the data. `paired` leaves the effect of the position in the noise, `position` removes a straight-line effect of the
+# position from each pair, and `latin` removes the mean of each position.
 Analysis = Literal["paired", "position", "latin"]
 CONFIDENCE = 0.95
 # The smallest number of pairs to which `position` fits a line. With fewer pairs, the degree of freedom that the line
@@ -219,7 +219,7 @@ def cycles_needed(mean: float, sd: float, confidence: float = CONFIDENCE, power:
     def are_enough(cycles: int) -> bool:
         return abs(mean) / sd * math.sqrt(cycles) >= detectable_errors(confidence, power, cycles - 1)
 
-    # If some cycles are enough, more are enough as well.
+    # If a number of cycles is enough, so is every larger number.
     cycles = 2 + bisect_left(range(2, MOST_CYCLES + 1), True, key=are_enough)
     return cycles if cycles <= MOST_CYCLES else None
 

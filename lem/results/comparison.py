@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things that are compared, with its name as the user gave it; `left_out` counts incomplete runs."""
+    """One side of a comparison, with its name as the user gave it; `left_out` counts incomplete runs."""
 
     name: str
     cases: Sequence[Case]
@@ -123,7 +123,7 @@ class Comparison:
     differences: Sequence[Difference]
 
     def ratio(self, metric: str) -> Ratio | None:
-        """Return the ratio of a metric; None if neither side has a value of it."""
+        """Return the ratio of a metric; None if neither side has a value for it."""
         return next((ratio for ratio in self.ratios if ratio.metric == metric), None)
 
     def against(self, metric: str, allowed: Iterable[str] = ()) -> list[CodedWarning]:
@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if it rises by more than 3 %."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3 %."""
 
     text: str
     metric: str
@@ -152,7 +152,7 @@ class Limit:
             return "cannot tell", f"not comparable ({codes})"
         found = comparison.ratio(self.metric)
         if found is None:
-            return "cannot tell", f"neither side has a value of {self.metric}"
+            return "cannot tell", f"neither side has a value for {self.metric}"
         if found.ci_low is None or found.ci_high is None:
             return "cannot tell", found.reason or "there is no interval"
         words = f"{percent(found.confidence)} interval of the change {change(found.ci_low)} to {change(found.ci_high)}"
@@ -178,7 +178,7 @@ def parse_limit(text: str) -> Limit:
     """Parse a limit, such as `energy_per_output_token_j>+3%` or `output_tokens_per_s<-5%`.
 
     Raises:
-        ResultsError: it has another form, or there is no such metric.
+        ResultsError: the text has a different form, or there is no such metric.
     """
     match = _LIMIT.fullmatch(text)
     if match is None:
@@ -194,7 +194,7 @@ def parse_limit(text: str) -> Limit:
 
 
 def metric_named(name: str, flag: str) -> str:
-    """Return the column that a metric's name stands for; the order of its parts is free (energy_j_per_output_token).
+    """Return the column that a name stands for; its parts may be in any order (energy_j_per_output_token).
 
     Raises:
         ResultsError: no column that can be compared has that name.
@@ -291,7 +291,7 @@ def _matched(first: Side, side: Side) -> Iterator[tuple[Case, Case]]:
 
 
 def _ratio(metric: str, base: Case, other: Case, confidence: float) -> Ratio | None:
-    """Return the ratio of a metric, or None if neither case has a value of it."""
+    """Return the ratio of a metric, or None if neither case has a value for it."""
     values = [[getattr(row, metric) for row in case.rows()] for case in (base, other)]
     if not any(value is not None for side in values for value in side):
         return None
@@ -302,9 +302,10 @@ def _ratio(metric: str, base: Case, other: Case, confidence: float) -> Ratio | N
     if before is not None and after is not None:
         center = after / before
     if lacking := sum(not _is_positive(value) for side in repeated for value in side):
-        reason = f"{lacking} of the {basis} have no value of {metric} above 0"
+        verb = "has" if lacking == 1 else "have"
+        reason = f"{lacking} of the {basis} {verb} no value for {metric} above 0"
     elif center is None:
-        reason = f"a side has no value of {metric}"
+        reason = f"one side has no value for {metric}"
     elif (half := _half_width([[math.log(v) for v in side if v] for side in repeated], confidence)) is None:
         reason = "an interval needs at least two experiments, or one with several cycles, on each side"
     else:
@@ -332,7 +333,10 @@ def _has_estimates(case: Case) -> bool:
 def _repeated(
     metric: str, base: Case, other: Case, values: Sequence[Sequence[float | None]]
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
-    """Return the values from whose spread the interval follows: of the experiments or, if single, of their cycles."""
+    """Return the basis of the interval, and the values of the two sides whose spread determines it.
+
+    These are the values of the experiments or, if each side has a single experiment, of its cycles.
+    """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
         if all(len(side) > 1 for side in cycles):
@@ -416,7 +420,7 @@ def _work_differs(base: Case, other: Case) -> Iterator[CodedWarning]:
     known = [length for length in lengths if length is not None]
     if len(known) == 2 and max(known) > (1 + LENGTHS_DIFFER) * min(known):
         words = [f"{length:.4g}" for length in known]
-        yield warning("compare_lengths", _apart("the mean number of output tokens of a request differs", words))
+        yield warning("compare_lengths", _apart("the mean number of output tokens per request differs", words))
     traffic = [_values(case, lambda row: row.arrival_rate_per_s is not None) for case in (base, other)]
     if traffic[0] != traffic[1]:
         words = [" and ".join("with arrivals" if has else "all requests at once" for has in side) for side in traffic]
@@ -459,7 +463,7 @@ def _apart(what: str, sides: Sequence[str]) -> str:
 
 
 def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield warnings about a comparison that its readers must know, although they are no objections to it."""
+    """Yield warnings that readers of a comparison need to know, although they do not rule it out."""
     if len(base.experiments) == len(other.experiments) == 1 and len(base.experiments[0].cycles) > 1:
         yield warning(
             "compare_within_run",

@@ -47,7 +47,7 @@ def title(comparison: Comparison) -> str:
 
 
 def objections_of(comparison: Comparison, allowed: Sequence[str]) -> list[str]:
-    """Return the objections that the user does not allow, as text; those about meters name the metrics they affect."""
+    """Return the objections that the user does not allow, as text."""
     return [
         f"{each.code.removeprefix(PREFIX)}: {each.text}"
         for each in comparison.objections

@@ -27,10 +27,10 @@ SPREADS = {
 }
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# Columns that tell how a number was obtained; if the cycles differ, all values are listed.
+# Columns that say how a number was obtained; if the cycles differ, all values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id|node|trace_sha256)")
 
-# Energies, with the columns that tell their kind: only energies of the same kind are averaged.
+# Energies, with the columns that state their kind: only energies of the same kind are averaged.
 KINDS = {
     **dict.fromkeys(
         (
@@ -43,7 +43,7 @@ KINDS = {
 }  # fmt: skip
 # Properties of a device, which are averaged only over cycles on the same device.
 OF_THE_DEVICE = ("peak_flops_per_s", "idle_power_before_w", "idle_power_loaded_w")
-# Columns that tell where a cycle ran; a run that was resumed elsewhere has several values.
+# Columns that say where a cycle ran; a run that was resumed elsewhere has several values.
 PLACES = {"hostname": "host", "device": "device", "engine_version": "engine"}
 
 _TYPES = {column.name: column.python_type for column in columns(ExperimentRow)}
@@ -120,7 +120,7 @@ def _at(places: Sequence[int], values: Sequence[Any]) -> list[Any]:
 
 
 def _chosen(places: Sequence[int], of_cycles: Columns) -> Columns:
-    """Return the columns restricted to the given indices; if these are all indices, return the lists uncopied."""
+    """Return the columns restricted to the given indices; if these are all indices, the lists are not copied."""
     if len(places) == len(of_cycles["status"]):
         return dict(of_cycles)
     return {name: _at(places, values) for name, values in of_cycles.items()}
@@ -153,7 +153,10 @@ def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
 
 
 def _intensity(group: Sequence[int], of_cycles: Columns) -> float | None:
-    """Return the mean carbon intensity of cycles, weighted by energy, so that the CO2e is the mean of theirs."""
+    """Return the mean carbon intensity of cycles.
+
+    The mean is weighted by energy, so that mean energy times mean intensity is the mean CO2e.
+    """
     values = _at(group, of_cycles["carbon_intensity_g_per_kwh"])
     if values.count(values[0]) == len(values):
         return values[0] if isinstance(values[0], float) else None
@@ -197,7 +200,7 @@ def _largest(values: Sequence[int | None]) -> int | None:
 
 
 def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns, have_one_energy: Sequence[bool]) -> Columns:
-    """Return the spread of each group's cycles; `have_one_energy` says in which groups energies are of one kind."""
+    """Return the spread of each group's cycles; `have_one_energy` marks groups with one kind of energy."""
     spreads: Columns = {}
     for name, (stem, unit) in SPREADS.items():
         values = [_at(group, of_cycles[name]) for group in groups]

@@ -26,7 +26,7 @@ from lem.results.store import ID, Store, results_flag
 from lem.results.tables import Tables
 
 FOLDER = ".deleted"
-# The number of experiments that are listed before the question.
+# The number of experiments that are listed before the user is asked to confirm.
 LISTED = 10
 NOTHING = "Nothing was deleted."
 
@@ -57,7 +57,7 @@ class Deletion:
         """Delete everything.
 
         Raises:
-            ResultsError: something is in use; everything before it in the order has been deleted.
+            ResultsError: an experiment or a campaign is in use; the experiments before it have been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
@@ -80,7 +80,7 @@ def _size(folder: Path) -> int:
     found = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):  # a file of a run that has just removed it
+            with suppress(OSError):  # a run has just removed the file
                 found += os.lstat(os.path.join(place, name)).st_size
     return found
 
@@ -125,7 +125,9 @@ def _folder(store: Store, campaign: str) -> Path:
 
     folder = folder_named(campaign, store)
     if folder.parent.resolve() != (store.root / "campaigns").resolve():
-        raise ResultsError(f"--campaign: {folder} is not in {store.root}; give its results directory with -o.")
+        raise ResultsError(
+            f"--campaign: {folder} is not in {store.root}; give the campaign's results directory with -o."
+        )
     return folder
 
 
@@ -143,7 +145,7 @@ def _refuse_cells(known: Known, ids: Sequence[str]) -> None:
         if name and (known.store.root / "campaigns" / name / DEFINITION).is_file():
             flag = results_flag(known.store)
             raise ResultsError(
-                f"{each} is a cell of campaign '{name}', which needs it for its answer. To delete the whole campaign, "
+                f"{each} is a cell of campaign '{name}', whose results need it. To delete the whole campaign, "
                 f"use lem results delete --campaign {name}{flag}; to delete single cells, add --force. {NOTHING}"
             )
 
@@ -164,14 +166,14 @@ def finish(store: Store) -> None:
         store.mark_finished(experiment_id)
     for name in names:
         _remove(waiting / name)
-    # Under the lock, because another process may be about to move a directory there. The folder stays if a file could
-    # not be removed, and the next command tries again.
+    # This needs the lock, because another process may be about to move a directory there. If a file could not be
+    # removed, the folder stays, and the next command tries again.
     with tables.locked(), suppress(OSError):
         waiting.rmdir()
 
 
 def _remove(folder: Path) -> None:
-    """Remove a directory, or only the link if it is one."""
+    """Remove a directory; if it is a link, remove only the link."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     else:

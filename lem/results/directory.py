@@ -122,7 +122,7 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- the plan
     def write_plan(self, plan: Plan, texts: Sequence[str], arrivals_s: Sequence[float] | None = None) -> None:
-        """Write the prompts, any trace's arrivals and, last, the plan, so that a directory with a plan is complete."""
+        """Write the prompts, any arrivals and, last, the plan, so that a directory with a plan is complete."""
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(self.path / "prompts.jsonl", lines)
         if arrivals_s is not None:
@@ -176,7 +176,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state `aggregated` if the rows of this last attempt have been written, else None."""
+        """Return the state `aggregated` if the rows of `attempt`, the last one, have been written, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -201,7 +201,7 @@ class ExperimentDir:
     def link_aggregated(self, source: Path) -> None:
         """Do the same as `mark_aggregated`, but by linking a file that is shared with other experiments.
 
-        Linking takes a third of the time of writing a file.
+        Linking takes a third of the time that writing a file takes.
         """
         try:
             os.link(source, f"{self._folder}/{AGGREGATED}")
@@ -252,8 +252,8 @@ class ExperimentDir:
     def _check_plain(self) -> None:
         """Raise `ResultsError` if the directory contains links, pipes or devices.
 
-        The directory may come from someone else, and if a log in it were a link, a run would append to the file it
-        points to.
+        The directory may come from someone else, and if a log in it were a link, a run would append to the file that
+        the link points to.
         """
         for entry in os.scandir(self.path):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
@@ -380,8 +380,8 @@ class ExperimentDir:
             raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
     def _content(self, name: str) -> bytes:
-        # This takes a quarter of the time of Path.read_bytes: `lem aggregate --all` may read tens of thousands of small
-        # files.
+        # This takes a quarter of the time that Path.read_bytes takes; `lem aggregate --all` may read tens of
+        # thousands of small files.
         descriptor = open_to_read(f"{self._folder}/{name}")
         try:
             content = os.read(descriptor, 1 << 14)

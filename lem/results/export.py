@@ -305,7 +305,7 @@ def envelope(table: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as JSON on one line; numbers that are not finite become texts, because JSON has none."""
+    """Return plain data as JSON on one line; numbers that are not finite become texts, as JSON cannot hold them."""
     with suppress(ValueError):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     return json.dumps(_with_texts(value), ensure_ascii=False)

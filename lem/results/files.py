@@ -22,7 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 # The beginning of every message about a full disk, including the message in a worker's record.
 NO_SPACE = "No space left"
 
-# A scratch file older than this that is not locked is abandoned: its writer would have locked it long before.
+# An unlocked scratch file older than this is abandoned: a living writer would have locked the file long before.
 ABANDONED_S = 1.0
 
 
@@ -64,7 +64,7 @@ _synced_later = ContextVar("synced_later", default=False)
 
 @contextmanager
 def synced_later() -> Iterator[None]:
-    """Within the block, write each file completely or not at all, but leave it to `sync` to make it survive a crash.
+    """Within the block, write each file completely or not at all, but let `sync` make the files survive a crash.
 
     Waiting for the disk takes milliseconds for each file, which adds up if a study writes thousands of plans.
     """
@@ -119,7 +119,7 @@ class replacing:  # noqa: N801 - reads as a statement
 
 
 def open_to_read(path: str) -> int:
-    """Return a descriptor of a plain file, possibly through a link; raises OSError for anything else.
+    """Return a descriptor of a plain file, possibly reached through a link; raises OSError for anything else.
 
     Reading a pipe or a device in a results directory could block forever.
     """
@@ -132,7 +132,7 @@ def open_to_read(path: str) -> int:
 
 @contextmanager
 def try_to_lock(file: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on a file, created if it is missing; yield whether no other process holds one."""
+    """Try to lock a file exclusively, creating it if it is missing; yield whether this succeeded."""
     with file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Exports in the shape of other projects, with a row for each experiment.
+"""Exports in the formats of other projects, with a row for each experiment.
 
 - `aienergyscore`: `master_results.csv` of AI Energy Score; see `results_aggregator.py` in
   github.com/huggingface/AIEnergyScore.
@@ -38,7 +38,7 @@ Row = Mapping[str, Any]
 
 
 class CsvWriter:
-    """Writes rows in the shape of AI Energy Score's CSV file."""
+    """Writes rows in the format of AI Energy Score's CSV file."""
 
     def __init__(self, sink: IO[bytes]) -> None:
         self._sink = sink
@@ -55,11 +55,11 @@ class CsvWriter:
         self._sink.write(text.getvalue().encode())
 
     def close(self) -> None:
-        """Do nothing: the format has no end."""
+        """Do nothing: a CSV file needs no ending."""
 
 
 class ParquetWriter:
-    """Writes rows in the shape of ML.ENERGY's Parquet file."""
+    """Writes rows in the format of ML.ENERGY's Parquet file."""
 
     def __init__(self, sink: IO[bytes]) -> None:
         import pyarrow as pa
@@ -82,7 +82,7 @@ class ParquetWriter:
 
 
 def _with_fractions(row: Row) -> dict[str, Any]:
-    """Return a row with floats in the columns of floats, because Arrow converts no whole number above 2**53."""
+    """Return a row with floats in all float columns, because Arrow refuses to convert integers above 2**53."""
     return {
         name: float(value) if value is not None and ML_ENERGY_COLUMNS[name] == "float" else value
         for name, value in row.items()
@@ -90,7 +90,7 @@ def _with_fractions(row: Row) -> dict[str, Any]:
 
 
 def writer(shape: str, sink: IO[bytes]) -> CsvWriter | ParquetWriter:
-    """Return the writer of a shape."""
+    """Return the writer for a format, given its name."""
     makers: dict[str, Callable[[IO[bytes]], CsvWriter | ParquetWriter]] = {
         "aienergyscore": CsvWriter,
         "mlenergy": ParquetWriter,
@@ -109,13 +109,13 @@ def _labels(row: Row, reasons: list[str]) -> dict[str, Any]:
 
 
 def _ratio(value: float | None, by: float | None, factor: float = 1.0) -> float | None:
-    """Return a quotient; None if a part of it is unknown or the divisor is 0."""
+    """Return a quotient; None if either value is unknown or the divisor is 0."""
     return None if value is None or not by else value / by * factor
 
 
 # ------------------------------------------------------------------ AI Energy Score
 PROMPTS = "AIEnergyScore/text_generation"
-# The organisation's earlier name on the hub, which the project's own configuration still uses.
+# The organization's earlier name on the hub, which the project's own configuration still uses.
 PROMPTS_BEFORE = "EnergyStarAI/text_generation"
 
 
@@ -170,7 +170,7 @@ def not_ai_energy_score(row: Row) -> list[str]:
 
 
 def _is_h100(device: str) -> bool:
-    """Return whether a device is a whole H100 with 80 GB; an H100 NVL has more, and a MIG instance is a part."""
+    """Return whether a device is a whole H100 with 80 GB; an H100 NVL has more, and a MIG instance is only a part."""
     return bool(re.search(r"\bH100\b", device)) and not re.search(r"\b(NVL|MIG)\b", device)
 
 

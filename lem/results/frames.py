@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # The key under which a DataFrame's `attrs` holds the units of its columns.
 UNITS = "units"
-# The aggregations of pandas whose result has the unit of the values, as named in the columns that they make.
+# The pandas aggregations whose results have the unit of the values, by the names that pandas gives to their columns.
 KEEPS_UNIT = re.compile(r"mean|median|min|max|sum|std|sem|first|last|nth|quantile|\d+(\.\d+)?%")
-# What a merge appends to the names of columns that both sides have, unless it is told otherwise.
+# What a merge appends, by default, to the names of columns that both sides have.
 MERGED = re.compile(r"(.+)_[xy]")
 
 
@@ -81,8 +81,8 @@ def load(results_dir: str | Path = "results") -> Frames:
         results_dir: the directory, as given to --results-dir.
 
     Returns:
-        An object with the tables `experiments`, `cycles`, `requests` and `power`, each with one row for what its name
-        says; `power` has one row for each sample of each device.
+        An object with the tables `experiments`, `cycles` and `requests`, each with one row for each experiment, cycle
+        or request, and `power`, with one row for each sample of each device.
 
     Raises:
         BadInput: the path begins with `~` and the name of a user who does not exist.
@@ -127,9 +127,9 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
     unit, add it to `frame.attrs["units"]`, which takes precedence over the names. pandas copies `attrs` in most
     operations, but not in all of them.
 
-    Values that cannot be the quantity have no unit: truth values, and whole numbers where the quantity has fractions,
-    as after `groupby(…).count()`. Another quantity under an old name is not recognised otherwise, such as a variance,
-    or counts in a column of tokens; rename such a column.
+    A column has no unit if its values cannot be the quantity: truth values, or whole numbers where the quantity has
+    fractions, as after `groupby(…).count()`. Otherwise, `lem` cannot notice that a column now holds another quantity
+    under its old name, such as a variance, or counts in a column of tokens; rename such a column.
 
     Args:
         frame: a DataFrame, or a single column as a Series.

@@ -5,8 +5,8 @@
     <study>/.lock            held by the command that submits and collects the study's jobs
     <results>/jobs/<name>    a mark that contains the study's directory, until the study's outcome has been shown
 
-An array is recorded before it is submitted, and its jobs' ids afterwards. If the command is killed in between, the next
-command asks Slurm whether the array was accepted. This module does not know Slurm.
+An array is recorded before it is submitted, and the ids of its jobs after that. If the command is killed in between,
+the next command asks Slurm whether the array was accepted. This module does not call Slurm.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ CELLS, OPEN = "experiments.json", ("not run", "queued", "running")
 class Terms:
     """How a study was submitted: everything that is needed to submit more of its jobs and to collect their results.
 
-    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch, by which the same command
-    recognises them. Paths are absolute.
+    `cells_sha256` is a digest of the fingerprints of the cells of a sweep or batch. If the same command is given again,
+    it recognizes the study by this digest. Paths are absolute.
     """
 
     slurm: SlurmOptions
@@ -60,10 +60,10 @@ class Terms:
 class Array:
     """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
 
-    `ids` is None as long as it is not known whether Slurm accepted the array, and empty if it did not. `is_refused`
-    means that its cells have failed because Slurm refused it. `is_adopted` means that its submission was interrupted
-    after Slurm had accepted it, so its jobs may have started without the files that they need. `at_s` is the time at
-    which the array was to be submitted, in seconds since 1970.
+    `ids` is None as long as it is not known whether Slurm accepted the array, and empty if Slurm did not. `is_refused`
+    means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the submission was
+    interrupted after Slurm had accepted the array, so its jobs may have started without the files that they need.
+    `at_s` is the time at which the array was to be submitted, in seconds since 1970.
     """
 
     file: str
@@ -105,7 +105,7 @@ class Ledger:
     directory: Path
     terms: Terms
     arrays: list[Array] = field(default_factory=list)
-    # Whether the user has cancelled the jobs; whether none is left to wait for; whether the outcome has been shown.
+    # Whether the user has canceled the jobs; whether none is left to wait for; whether the outcome has been shown.
     is_cancelled: bool = False
     is_over: bool = False
     is_shown: bool = False
@@ -164,7 +164,7 @@ class Ledger:
         self._record({"submitting": {"file": file, "jobs": [list(cells) for cells in jobs], "at_s": time.time()}})
 
     def submitted(self, ids: Sequence[str]) -> None:
-        """Record the ids of the last array's jobs; no ids mean that Slurm did not accept it, at least for now."""
+        """Record the ids of the last array's jobs; without ids, Slurm has not accepted the array, at least for now."""
         self._record({"submitted": list(ids)})
 
     def adopted(self, ids: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class Ledger:
         self._record({"refused": True})
 
     def cancel(self) -> None:
-        """Record that the jobs are to be cancelled, so that another command can complete this if this one is killed."""
+        """Record that the jobs are to be canceled, so that another command can do so if this one is killed."""
         self._record({"cancelled": True})
 
     def end(self) -> None:
@@ -205,7 +205,7 @@ class Ledger:
     # -------------------------------------------------------------- what it says
     @property
     def unknown(self) -> Array | None:
-        """The array of which it is not known whether Slurm accepted it; only the last one can be."""
+        """The last array, if it is not known whether Slurm accepted it; otherwise None."""
         return self.arrays[-1] if self.arrays and self.arrays[-1].ids is None else None
 
     @property
@@ -258,7 +258,7 @@ def awaited(store: Store) -> list[Ledger]:
 
 
 def queued_in(store: Store) -> dict[str, str]:
-    """Return the experiments that jobs have still to run or to finish, by id, with the names of their studies.
+    """Return the experiments that jobs have yet to run or to finish, by id, with the names of their studies.
 
     Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
     """
@@ -274,7 +274,7 @@ def queued_in(store: Store) -> dict[str, str]:
 
 @contextmanager
 def attending(directory: Path) -> Iterator[bool]:
-    """Try to take the lock of a study, and yield whether that succeeded; it fails while another process holds it.
+    """Try to take the lock of a study, and yield whether this succeeded; only one process can hold the lock.
 
     The kernel releases the lock when this process ends.
 

@@ -5,8 +5,8 @@ A journal is a file of JSON lines for one process and one attempt. It has two ki
 - `{"record": …}` is written when a measured window opens, with the process's record up to then.
 - `{"done": [rows], "duration_s": …}` is written after each batch, occasionally with the window's energy so far.
 
-A last line without a line end was cut off when the process died, and is ignored. This module knows nothing about
-engines or meters.
+If the last line has no line break, it was cut off when the process died, and is ignored. This module knows nothing
+about engines or meters.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tu
     if opened_s + duration_s <= carbon.until_unix_s:
         return replace(carbon, until_unix_s=None), ()
     text = (
-        "the carbon intensity changed during the window, and the process was killed before it could weigh its values."
+        "the carbon intensity changed during the window, and the process was killed before it could compute the mean."
     )
     return None, (warning("carbon_unknown", text),)
 
@@ -176,7 +176,7 @@ class Journal:
         self._write(OPENING + msgspec.json.encode(record) + b"}\n")
 
     def add(self, rows: Sequence[RequestRecord], checkpoint: Checkpoint) -> None:
-        """Record a finished batch; on return the kernel has the data, so a kill cannot lose it."""
+        """Record a finished batch; once this returns, the batch is not lost even if the process is killed."""
         done = [{name: value for name, value in asdict(row).items() if name not in COMMON} for row in rows]
         known = {name: value for name, value in asdict(checkpoint).items() if value is not None}
         self._write(msgspec.json.encode({"done": done} | known) + b"\n")

@@ -13,7 +13,7 @@ from lem.record import RequestRecord
 from lem.results.statistics import percentile
 from lem.warning_codes import PERCENTILES
 
-# What has percentiles: the prefix of its columns, and its name in warnings.
+# The quantities that have percentiles: the prefix of their columns, and their names in warnings.
 SAMPLED = {
     "latency": "latency",
     "ttft": "time to first token",
@@ -86,7 +86,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def samples(counts: Sequence[Mapping[str, int]]) -> dict[str, list[int | None]]:
-    """Return the counts of `sample_counts`, for several cycles, by column."""
+    """Return the columns with the numbers of samples, given the `sample_counts` of several cycles."""
     return {f"{stem}_samples": [each.get(name) for each in counts] for stem, name in SAMPLED.items()}
 
 

@@ -214,7 +214,7 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings; a window without one does not void the readings of other windows."""
+    """Return the sum of a device's readings, even if some of the windows have no reading of the device."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -318,8 +318,11 @@ def _merged_warnings(records: Sequence[ProcessRecord]) -> tuple[CodedWarning, ..
 def _of_several(cut: Cut) -> CodedWarning:
     lost = "an unknown time" if cut.lost_s is None else f"a total of {cut.lost_s:.3g} s"
     behind_s = cut.energy_behind_s
-    energy = f"; their energy was last read a total of {behind_s:.3g} s before that" if behind_s else ""
-    text = f"{cut.windows} windows were interrupted {lost} after their last finished requests, where they end{energy}."
+    energy = f"; their energy was last read a total of {behind_s:.3g} s before these ends" if behind_s else ""
+    text = (
+        f"{cut.windows} windows were interrupted {lost} after their last finished requests, and each window ends at "
+        f"its last finished request{energy}."
+    )
     return warning("window_cut", text)
 
 

@@ -1,8 +1,8 @@
 """How far the results of a campaign depend on the nodes and boards of a cluster that ran its cycles.
 
 A cycle is measured on one node. The node is therefore a block that contains whole cycles: its level is part of the
-cycle's and cancels in ratios within the cycle. What does not cancel is an interaction, that is, a ratio that is not the
-same on all nodes. This module works on plain numbers and does not know how a campaign is run.
+cycle's level and cancels out in ratios within the cycle. What does not cancel out is an interaction, that is, a ratio
+that differs between nodes. This module works on plain numbers and does not know how a campaign is run.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class Block:
 
 @dataclass(frozen=True)
 class RatioThere:
-    """The ratio of an arm to the baseline on one kind of board; its own 95 % interval is not adjusted for several.
+    """The ratio of an arm to the baseline on one model of board.
 
-    The interval is None if the cycles leave no degrees of freedom for the noise.
+    The 95 % interval is not adjusted for the number of ratios. It is None if the cycles leave no degrees of freedom for
+    the noise.
     """
 
     arm: int
@@ -73,8 +74,8 @@ class Spread:
     """How far nodes and boards differ.
 
     `node_sd_log` and `board_sd_log` are the standard deviations of the level (a cycle's mean logarithm) from node to
-    node and from one model of board to another, without the noise within them. They are None if there is only one, or
-    if no node (no model) ran two complete cycles.
+    node and from one model of board to another, without the noise within a node or model. They are None if there is
+    only one node or model, or if none of them ran two complete cycles.
     """
 
     nodes: tuple[str, ...]
@@ -119,8 +120,8 @@ def between_groups(groups: Sequence[Sequence[float]]) -> float | None:
     """Return the standard deviation between groups of values, without the noise within the groups.
 
     This is the root of the variance component in a one-way random model, estimated from the mean squares; a negative
-    estimate counts as 0. None with fewer than two groups, or without a group of two. Source: S. R. Searle, G. Casella
-    and C. E. McCulloch, Variance Components (1992), ch. 3.
+    estimate counts as 0. The result is None if there are fewer than two groups, or if every group has a single value.
+    Source: S. R. Searle, G. Casella and C. E. McCulloch, Variance Components (1992), ch. 3.
     """
     count, size = len(groups), sum(map(len, groups))
     if count < 2 or size <= count:
@@ -147,7 +148,7 @@ def _grouped(cycles: Sequence[Block], place: Callable[[Block], str]) -> dict[str
 
 
 def _blocks(pairs: Sequence[Block]) -> list[By]:
-    """Return the kinds of block that divide the cycles; nodes are not tested if each has a board of its own."""
+    """Return the kinds of block that divide the cycles; nodes are not tested if each has its own model of board."""
     boards, nodes = len({each.board for each in pairs}), len({each.node for each in pairs})
     return [by for by in BLOCKS if (boards > 1 if by == "board" else nodes > max(boards, 1))]
 
@@ -184,7 +185,7 @@ def _interaction(pairs: Sequence[Block], arm: int, baseline: int, analysis: Anal
 
 @dataclass(frozen=True)
 class _Fit:
-    """Least squares of a pair's log ratios: the mean of each group at equal positions, and the sum of squares left."""
+    """A least-squares fit of log ratios: each group's mean at equal positions, and the residual sum of squares."""
 
     means: list[float]
     errors: list[float]
@@ -212,7 +213,7 @@ class _Fit:
 
 
 def _with_line(design: np.ndarray[Any, Any], offsets: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Add a column for the difference of the positions, unless it follows from the groups."""
+    """Add a column for the difference of the positions, unless the groups already determine the difference."""
     import numpy as np
 
     wider = np.column_stack([design, np.array(offsets, float)])

@@ -24,8 +24,8 @@ LEAST_PAIRS = 3
 # With six cells, a line through them leaves four degrees of freedom, and a line through all but the first cell leaves
 # three.
 LEAST_CELLS = 6
-# With fewer cells, a correlation between neighbouring cells is not significant unless it exceeds 0.6.
-LEAST_NEIGHBOURS = 10
+# With fewer cells, a correlation between neighboring cells is not significant unless it exceeds 0.6.
+LEAST_NEIGHBORS = 10
 PERMUTATIONS = 2000
 # The numbers of cycles for which the detectable difference is shown.
 EXAMPLES = (3, 5, 10, 20)
@@ -54,7 +54,7 @@ class Floor:
 
     A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95 %
     interval, and `planning` is the upper confidence limit used to plan campaigns. `finds` maps several numbers of
-    cycles to the smallest difference (as a ratio minus 1) that so many cycles detect with a probability of 80 %. All
+    cycles to the smallest difference (as a ratio minus 1) that this many cycles detect with a probability of 80 %. All
     are None, with a reason, if there are too few pairs or if all pairs are equal.
     """
 
@@ -130,7 +130,7 @@ class Noise:
     drift_per_cycle: Change
     first: Change
     position: Change
-    neighbours: Correlation
+    neighbors: Correlation
     advice: tuple[Advice, ...]
     is_estimate: bool
 
@@ -169,8 +169,8 @@ def noise_of(answer: Answer, difference: float) -> Noise:
     primary = answer.definition.campaign.primary
     cells = [(cell, math.log(value)) for cell in _by_time(answer.cells) if (value := _value(cell, primary))]
     drift, per_cycle = _drift(cells)
-    neighbours = _neighbours([value for _, value in cells])
-    drift, first, position, neighbours = _adjusted(drift, _first(cells), _position(answer.cells, primary), neighbours)
+    neighbors = _neighbors([value for _, value in cells])
+    drift, first, position, neighbors = _adjusted(drift, _first(cells), _position(answer.cells, primary), neighbors)
     noise = Noise(
         answer=answer,
         difference=difference,
@@ -180,7 +180,7 @@ def noise_of(answer: Answer, difference: float) -> Noise:
         drift_per_cycle=replace(per_cycle, p_value=drift.p_value),
         first=first,
         position=position,
-        neighbours=neighbours,
+        neighbors=neighbors,
         advice=(),
         is_estimate=_is_estimate(answer, primary),
     )
@@ -219,7 +219,7 @@ def _floor(answer: Answer, measure: str) -> Floor:
     ratios = [second - first for first, second in _pairs(answer.cells, measure).values()]
     n = len(ratios)
     if n == 0:
-        return Floor(measure, 0, reason=f"no cycle has a value of {measure} in both cells")
+        return Floor(measure, 0, reason=f"no cycle has a value for {measure} in both cells")
     if n < LEAST_PAIRS:
         return Floor(measure, n, reason=_too_few(n, "pair", "a standard deviation", LEAST_PAIRS))
     sd = summarise(ratios).sd
@@ -317,13 +317,13 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
     return Change(n, math.expm1(mean), math.expm1(mean - half), math.expm1(mean + half), p_value)
 
 
-def _neighbours(values: Sequence[float]) -> Correlation:
+def _neighbors(values: Sequence[float]) -> Correlation:
     """Return the correlation of each cell with the cell before it, tested by permuting the residuals of a line."""
     import numpy as np
 
     n = len(values)
-    if n < LEAST_NEIGHBOURS:
-        return Correlation(n, reason=_too_few(n, "cell", "correlating neighbours", LEAST_NEIGHBOURS))
+    if n < LEAST_NEIGHBORS:
+        return Correlation(n, reason=_too_few(n, "cell", "correlating neighbors", LEAST_NEIGHBORS))
     places = np.arange(n, dtype=float)
     left = np.array(values) - np.polyval(np.polyfit(places, np.array(values), 1), places)
     squares = float(left @ left)
@@ -337,17 +337,17 @@ def _neighbours(values: Sequence[float]) -> Correlation:
 
 
 def _adjusted(
-    drift: Change, first: Change, position: Change, neighbours: Correlation
+    drift: Change, first: Change, position: Change, neighbors: Correlation
 ) -> tuple[Change, Change, Change, Correlation]:
     """Return the changes and the correlation with p-values adjusted for testing several effects (Holm)."""
-    known = [each.p_value for each in (drift, first, position, neighbours) if each.p_value is not None]
+    known = [each.p_value for each in (drift, first, position, neighbors) if each.p_value is not None]
     adjusted = iter(holm(known))
     changes = [
         each if each.p_value is None else replace(each, p_value=next(adjusted)) for each in (drift, first, position)
     ]
-    if neighbours.p_value is not None:
-        neighbours = replace(neighbours, p_value=next(adjusted))
-    return changes[0], changes[1], changes[2], neighbours
+    if neighbors.p_value is not None:
+        neighbors = replace(neighbors, p_value=next(adjusted))
+    return changes[0], changes[1], changes[2], neighbors
 
 
 # ------------------------------------------------------------------ what to do
@@ -365,11 +365,9 @@ def _cycles(noise: Noise) -> Advice:
     cycles = cycles_for(floor.planning, noise.difference)
     planned = f"up to {percent(floor.planning)} (its upper limit, at {percent(PLANNING_CONFIDENCE)} confidence)"
     if cycles is None:
-        why = (
-            f"with a noise of {planned}, even {MOST_CYCLES} cycles would not detect {wanted}: make the machine quieter."
-        )
+        why = f"with noise of {planned}, even {MOST_CYCLES} cycles would not detect {wanted}: make the machine quieter."
         return Advice("cycles", f"more than {MOST_CYCLES}", why)
-    why = f"with a noise of {planned}, this detects a difference of {wanted} with a probability of at least 80 %."
+    why = f"with noise of {planned}, this detects a difference of {wanted} with a probability of at least 80 %."
     return Advice("cycles", f"--cycles {cycles}", why)
 
 
@@ -380,11 +378,13 @@ def _gap(noise: Noise) -> Advice:
     if noise.position.is_seen:
         assert noise.position.change is not None
         return Advice(
-            "gap", longer, f"the second cell of a cycle differs by {percent(noise.position.change, '+')}; {again}."
+            "gap",
+            longer,
+            f"the second cell of a cycle differs from the first by {percent(noise.position.change, '+')}; {again}.",
         )
-    if noise.neighbours.is_seen:
-        return Advice("gap", longer, f"cells resemble the preceding one (r = {noise.neighbours.r:.2f}); {again}.")
-    unknown = noise.position.reason or noise.neighbours.reason
+    if noise.neighbors.is_seen:
+        return Advice("gap", longer, f"each cell resembles the one before it (r = {noise.neighbors.r:.2f}); {again}.")
+    unknown = noise.position.reason or noise.neighbors.reason
     keep = f"--config-gap {gap_s:g}, unchanged"
     if unknown is not None:
         return Advice("gap", keep, f"nothing suggests a change, but {unknown}.")

@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 NONE_SEEN = "none seen"
 FALSE_ALARM = (
     "FALSE ALARM: {sentence} Both arms are the same configuration. One campaign in twenty raises such an alarm by "
-    "chance; if it happens again, the order of the cells or a drift makes a difference here."
+    "chance; if it happens again, the order of the cells or a drift affects the results."
 )
 
 
@@ -30,7 +30,7 @@ def show_noise(noise: Noise) -> None:
         f"{len(answer.cells)} cells completed, {campaign.structure}"
     )
     if not done:
-        print("No cell is completed yet, so nothing is known about the noise.")
+        print("No cell has completed yet, so nothing is known about the noise.")
         return
     words = MEASURES[campaign.primary][1]
     _print(f"{words[0].upper()}{words[1:]}{_kind(noise)}")
@@ -53,7 +53,7 @@ def _print(text: str) -> None:
 
 
 def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print names and texts, breaking no line between a number and its percent sign."""
+    """Print names and texts, never breaking a line between a number and its percent sign."""
     show.print_pairs((name, text.replace(" %", f"{show.NO_BREAK}%")) for name, text in pairs)
 
 
@@ -74,7 +74,7 @@ def _lines(noise: Noise) -> Iterator[tuple[str, str]]:
     yield "Drift", _drift(noise)
     yield "First cell", _change(noise.first, "against a line through all others")
     yield "Position", _change(noise.position, "from the first to the second cell of a cycle")
-    yield "Carry-over", _correlation(noise.neighbours)
+    yield "Carry-over", _correlation(noise.neighbors)
 
 
 def _floor(floor: Floor) -> str:
@@ -132,7 +132,7 @@ def _change(found: Change, over: str) -> str:
 def _correlation(found: Correlation) -> str:
     if found.r is None:
         return f"not known: {found.reason}"
-    words = f"correlation of {found.r:+.2f} between neighbouring cells (p = {found.p_value:.2g}, {found.n} cells)"
+    words = f"correlation of {found.r:+.2f} between neighboring cells (p = {found.p_value:.2g}, {found.n} cells)"
     return f"SEEN: {words}" if found.is_seen else f"{NONE_SEEN}: {words}"
 
 
@@ -156,7 +156,7 @@ def as_plain(noise: Noise) -> dict[str, Any]:
         "drift_per_cycle": asdict(noise.drift_per_cycle),
         "first_cell": asdict(noise.first),
         "position": asdict(noise.position),
-        "carry_over": asdict(noise.neighbours),
+        "carry_over": asdict(noise.neighbors),
         "advice": [asdict(each) for each in noise.advice],
         "warnings": [{"code": note.code, "text": note.text} for note in noise.answer.warnings],
     }

@@ -172,7 +172,7 @@ def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | No
 
 
 def _cast(column: Any, arrow_type: Any) -> Any:
-    # To cast, pyarrow imports its compute functions, even if the type is the same.
+    # A cast makes pyarrow import its compute functions, even if the type is the same.
     return column if column.type == arrow_type else column.cast(arrow_type)
 
 
@@ -208,14 +208,14 @@ def write_table(path: Path, rows: Any) -> None:
 
 
 def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
-    """Read a Parquet file or, with `wanted_names`, only these columns if the file has them.
+    """Read a Parquet file; with `wanted_names`, read only the columns in this list that the file has.
 
     Raises:
         ValueError, OSError: the file is damaged or cannot be read.
     """
     import pyarrow.parquet as pq
 
-    # The file is passed open, because pyarrow could take a path given as a string for a URI.
+    # The file is passed open, because pyarrow could mistake a path given as a string for a URI.
     with path.open("rb") as file:
         return pq.ParquetFile(file).read(wanted_names)
 

@@ -1,4 +1,4 @@
-"""Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets, for model FLOPs utilisation.
+"""Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets, for model FLOPs utilization.
 
 A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak, not
 TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation. The

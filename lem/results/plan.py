@@ -77,7 +77,7 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether a process's requests count; of processes with the same prompts, only the first one's do."""
+        """Return whether a process's requests count; in a group with the same prompts, only the first process's do."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:

@@ -1,8 +1,8 @@
 """Computes rows from the processes' records, merging ranks, for many experiments at once.
 
 Throughput is output tokens divided by the window's wall-clock time. Rows are computed column by column, which for
-thousands of cycles takes a fraction of the time needed row by row. This module works only on records; it knows nothing
-about files or about how anything was measured.
+thousands of cycles takes a fraction of the time that computing row by row would take. This module works only on
+records; it knows nothing about files or about how anything was measured.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _loaded(records: Sequence[ProcessRecord]) -> Columns:
 
 
 def _peak_of(engine: EngineInfo | None, model: ModelInfo | None, environment: Environment | None) -> Peak | None:
-    """Return a GPU's peak for the arithmetic, or None if the peak is unknown or only part of the GPU was used."""
+    """Return a GPU's peak for the arithmetic's dtype; None if it is unknown or only part of the GPU was used."""
     if engine is None or model is None or not engine.device.startswith("cuda"):
         return None
     if environment is not None and any(state.mig for state in environment.devices_before):

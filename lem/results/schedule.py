@@ -65,8 +65,8 @@ class Config(Struct, frozen=True):
     """What each run measures, in a form for people to read; `what.json` has all values.
 
     `prompts_sha256` is the digest of the prompts, which must be the same in every run. `forced` means that inadvisable
-    options were accepted with --force. `working_dir` is the directory in which the schedule was started: relative
-    paths start there.
+    options were accepted with --force. `working_dir` is the directory in which the schedule was started; relative
+    paths are resolved from it.
     """
 
     kind: Literal["experiment", "campaign"]
@@ -155,7 +155,10 @@ def results_hint(folder: Path) -> str:
 
 # ------------------------------------------------------------------ reading and writing
 def not_copied(store: Store) -> str | None:
-    """Return a note for commands that copy experiments, which do not copy the files of schedules; None without any."""
+    """Return a note that the files of schedules are not copied, for commands that copy experiments.
+
+    The note is None if there are no schedules.
+    """
     known = names(store)
     if not known:
         return None
@@ -167,7 +170,7 @@ def not_copied(store: Store) -> str | None:
 
 
 def names(store: Store) -> list[str]:
-    """Return the names of all schedules of a results directory."""
+    """Return the names of all schedules in a results directory."""
     folder = store.root / FOLDER
     return sorted(name for name in os.listdir(folder) if (folder / name / TABLE).is_file()) if folder.is_dir() else []
 
@@ -185,7 +188,7 @@ def load_schedule(store: Store, name_or_id: str) -> ScheduleManifest:
     for name in known:
         if (found := read_manifest(folder_of(store, name))).id == name_or_id:
             return found
-    hint = did_you_mean(name_or_id, known) or (f" There are {', '.join(known)}." if known else "")
+    hint = did_you_mean(name_or_id, known) or (f" The schedules there are: {', '.join(known)}." if known else "")
     raise ResultsError(f"There is no schedule '{name_or_id}' in {store.root}.{hint}")
 
 
@@ -196,9 +199,9 @@ def read_manifest(folder: Path) -> ScheduleManifest:
         with os.fdopen(open_to_read(str(file)), "rb") as content:
             return msgspec.json.decode(content.read(), type=ScheduleManifest)
     except OSError as error:
-        raise ResultsError(f"{file}: cannot be read ({error.strerror}). Start the schedule again.") from None
+        raise ResultsError(f"{file} cannot be read ({error.strerror}). Start the schedule again.") from None
     except msgspec.DecodeError as error:
-        raise ResultsError(f"{file}: damaged ({error}). Restore the file, or use another --name.") from None
+        raise ResultsError(f"{file} is damaged ({error}). Restore the file, or use another --name.") from None
 
 
 def write_manifest(folder: Path, manifest: ScheduleManifest) -> None:
@@ -223,10 +226,10 @@ def write_outcome(folder: Path, number: int, outcome: RunOutcome) -> None:
 
 @contextmanager
 def held(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
-    """Hold one of a schedule's locks; the kernel releases it when this process ends, even by a crash.
+    """Hold one of a schedule's locks; the kernel releases it when this process ends, even in a crash.
 
     Raises:
-        ResultsError: another process holds the lock, unless `wait` is set, or the directory is not writable.
+        ResultsError: another process holds the lock and `wait` is not set, or the directory is not writable.
     """
     try:
         with needs_space(folder):

@@ -50,7 +50,7 @@ class Run:
 
     @property
     def at(self) -> datetime:
-        """The planned time on the clocks of the schedule's time zone."""
+        """The planned local time, in the schedule's time zone."""
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
 
     def value(self, arm: str, measure: str) -> float | None:
@@ -89,7 +89,7 @@ class Answer:
 
 
 def answer(store: Store, manifest: ScheduleManifest) -> Answer:
-    """Return the results of a schedule, as far as it has come."""
+    """Return the results of a schedule so far."""
     runs = _runs(store, manifest)
     arms = list(dict.fromkeys(arm for run in runs for arm in run.rows))
     measures = [
@@ -159,13 +159,13 @@ def _of(runs: Iterable[Run], arm: str) -> list[ExperimentRow]:
 
 
 def _why_unknown(runs: Sequence[Run], arm: str, measure: str) -> str | None:
-    """Return why a metric has no means, or None if it has."""
+    """Return why a metric has no means, or None if it has means."""
     rows = _of(runs, arm)
     if not rows:
         return "no run has completed"
     values = [value for run in runs if (value := run.value(arm, measure)) is not None]
     if not values:
-        return f"no run has a value of {measure}"
+        return f"no run has a value for {measure}"
     if min(values) <= 0:
         return "a value is 0, which has no logarithm"
     if measure in ENERGIES and len(_kinds(rows)) > 1:
@@ -200,7 +200,7 @@ def _doubts(
 
 
 def lost(starts: Sequence[Start]) -> str:
-    """Return the numbers of the runs that failed, were skipped, missed or interrupted, in words; empty if none."""
+    """Return the numbers of the runs that failed, were skipped, missed or interrupted, as text; empty if none."""
     parts = []
     for status in ("failed", "skipped", "missed", "interrupted"):
         numbers = [start.number for start in starts if start.status == status]
@@ -221,7 +221,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
-    """Warn about differences between the runs of one arm, because of which they are not repeats of each other."""
+    """Warn about differences between the runs of one arm that keep them from being repeats of each other."""
     of = f"of {arm} " if arm else ""
     if len(_kinds(rows)) > 1:
         ways = ", ".join(dict.fromkeys(f"{row.energy_components} ({row.energy_source})" for row in rows))

@@ -15,7 +15,7 @@ from lem.results.schedule import Start
 from lem.results.schedule_answer import ENERGIES, MEASURES, PRIMARY, Answer, Found, Run
 from lem.results.variation import LEVEL, POWER, Level, Variation
 
-# Of more runs than this, only the last ones are shown.
+# If there are more runs than this, only the last ones are shown.
 MOST_RUNS = 100
 # Each metric's header and unit, as in a campaign's table of arms.
 HEADS = {**OF_CAMPAIGNS, "co2e_g": ("CO2e", "gCO2e")}
@@ -62,7 +62,7 @@ def sentence(found: Found, variation: Variation) -> str:
     words = MEASURES[found.measure][1] + (f" of {found.arm}" if found.arm else "")
     what = f"{words[0].upper()}{words[1:]}"
     if variation.result is None:
-        return f"{what} by {variation.factor}: cannot tell: {variation.reason}."
+        return f"{what} by {variation.factor}: cannot tell ({variation.reason})."
     test = variation.result
     shown = f"{variation.test}, F({test.numerator}, {test.denominator}) = {test.statistic:.3g}"
     p_value = f"p = {variation.p_adjusted:.2g}"
@@ -104,7 +104,7 @@ def _show_runs(answer: Answer) -> None:
         table.add_row(*_cells(run.start), *values, show.cell(run.start.error or ""))
     show.print_table(table)
     if len(shown) < len(answer.runs):
-        print(f"The first {len(answer.runs) - len(shown)} runs are left out; --json has all.")
+        print(f"The first {len(answer.runs) - len(shown)} runs are left out; --json lists all.")
 
 
 def _cells(start: Start) -> tuple[str, ...]:

@@ -22,10 +22,10 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """The measurements of an experiment or of one of its cycles: the columns that both tables have.
 
     Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if it was
-    read from them, else that of the measured components, else the sum of the estimates; `energy_source` tells which.
+    read from them, else that of the measured components, else the sum of the estimates; `energy_source` says which.
     """
 
-    # Columns are in the order of their class, except for these, each of which follows the column named here.
+    # Columns are in the order of the class's fields, except that each column named here follows the column it maps to.
     AFTER: ClassVar[dict[str, str]] = {}
 
     experiment_id: Annotated[str, "Unique id of the experiment."]
@@ -62,7 +62,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
     energy_per_request_j: Annotated[float | None, quantities.JOULE_PER_REQUEST, "energy_j / requests_completed."]
     flops_per_s: Annotated[float | None, quantities.FLOP_PER_SECOND, "flops / duration_s."]
-    mfu: Annotated[Ratio, "Model FLOPs utilisation: flops_per_s / peak_flops_per_s."]
+    mfu: Annotated[Ratio, "Model FLOPs utilization: flops_per_s / peak_flops_per_s."]
     # of an interrupted run
     repeated_share: Annotated[
         Ratio,
@@ -209,7 +209,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         float | None, quantities.GRAM_CO2E_PER_KWH, "Carbon intensity used; from a trace, its mean over the window."
     ]
     carbon_intensity_source: Annotated[
-        str | None, "Source of the carbon intensity; for a trace, also whether energy or time weighs its values."
+        str | None,
+        "Source of the carbon intensity; for a trace, also whether its mean is weighted by energy or by time.",
     ]
     carbon_trace_sha256: Annotated[str | None, "Digest of the file energy.carbon_trace; null without a trace."] = None
     peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
@@ -230,7 +231,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j over the cycles."] = None
     energy_ci95_low_j: Annotated[Joules, "Lower end of the 95 % t-interval of the mean of energy_j."] = None
     energy_ci95_high_j: Annotated[Joules, "Upper end of the 95 % t-interval of the mean of energy_j."] = None
-    output_tokens_per_s_mean: Annotated[TokensPerSecond, "Mean of the cycles' rates, the interval's centre."] = None
+    output_tokens_per_s_mean: Annotated[TokensPerSecond, "Mean of the cycles' rates; the middle of the interval."] = (
+        None
+    )
     output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation of the cycles' rates."] = None
     output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation of the cycles' rates."] = None
     output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end of the mean's 95 % t-interval."] = None
@@ -239,9 +242,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s over the cycles."] = None
     latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the mean's 95 % t-interval."] = None
     latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the mean's 95 % t-interval."] = None
-    energy_per_output_token_mean_j: Annotated[JoulesPerToken, "Mean of the cycles' values, the interval's centre."] = (
-        None
-    )
+    energy_per_output_token_mean_j: Annotated[
+        JoulesPerToken, "Mean of the cycles' values; the middle of the interval."
+    ] = None
     energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation of the cycles' values."] = None
     energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation of the cycles' values."] = None
     energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end of the mean's 95 % t-interval."] = None

@@ -34,7 +34,7 @@ PERCENTILES = {
     "Inter-token latency": "itl",
     "Time per output token": "tpot",
 }
-# What has percentiles, by the prefix of its columns.
+# Names of the quantities that have percentiles, by the prefix of their columns.
 SAMPLE_NAMES = {"latency": "latency", "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "queue": "queue"}
 # The indent of what stands below a heading.
 INDENT = 2
@@ -93,7 +93,7 @@ def filled(parts: Iterable[str], separator: str, width: int, cells: Callable[[st
 
     Args:
         parts: the parts, which are not divided.
-        separator: what stands between two parts; at the end of a line, without its spaces.
+        separator: the text between two parts; at the end of a line, its trailing spaces are dropped.
         width: the width of a line, in columns.
         cells: returns the number of columns of a text.
     """
@@ -116,7 +116,7 @@ def cell(text: str) -> str:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without borders, or its rows as paragraphs if words would have to be cut to make it fit."""
+    """Print a table without borders, or its rows as paragraphs if the table fits only with words cut."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)
@@ -207,8 +207,8 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield from _energy_lines(row)
     yield "Steady state", _steady(row)
     yield "Peak memory", _memory(row)
-    utilisation = "" if row.mfu is None else f"{_percent(row.mfu)} of the datasheet's peak (MFU)"
-    yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilisation)
+    utilization = "" if row.mfu is None else f"{_percent(row.mfu)} of the datasheet's peak (MFU)"
+    yield "FLOPs", _listed(_known(row.flops, "FLOP"), _known(row.flops_per_s, "FLOP/s"), utilization)
     yield (
         "Outside",
         _listed(_known(row.load_duration_s, "s", "loading "), _known(row.warmup_duration_s, "s", "warm-up ")),

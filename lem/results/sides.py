@@ -18,7 +18,7 @@ from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
 
-# Of a case with more experiments, only so many records are read for driver and GPUs, because reading takes long.
+# If a case has more experiments than this, the driver and the GPUs of the rest are not read, because that takes long.
 MOST_ENVIRONMENTS = 50
 
 
@@ -39,13 +39,13 @@ def compare(
     Args:
         baseline: the id of an experiment, the name or directory of a campaign, or a results directory.
         others: what to compare with the baseline, at least one, each like `baseline`.
-        results_dir: the results directory of ids and names.
+        results_dir: the results directory in which ids and names are looked up.
         metrics: columns to compare in addition to those that a campaign reports.
 
     Returns:
         A comparison for each case of each of the others: an arm of a campaign, or a configuration of a results
         directory. `ratios` has a ratio for each metric, without a unit: the value divided by the baseline's. Its
-        `value` and `baseline_value` have the unit of the column of the table `experiments` with the metric's name.
+        `value` and `baseline_value` have the unit of the metric's column in the table `experiments`.
         `objections` says why the case is not comparable; each objection has a code.
 
     Raises:
@@ -53,7 +53,7 @@ def compare(
             baseline; or a metric is not a column that can be compared.
     """
     if not others:
-        raise ResultsError("A comparison needs at least two things to compare; give a baseline and another.")
+        raise ResultsError("A comparison needs at least two sides; give a baseline and something to compare with it.")
     store = Store(results_dir)
     wanted = [metric_named(name, "metrics") for name in metrics]
     return comparisons([side(store, str(each)) for each in (baseline, *others)], wanted)
@@ -63,7 +63,7 @@ def side(store: Store, text: str) -> Side:
     """Return the side that a text names: an experiment's id, a campaign's name or directory, or a results directory.
 
     Raises:
-        ResultsError: it names none of these, or nothing in it is completed.
+        ResultsError: the text names none of these, or the side has no completed experiment.
     """
     folder = expanded(text)
     if (folder / campaign.DEFINITION).is_file():
@@ -87,7 +87,7 @@ def _of_experiment(store: Store, text: str) -> Side:
         names = [name for name in Tables(store).locations() if text and name.startswith(text)]
         if len(names) != 1:
             raise ResultsError(
-                f"'{text}' is not an experiment or a campaign in {store.root}, and not a results directory; "
+                f"'{text}' is neither an experiment or a campaign in {store.root} nor a results directory; "
                 "lem results list shows the ids."
             ) from None
         directory = store.directory(names[0])

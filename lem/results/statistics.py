@@ -26,7 +26,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summarise values; a mean needs at least one value, and a spread at least two.
+    """Summarize values; a mean needs at least one value, and a spread at least two.
 
     The standard deviation is the sample standard deviation (n - 1). The interval assumes independent, roughly normal
     values (Student 1908); consecutive cycles on a warm machine meet this assumption only approximately.
@@ -56,7 +56,7 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Return the quantile of Student's t distribution; Welch's test has fractional degrees of freedom."""
     if probability == 0.5 + CONFIDENCE / 2 and degrees_of_freedom in range(1, len(_T_975) + 1):
         return _T_975[int(degrees_of_freedom) - 1]
-    from scipy.special import stdtrit  # imports in a fraction of the time of scipy.stats
+    from scipy.special import stdtrit  # takes a fraction of the time to import scipy.stats
 
     return float(stdtrit(degrees_of_freedom, probability))
 
@@ -126,7 +126,7 @@ def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbours."""
+    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbors."""
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

@@ -4,7 +4,7 @@ Suppose that a campaign computed an ordinary 95 % interval after every cycle and
 interval would contain the true ratio in only 91 to 93 % of cases, because campaigns tend to stop when they
 underestimate the noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by
 simulation (`nox -s calibrate`) for pairs of limits (a minimum and a maximum number of cycles), so that even at the
-least favourable noise 95 % of the reported intervals contain the true ratio. This module works on plain numbers, and
+least favorable noise, 95 % of the reported intervals contain the true ratio. This module works on plain numbers, and
 does not know what is measured.
 """
 
@@ -114,7 +114,7 @@ def level_for(analysis: Analysis, least: int, most: int) -> float:
     if not found:
         offered = ", ".join(f"{each.least} to {each.most}" for each in known if each.least >= FEWEST_ADAPTIVE_CYCLES)
         raise ConfigError(
-            f"No level is calibrated for {least} to {most} cycles; choose limits within one of {offered}."
+            f"No level is calibrated for {least} to {most} cycles; choose limits within one of these ranges: {offered}."
         )
     return min(found)
 

@@ -33,8 +33,8 @@ from lem.spec.paths import expanded
 RESULTS_DIR_VARIABLE = "LLM_ENERGY_RESULTS_DIR"
 DEFAULT_RESULTS_DIR = "results"
 ID = re.compile(r"exp_\d{8}_\d{6}(_\d+)?")
-# By the folder in which this process last claimed an id: the id without its suffix, and the number of the suffix. A
-# study of thousands of cells claims hundreds of ids in a second, and need not try all of them again for each.
+# The last id that this process claimed in each folder: the id without its suffix, and the number of the suffix. A study
+# of thousands of cells claims hundreds of ids a second; without this, each claim would try all of these ids again.
 _last_claims: dict[Path, tuple[str, int]] = {}
 
 
@@ -135,7 +135,7 @@ class Store:
 
         Args:
             fingerprint: the fingerprint, see `lem.results.plan.Plan`.
-            marked: the result of `marked_by_fingerprint`, if a caller that looks for many has read it.
+            marked: the result of `marked_by_fingerprint`, if the caller already has it.
         """
         marked = self.marked_by_fingerprint() if marked is None else marked
         found = [ExperimentDir(self.raw / name) for name in marked.get(fingerprint, ())]
@@ -172,5 +172,5 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 
 
 def results_flag(store: Store) -> str:
-    """Return ` -o …`, the option with which a command finds a results directory; empty if it is not needed."""
+    """Return ` -o …`, the option that names the results directory in a command; empty if not needed."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

@@ -68,7 +68,7 @@ class Tables:
         """Return the locations of all experiments' rows or, without `alone`, only of rows in shared files.
 
         Raises:
-            ResultsError: a file of several experiments cannot be read.
+            ResultsError: a file with the rows of several experiments cannot be read.
         """
         found = {}
         for file in self.files():
@@ -179,8 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        A table's rows of an experiment count only if it has a row in `experiments`, so that row goes first where the
-        file has no other rows. In a shared file it goes last, so that rows that are left are found again.
+        An experiment's rows count only if the table `experiments` has a row for it. If a file has no other rows, that
+        row is therefore removed first. In a shared file, it is removed last, so that after an interruption, the next
+        call finds the rows that are left.
         """
         self._sweep()
         locations = self.locations()
@@ -225,7 +226,7 @@ ArrowTables = dict[str, Any]
 
 
 class NewRows:
-    """Rows waiting to be written, as Arrow tables, because those take a tenth of the memory of the original data.
+    """Rows waiting to be written, as Arrow tables, which take a tenth of the memory of the original data.
 
     Args:
         locations: the locations of the experiments' previous rows, which are replaced; new experiments share a new

@@ -151,7 +151,7 @@ def _by_weekday(cells: Sequence[_Cell]) -> Variation:
     weekdays = [WEEKDAYS[day.weekday()] for day in days]
     levels = _of_weekdays(cells)
     unknown = Variation("weekday", levels, "cannot tell")
-    # A week that begins in the middle of a day has the same weekday at both ends, which is no second week.
+    # A week that begins in the middle of a day has the same weekday at both ends, which does not make a second week.
     if 2 * sum(level.days > 1 for level in levels) <= len(levels):
         return replace(unknown, reason="fewer than two weeks")
     if len(levels) < 2:
@@ -267,10 +267,10 @@ def f_test(
     """
     from scipy.special import fdtrc
 
-    centred = np.asarray(values, float) - np.mean(values)
-    less, rank_less = residuals(centred, without)
-    more, rank_more = residuals(centred, (*without, factor))
-    rest, rank_rest = (0.0, len(centred)) if error is None else residuals(centred, (*without, factor, error))
+    centered = np.asarray(values, float) - np.mean(values)
+    less, rank_less = residuals(centered, without)
+    more, rank_more = residuals(centered, (*without, factor))
+    rest, rank_rest = (0.0, len(centered)) if error is None else residuals(centered, (*without, factor, error))
     numerator, denominator = rank_more - rank_less, rank_rest - rank_more
     if numerator < 1 or denominator < 1 or more - rest <= ROUNDING * max(len(values), float(np.dot(values, values))):
         return None
@@ -283,16 +283,16 @@ def f_test(
 def residuals(values: np.ndarray[Any, Any], factors: Sequence[Sequence[Hashable]]) -> tuple[float, int]:
     """Return the residual sum of squares of an additive model with an intercept, and the rank of the model.
 
-    The factor with the most levels is eliminated by subtracting its means (Frisch and Waugh 1933), so that the time
-    does not grow with the square of the number of days.
+    The factor with the most levels is eliminated by subtracting its means (Frisch and Waugh 1933), so that
+    computing time does not grow with the square of the number of days.
     """
     codes = sorted((_codes(levels) for levels in factors), key=lambda of: int(of.max()), reverse=True)
     largest, *others = codes or [np.zeros(len(values), int)]
-    left = _centred(values[:, None], largest)[:, 0]
+    left = _centered(values[:, None], largest)[:, 0]
     rank = int(largest.max()) + 1
     if others:
         dummies = np.concatenate([np.eye(int(of.max()) + 1)[of] for of in others], axis=1)
-        design = _centred(dummies, largest)
+        design = _centered(dummies, largest)
         sizes, directions = np.linalg.eigh(design.T @ design)
         used = design @ directions[:, sizes > RANK_TOLERANCE] / np.sqrt(sizes[sizes > RANK_TOLERANCE])
         left = left - used @ (used.T @ left)
@@ -305,7 +305,7 @@ def _codes(levels: Sequence[Hashable]) -> np.ndarray[Any, Any]:
     return np.array([numbers[level] for level in levels])
 
 
-def _centred(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Subtract from each column the mean of its group."""
     counts = np.bincount(groups)
     sums = np.stack([np.bincount(groups, column) for column in columns.T], axis=1)
@@ -315,7 +315,8 @@ def _centred(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.
 def detectable_difference(result: FTest) -> float | None:
     """Return the difference between two halves of the levels that a test at `LEVEL` finds with the probability `POWER`.
 
-    This is computed from the noncentral F distribution, for balanced data; None if no reasonable difference would do.
+    This is computed from the noncentral F distribution, for balanced data; None if only an extreme difference is
+    detectable.
     """
     from scipy.optimize import brentq
     from scipy.special import fdtri, ncfdtr

@@ -25,16 +25,16 @@ Measure = Literal[
 
 MOST_CYCLES = 1_000
 LONGEST_GAP_S = 86_400.0
-# The smallest number of cycles after which an adaptive campaign may stop, and the largest maximum that can be set. The
+# The smallest number of cycles after which an adaptive campaign may stop, and the largest value of max_cycles. The
 # nominal levels in lem/results/levels.json are calibrated for this range.
 FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES = 5, 100
 # A campaign's name is also the name of its directory.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-LIKE_AN_ID = "would hide the experiments whose ids begin like that; choose a name that is not exp_ and digits"
+LIKE_AN_ID = "would hide the experiments whose ids begin with it; choose a name other than exp_ followed by digits"
 NAME_IN_WORDS = "at most 100 letters, digits, '.', '_' and '-', beginning with a letter or a digit"
 
 
-# Names that `lem results show` could not tell from an experiment's id or the beginning of one.
+# Names that `lem results show` could not distinguish from an experiment's id or the beginning of one.
 _LIKE_AN_ID = r"exp_[0-9_]*"
 
 
@@ -52,7 +52,7 @@ class ArmSource:
     config: Annotated[str, Field(min_length=1, description="Config file, relative to the campaign file.")]
     name: Annotated[
         str | None,
-        Field(min_length=1, description="Name of the arm; null: the shortest end of the config's path that is unique."),
+        Field(min_length=1, description="Name of the arm; null: the shortest unique ending of the config's path."),
     ] = None
     overrides: Annotated[tuple[str, ...], Field(description="Hydra overrides for this arm alone.")] = ()
 
@@ -150,7 +150,8 @@ class Campaign:
         ),
     ] = False
     retries: Annotated[
-        int, Field(ge=0, le=10, description="Maximum number of retries of a failed cell, at the end of its cycle.")
+        int,
+        Field(ge=0, le=10, description="Maximum number of times a failed cell is retried, at the end of its cycle."),
     ] = 0
 
 
@@ -158,7 +159,7 @@ class Campaign:
 class CampaignCell:
     """An experiment's place in a campaign: its arm, its cycle, and its position in that cycle (both from 1).
 
-    `number` is the cell's position, from 1, in the planned order of all cells, and `cells` is their number.
+    `number` is the cell's position, from 1, in the planned order of all cells, and `cells` is the number of cells.
     `simulated_before` holds the backend options of the preceding cell if that cell is simulated; a simulated carry-over
     depends on these options.
     """

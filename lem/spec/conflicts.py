@@ -1,4 +1,4 @@
-"""Objections that follow from the configuration alone: mutually exclusive options, and options without effect.
+"""Objections that follow from the configuration alone: mutually exclusive options, and options that have no effect.
 
 This module knows nothing about devices, files or how an engine works.
 """
@@ -158,7 +158,7 @@ def _simulation(experiment: Experiment) -> Iterator[Objection]:
 
 
 def unmeasured(experiment: Experiment, measure: Measure) -> Iterator[Objection]:
-    """Object to an arm that can never have a value of the metric by which its campaign compares."""
+    """Object to an arm that cannot have a value for the metric by which the campaign compares its arms."""
     if measure == "ttft_mean_s" and not experiment.streaming.enabled:
         yield Objection("primary_without_ttft", "streaming.enabled", f"without it, an arm has no {measure}.")
     if measure in OF_ENERGY and experiment.energy.name == "none":

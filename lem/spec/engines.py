@@ -140,7 +140,7 @@ class VllmSpeculation:
 
 @config
 class VllmBackend:
-    """vLLM's engine, in the worker process. An option that is null keeps vLLM's own default."""
+    """vLLM's engine, in the worker process. An option set to null keeps vLLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
 
@@ -252,7 +252,7 @@ class TensorrtSpeculation:
 
 @config
 class TensorrtBackend:
-    """TensorRT-LLM's LLM API with its PyTorch backend. An option that is null keeps TensorRT-LLM's own default."""
+    """TensorRT-LLM's LLM API with its PyTorch backend. An option set to null keeps TensorRT-LLM's own default."""
 
     spreads_a_model_itself: ClassVar[bool] = True
 

@@ -275,7 +275,7 @@ class Energy:
         ),
     ] = None
     carbon_intensity_g_per_kwh: Annotated[
-        float | None, Field(ge=0, description="Carbon intensity in gCO2e/kWh, used instead of a country's.")
+        float | None, Field(ge=0, description="Carbon intensity in gCO2e/kWh, used instead of the country's.")
     ] = None
     carbon_trace: Annotated[
         str | None,
@@ -341,7 +341,7 @@ class Experiment:
     ] = 1
     num_processes: Annotated[
         int,
-        Field(ge=1, le=1024, description="Number of processes on this node that share the prompts, one GPU for each."),
+        Field(ge=1, le=1024, description="Number of processes on this node that share the prompts, with one GPU each."),
     ] = 1
     gpus: Annotated[
         list[int | str] | None,

@@ -22,7 +22,7 @@ def runs_in_one_process(experiment: Experiment) -> bool:
 
 
 def process_counts(experiment: Experiment) -> tuple[int, int]:
-    """Return the number of processes that an experiment starts, and the number of replicas that these form."""
+    """Return the number of processes that an experiment starts, and the number of replicas that they form."""
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     if strategy == "tensor_parallel" and not experiment.backend.spreads_a_model_itself:
         return degree, 1

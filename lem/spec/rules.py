@@ -1,6 +1,6 @@
 """The rules: everything that lem can object to before a run, each with a code, a severity, a meaning and a remedy.
 
-This catalogue is the single source of the codes and their severities: an objection with any other code cannot be
+This catalog is the single source of the codes and their severities: an objection with any other code cannot be
 created, and `docs/reference/rules.md` is generated from it. The module knows nothing about experiments or machines.
 Whether a rule is broken is decided where the facts are known: in `lem.spec.conflicts`, `lem.runner.preflight`, the
 backends, the meters and, for config files, in `lem.config`.
@@ -21,7 +21,7 @@ Scope = Literal["options", "machine", "files"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of objection. In `remedy`, "this option" is the option that the objection is about."""
+    """A kind of objection. In `remedy`, "this option" means the option that the objection concerns."""
 
     severity: Severity
     scope: Scope
@@ -78,7 +78,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the country code, or set energy.carbon_intensity_g_per_kwh instead.",
         ),
         "processes_unlike_degree": (
-            "The strategy starts parallelism.degree processes, but num_processes is a different number.",
+            "The strategy starts parallelism.degree processes, but num_processes is set to a different number.",
             "Leave this option out, or change parallelism.degree, which sets the number of processes.",
         ),
         "pipeline_processes": (
@@ -120,8 +120,8 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set a suitable value, or choose another method.",
         ),
         "speculation_ngram_ban": (
-            "decoder.no_repeat_ngram_size is set, but with speculative decoding TensorRT-LLM either refuses to ban "
-            "n-grams or bans them a step late.",
+            "decoder.no_repeat_ngram_size is set, but with speculative decoding, TensorRT-LLM either refuses to ban "
+            "n-grams or bans them one step too late.",
             "Set this option to 0, or turn speculative decoding off.",
         ),
         "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this argument out."),
@@ -154,7 +154,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "server_not_told": (
             "An option is meant for the server but would not reach it: requests have no field for the option "
-            "(at least in this dialect), and backend.command does not contain its placeholder.",
+            "(at least in this dialect), and backend.command does not contain the option's placeholder.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
@@ -290,8 +290,8 @@ OPTIONS_WARNING = _rules(
             "Choose another backend, unless you are only trying out a grid.",
         ),
         "no_cache": (
-            "Without a key/value cache, every step recomputes the whole sequence, but FLOPs count each token only "
-            "once.",
+            "Without a key/value cache, every step recomputes the whole sequence, but the reported FLOPs count each "
+            "token only once.",
             "Set this option to dynamic, unless running without a cache is part of your study.",
         ),
         "remote_code": (
@@ -328,7 +328,7 @@ MACHINE_IMPOSSIBLE = _rules(
             "Run on GPUs, or choose another strategy.",
         ),
         "tensor_parallel_beside_gpus": (
-            "The model was to be split over processes on the CPU, but transformers uses GPUs if any are visible.",
+            "The model is to be split over processes on the CPU, but transformers uses GPUs if any are visible.",
             "Hide the GPUs with CUDA_VISIBLE_DEVICES='', or run on the GPUs.",
         ),
         "attention_needs_gpu": (
@@ -550,7 +550,7 @@ FILES_INADVISABLE = _rules(
             "Add quantization_config to config.json, or use the original weights.",
         ),
         "weights_missing": (
-            "The model's files lack weights that the model needs. transformers would initialise them at random, "
+            "The model's files lack weights that the model needs. transformers would initialize them at random, "
             "differently each time.",
             "Choose a complete checkpoint of a causal language model.",
         ),
@@ -653,7 +653,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Correct the name, which is relative to this file.",
         ),
         "inheritance_cycle": (
-            "A file inherits from itself, directly or through others.",
+            "A file inherits from itself, directly or through other files.",
             "Break the cycle: edit the `defaults` of one file.",
         ),
         # ------------------------------------------------------ values from any source
@@ -685,7 +685,7 @@ FILE_RULES: dict[str, Rule] = _rules(
     "warning",
     "files",
     {
-        "empty_file": ("The file sets no values, so every value has its default.", "Set at least one value."),
+        "empty_file": ("The file sets no values, so every value keeps its default.", "Set at least one value."),
         "no_model": (
             "No model is named: the file can serve as a base for other files, but not as an experiment.",
             "Set model, or give --model.",

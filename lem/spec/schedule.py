@@ -25,10 +25,10 @@ FULL_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday"
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the runs of a schedule start, and for how long the schedule lasts."""
+    """When the runs of a schedule start, and how long the schedule lasts."""
 
     interval_s: Annotated[
-        float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d; elapsed time.")
+        float | None, Field(gt=0, description="Time between two starts, such as 6h, 30m or 1d (always 24 hours).")
     ] = None
     at: Annotated[
         tuple[str, ...],
@@ -70,10 +70,12 @@ class ScheduleRun:
 
 # ------------------------------------------------------------------ settings as text
 def seconds_of(text: str, flag: str) -> float:
-    """Return a length of time such as 30m, 6h, 1d or 1h30m in seconds; raises `ConfigError`, naming the flag."""
+    """Convert a length of time such as 30m, 6h, 1d or 1h30m to seconds; raises `ConfigError`, naming the flag."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ConfigError(f"{flag}: '{text}' is not a length of time. Use a number with s, m, h or d, such as 30m.")
+        raise ConfigError(
+            f"{flag}: '{text}' is not a length of time. Use a number followed by s, m, h or d, such as 30m."
+        )
     seconds = sum(float(number) * SECONDS[unit] for number, unit in parts)
     if seconds == 0:
         raise ConfigError(f"{flag}: must be longer than 0 seconds, not '{text}'. Use a length of time such as 30m.")
@@ -84,7 +86,7 @@ def seconds_of(text: str, flag: str) -> float:
 
 
 def times_of(text: str) -> tuple[str, ...]:
-    """Return the times of day in a list such as 09:00,14:30, in order; raises `ConfigError`."""
+    """Return the times of day in a list such as 09:00,14:30, in order; raises `ConfigError` for anything else."""
     return tuple(sorted({_time_of(part.strip()) for part in text.split(",")}))
 
 
@@ -102,7 +104,7 @@ def _time_of(text: str) -> str:
 
 
 def days_of(text: str) -> tuple[str, ...]:
-    """Return the days in a list such as mon,wed-fri or weekends, in the order of the week; raises `ConfigError`."""
+    """Return the days in a list such as mon,wed-fri or weekends, from Monday on; raises `ConfigError` otherwise."""
     chosen = {day for part in text.lower().split(",") for day in _days_of_part(part.strip())}
     return tuple(day for day in WEEKDAYS if day in chosen)
 

@@ -1,6 +1,7 @@
 """The options of `hydra/launcher=slurm`: what a job requests from Slurm, and how the command waits for it.
 
-The names are those of the Hydra plugin hydra-submitit-launcher, so that a site's file for that plugin can be reused.
+The options have the same names as in the Hydra plugin hydra-submitit-launcher, so that a site's file for that plugin
+can be reused.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ TARGET = "hydra_plugins.lem_slurm.SlurmLauncher"
 
 @config
 class SlurmOptions:
-    """The requests of each job; null leaves the choice to the experiment or to the cluster's own defaults."""
+    """What each job requests from Slurm; null leaves the choice to the experiment or to the cluster's defaults."""
 
     partition: Annotated[str | None, Field(description="Partition; null: the cluster's default.")] = None
     account: Annotated[str | None, Field(description="Account to which the time is charged.")] = None
     qos: Annotated[str | None, Field(description="Quality of service.")] = None
-    wckey: Annotated[str | None, Field(description="Workload characterisation key, if the site uses such keys.")] = None
+    wckey: Annotated[str | None, Field(description="Workload characterization key, if the site uses such keys.")] = None
     comment: Annotated[str | None, Field(description="Comment that Slurm keeps with the job.")] = None
     timeout_min: Annotated[
         int, Field(ge=1, description="Time limit of a job in minutes; an experiment that needs longer is requeued.")
@@ -83,7 +84,7 @@ class SlurmOptions:
         Field(
             ge=0,
             description="How long a job may wait for a reason that will not go away by itself (a limit, a hold, a "
-            "closed partition) before it is cancelled and counts as failed, in seconds.",
+            "closed partition) before it is canceled and counts as failed, in seconds.",
         ),
     ] = 60.0
     poll_s: Annotated[float, Field(ge=0.2, description="Longest pause between two looks at the queue, in seconds.")] = (

@@ -202,7 +202,7 @@ def test_a_directory_of_another_name_is_refused(store):
     directory = finished(store)
     moved = directory.path.with_name("exp_20260102_030406")
     directory.path.rename(moved)
-    refused(store.find(moved.name), "contains exp_20260102_030405", strict=False)
+    refused(store.find(moved.name), "contains experiment exp_20260102_030405", strict=False)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -270,7 +270,7 @@ def test_what_runs_or_is_still_ending_or_has_not_run_is_left_alone(store):
     with ending.hold():
         outcomes = list(aggregate_all(store, store.ids()))
     assert kinds(outcomes) == ["skipped"] * 3
-    for outcome, word in zip(outcomes, ("is running", "still ending", "not been run"), strict=True):
+    for outcome, word in zip(outcomes, ("is running", "not exited yet", "not been run"), strict=True):
         assert word in outcome.text
     assert not list(store.root.glob("*/*.parquet"))
     assert at_work.state().status == "running"

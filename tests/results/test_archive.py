@@ -192,13 +192,13 @@ TAMPERING = {
     "a flipped byte": (flip, "is not the file that MANIFEST.json describes"),
     "a missing file": (lose, "is missing"),
     "an additional file": (slip_in, "is not in its manifest"),
-    "a link": (link, "is not a file of a results directory"),
+    "a link": (link, "does not belong in a results directory"),
     "a longer file": (grow, "is not the file that MANIFEST.json describes"),
     "no manifest": (no_manifest, "it has no MANIFEST.json"),
     "a later format": (of_the_future, "bad.zip has the archive format 99, which this version of lem cannot read"),
     "a huge file": (huge, "it is larger than any results directory"),
     **{
-        f"the path {name}": (renamed(name), "is not a file of a results directory")
+        f"the path {name}": (renamed(name), "does not belong in a results directory")
         for name in (
             "../evil", "/etc/evil", "raw/../../evil", "raw/exp_20260102_030405/../../../evil", "raw/x/evil", "evil",
             "raw\\evil", "raw/exp_20260102_030405/", "raw/exp_20260102_030405/.lock", "experiments/evil.parquet",
@@ -215,7 +215,7 @@ def test_tampering_is_found_and_nothing_is_written_elsewhere(packed, tmp_path, l
     done = lem("results", "archive", "--check", str(bad))
     assert done.code == 2
     assert error in done.err
-    remedy = "use a newer lem" if change is of_the_future else "get it again from where it was made"
+    remedy = "use a newer lem" if change is of_the_future else "get a new copy of it from its source"
     assert done.err.endswith(f"; {remedy}.\n")
     before = set(tmp_path.rglob("*"))
     done = lem("results", "merge", str(bad), "-o", "target")

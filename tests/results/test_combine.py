@@ -61,7 +61,7 @@ def test_two_directories_with_the_same_ids(lem, tmp_path):
     assert done.out == (
         f"one: 2 experiments copied\n"
         f"two: 1 experiment copied; 1 already there\n"
-        f"  {first} is called {first}_2, because there is another {first}\n"
+        f"  {first} is called {first}_2 here, because the target already has another {first}\n"
     )
     both = Store(tmp_path / "both")
     assert energies(both) == {first: 100.0, first + "_2": 300.0, second: 200.0}
@@ -99,7 +99,10 @@ def test_campaigns_of_one_name_are_kept_apart(lem, tmp_path):
     campaign(one, "compared")
     campaign(two, "compared", energy_j=500.0)
     done = lem("results", "merge", "one", "two", "-o", "both")
-    assert "campaign compared is called compared_2, because there is another campaign compared" in done.out
+    assert (
+        "campaign compared is called compared_2 here, because the target already has another campaign compared"
+        in done.out
+    )
     both = Store(tmp_path / "both")
     assert_consistent(both)
     for source, name in ((one, "compared"), (two, "compared_2")):
@@ -176,7 +179,7 @@ def test_what_runs_or_holds_a_link_is_left_out(lem, tmp_path):
     ("arguments", "error"),
     [
         (["none"], "none is neither a results directory nor an archive."),
-        (["empty"], "empty is not a results directory: it has no raw/ and no experiments/."),
+        (["empty"], "empty is not a results directory: it has neither raw/ nor experiments/."),
         (["one", "-o", "one"], "one and the target one overlap"),
         (["one", "-o", "one/inside"], "one and the target one/inside overlap"),
         (["one", "text"], "text is not an intact archive"),

@@ -199,7 +199,7 @@ def test_the_answer_says_how_far_nodes_and_boards_differ():
     words = list(on_nodes(found))
     assert words[0] == "The cycles ran on the nodes n1, n2, n3 (A100, H100)."
     assert words[1].startswith("From node to node, mean latency varies by a factor of 1.")
-    assert any(line.startswith("b to a on H100 (n3; 3 cycles): 1.8") for line in words)
+    assert any(line.startswith("The ratio of b to a on H100 (n3; 3 cycles) is 1.8") for line in words)
     plain = as_plain(found)["nodes"]
     assert plain["nodes"] == ("n1", "n2", "n3")
     assert {(each["arm"], each["board"]) for each in plain["ratios"]} == {("b", "A100"), ("b", "H100")}

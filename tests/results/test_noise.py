@@ -159,14 +159,14 @@ def test_the_first_cell_is_compared_with_what_scipys_line_predicts():
 
 def test_cells_that_resemble_the_one_before_are_seen():
     found = noise(values(20, sd=0.01, memory=0.8))
-    assert found.neighbours.is_seen
-    assert found.neighbours.r > 0.4
+    assert found.neighbors.is_seen
+    assert found.neighbors.r > 0.4
 
 
 @pytest.mark.simulations
 def test_on_a_machine_without_effects_one_campaign_in_twenty_sees_any_and_one_in_twenty_is_a_false_alarm():
     found = [noise(values(6, seed=seed), seed=seed) for seed in range(300)]
-    seen = [any(each.is_seen for each in (n.drift, n.first, n.position, n.neighbours)) for n in found]
+    seen = [any(each.is_seen for each in (n.drift, n.first, n.position, n.neighbors)) for n in found]
     assert sum(seen) / len(found) <= 0.09
     assert 0.02 <= sum(each.is_false_alarm for each in found) / len(found) <= 0.09
 
@@ -184,14 +184,14 @@ def test_intervals_of_changes_cover():
 def test_too_few_cells_give_reasons_and_no_numbers(cells, capsys):
     found = noise(values(2)[:cells] + [None] * (4 - cells))
     assert (found.floor.sd, found.drift.change, found.first.change, found.position.change) == (None,) * 4
-    assert found.neighbours.r is None
-    assert all(each.reason for each in (found.floor, found.drift, found.first, found.position, found.neighbours))
+    assert found.neighbors.r is None
+    assert all(each.reason for each in (found.floor, found.drift, found.first, found.position, found.neighbors))
     assert found.advice[0].setting == "not known"
     show_noise(found)
     shown = capsys.readouterr().out
     assert "Would find" not in shown
     if cells == 0:
-        assert shown.endswith("No cell is completed yet, so nothing is known about the noise.\n")
+        assert shown.endswith("No cell has completed yet, so nothing is known about the noise.\n")
     else:
         assert shown.count("not known: ") >= 6
 
@@ -200,8 +200,8 @@ def test_each_thing_is_told_from_as_many_cells_as_it_takes():
     three, five = noise(values(3)), noise(values(5))
     assert three.floor.sd is not None
     assert three.drift.change is not None
-    assert three.neighbours.reason == "6 cells are too few for correlating neighbours; at least 10 are needed"
-    assert five.neighbours.r is not None
+    assert three.neighbors.reason == "6 cells are too few for correlating neighbors; at least 10 are needed"
+    assert five.neighbors.r is not None
 
 
 def test_a_cell_without_a_value_takes_only_its_pair_along():
@@ -214,14 +214,14 @@ def test_a_cell_without_a_value_takes_only_its_pair_along():
 def test_values_that_are_all_equal_have_no_noise_to_tell():
     found = noise([2.0] * 10)
     assert found.floor.reason == "all pairs of cells have the same ratio, so no noise is visible"
-    assert not any(each.is_seen for each in (found.drift, found.first, found.position, found.neighbours))
+    assert not any(each.is_seen for each in (found.drift, found.first, found.position, found.neighbors))
 
 
 def test_without_energy_the_noise_is_not_known_but_that_of_speed_is():
     given = answer(values(5), source=None)
     without = [dataclasses.replace(cell, row=replace(cell.row, **{MEASURE: None})) for cell in given.cells]
     found = noise_of(results.answer(given.definition, without), 0.02)
-    assert found.floor.reason == f"no cycle has a value of {MEASURE} in both cells"
+    assert found.floor.reason == f"no cycle has a value for {MEASURE} in both cells"
     assert [floor.sd is None for floor in found.floors] == [True, False]
 
 

@@ -458,8 +458,8 @@ def test_several_cuts_add_up_and_one_warning_names_their_sum():
     one = merged([first, second, record(requests([2]), attempt=3)])
     assert one.cut == Cut(2, 1.0, 0.75, UnderWay(4, None, 1.5, 0.75))
     assert [each.text for each in one.warnings] == [
-        "2 windows were interrupted a total of 1 s after their last finished requests, where they end; their energy "
-        "was last read a total of 0.75 s before that."
+        "2 windows were interrupted a total of 1 s after their last finished requests, and each window ends at its "
+        "last finished request; their energy was last read a total of 0.75 s before these ends."
     ]
 
 

@@ -56,7 +56,7 @@ def test_a_damaged_table_is_named(store, content):
     file = files.folder_of(store, "nights") / files.TABLE
     file.parent.mkdir(parents=True)
     file.write_text(content)
-    with pytest.raises(ResultsError, match=r"schedule\.json: damaged .* Restore the file"):
+    with pytest.raises(ResultsError, match=r"schedule\.json is damaged .* Restore the file"):
         load_schedule(store, "nights")
 
 

@@ -105,7 +105,7 @@ def test_a_difference_between_day_and_night_is_found(three_days):
     first, second, last = sentences(found)
     assert first.startswith("Energy per output token varies with the time of day: ")
     assert "two-way analysis of variance with days as blocks, F(3, 6)" in first
-    assert second == "Energy per output token by weekday: cannot tell: fewer than two weeks."
+    assert second == "Energy per output token by weekday: cannot tell (fewer than two weeks)."
     counted = "means are geometric, and the runs of a slot on one day count once"
     assert last == f"The p-values are compared with 4 %; {counted}."
     assert codes(found) == {"schedule_runs_warn"}
@@ -160,8 +160,10 @@ def test_without_energy_it_cannot_tell(tmp_path):
     store, of = Store(tmp_path / "results"), manifest([start(1), start(2, "planned")])
     assert primary(written(store, of)).by_time.reason == "no run has completed"
     measure(store, of, of.starts[0], None)
-    assert primary(written(store, of)).by_time.reason == "no run has a value of energy_per_output_token_j"
-    assert next(sentences(answer(store, of))).endswith("cannot tell: no run has a value of energy_per_output_token_j.")
+    assert primary(written(store, of)).by_time.reason == "no run has a value for energy_per_output_token_j"
+    assert next(sentences(answer(store, of))).endswith(
+        "cannot tell (no run has a value for energy_per_output_token_j)."
+    )
 
 
 def test_one_run_has_a_mean_without_an_interval(tmp_path):

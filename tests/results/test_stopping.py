@@ -71,7 +71,9 @@ def test_limits_that_may_be_given_have_a_level_and_others_are_refused_with_a_lis
     for analysis in ("paired", "position"):
         assert level_for(analysis, 5, 30) == level_for(analysis, 5, 29) > level_for(analysis, 8, 30)
         assert level_for(analysis, FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES) > 0.95
-    with pytest.raises(ConfigError, match=r"5 to 101 cycles; choose limits within one of 5 to 10, 5 to 20, 5 to 30"):
+    with pytest.raises(
+        ConfigError, match=r"5 to 101 cycles; choose limits within one of these ranges: 5 to 10, 5 to 20, 5 to 30"
+    ):
         level_for("position", 5, 101)
 
 
@@ -199,12 +201,12 @@ def test_it_says_how_it_ended():
     )
     at_limit = answer(definition, measured(definition, noisy(10, noise=0.2)))
     (note,) = [note for note in at_limit.warnings if note.code == "campaign_limit_reached"]
-    assert "10 cycles, the limit, were not enough to make every interval as narrow as ±2 %: b ±" in note.text
+    assert "the limit of 10 cycles was reached before every interval was as narrow as ±2 %: b ±" in note.text
     assert "reached its limit of 10 cycles before the half-width of each interval was at most 2 %" in " ".join(
         sentences(at_limit)
     )
     under_way = answer(definition, measured(definition, noisy(6), "not run"))
-    assert "not over: 6 of 5 to 10 cycles have begun" in " ".join(sentences(under_way))
+    assert "not over: 6 cycles have begun (minimum 5, maximum 10)." in " ".join(sentences(under_way))
     assert not under_way.ended
 
 

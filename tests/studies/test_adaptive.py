@@ -166,7 +166,7 @@ def test_reaching_the_limit_is_said_aloud(lem, arms):
     assert done.code == 0, done.err
     assert cycles_of(cells_of(arms), "completed") == [1, 2, 3, 4, 5, 6]
     assert "reached its limit of 6 cycles before the half-width of each interval was at most 0.0001 %" in done.out
-    assert "campaign_limit_reached: 6 cycles, the limit, were not enough" in " ".join(done.out.split())
+    assert "campaign_limit_reached: the limit of 6 cycles was reached" in " ".join(done.out.split())
 
 
 @pytest.mark.processes

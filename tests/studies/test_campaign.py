@@ -464,7 +464,7 @@ def test_a_dry_run_shows_order_and_pauses_and_what_to_expect(lem, arms):
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "exp_2026"],
-            "name: 'exp_2026' would hide the experiments whose ids begin like that",
+            "name: 'exp_2026' would hide the experiments whose ids begin with it",
         ),
         (
             ["quick.yaml", "slow.yaml", "--campaign-name", "x", "--primary", "ttft_mean_s"],
@@ -552,7 +552,7 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
     latin = lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "3", *options)
     assert (
         "campaign_unbalanced: the number of cycles (3) is not a multiple of 2, so positions and predecessors are not "
-        "balanced; 2 or 4 cycles would be.\n"
+        "balanced; 2 or 4 cycles would balance them.\n"
     ) in latin.err
     assert "whole squares" not in latin.out
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
@@ -573,7 +573,7 @@ def test_cycles_of_ones_own_stay_though_they_are_no_whole_squares(lem, arms):
     for given, cycles in ((["three.yaml"], 6), (["three.yaml", "-c", "4"], 4), (["four.yaml"], 4)):
         done = lem("campaign", *given, "--dry-run", *QUICK)
         assert f"3 arms in {cycles} cycles" in done.out
-        assert ("not balanced; 6 cycles would be." in done.err) == (cycles == 4)
+        assert ("not balanced; 6 cycles would balance them." in done.err) == (cycles == 4)
     shown = [json.loads(lem("config", "show", name, "--json").out)["cycles"] for name in ("three.yaml", "four.yaml")]
     assert shown == [6, 4]
 

@@ -82,7 +82,7 @@ def test_ctrl_c_keeps_what_is_measured_and_names_the_command_that_goes_on(arms):
 def test_cells_that_fail_are_named_and_the_exit_code_is_1(lem, arms):
     done = lem("doctor", "--noise", "quick.yaml", "-c", "1", "backend.fail_at_request=2", *QUICK)
     assert done.code == 1
-    assert "No cell is completed yet, so nothing is known about the noise." in done.out
+    assert "No cell has completed yet, so nothing is known about the noise." in done.out
     assert "A again, cycle 1/1: failed" in done.out
 
 

@@ -177,7 +177,7 @@ def test_what_a_predecessor_leaves_behind_is_found_with_its_size(lem, folder, qu
     assert done.code == 0, done.err
     found = answer_of(lem, "with")
     (note,) = [each["text"] for each in found["warnings"] if each["code"] == "campaign_carry_over"]
-    assert "energy per output token depends on the arm before: after " in note
+    assert "energy per output token depends on the preceding arm: after " in note
     assert f"campaign_carry_over: {note[:40]}" in " ".join(done.out.split())
     after = {each["arm"]: each for each in found["carry_over"]["after"]}
     assert set(after) == set(steps_s) - {"quick"}
