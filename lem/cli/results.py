@@ -71,7 +71,7 @@ def results_list(
     everything: Annotated[
         bool,
         typer.Option(
-            "--all", "-a", help="Include all experiments without a row, not only those that are jobs on a cluster."
+            "--all", "-a", help="Include all experiments without a row, not only those in jobs on a cluster."
         ),
     ] = False,
     status: Annotated[
