@@ -32,7 +32,9 @@ def campaign(
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
         int | None,
-        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to complete Latin squares."),
+        typer.Option(
+            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to complete Latin squares."
+        ),
     ] = None,
     until_ci: Annotated[
         str | None,
@@ -78,7 +80,9 @@ def campaign(
     per_job: Annotated[int | None, typer.Option(hidden=True)] = None,
     one_job: Annotated[
         bool,
-        typer.Option("--one-job", help="With --launcher slurm: run all cycles in one job instead of one job for each cycle."),
+        typer.Option(
+            "--one-job", help="With --launcher slurm: run all cycles in one job instead of one job for each cycle."
+        ),
     ] = False,
     detach: flags.Detach = False,
     across_nodes: Annotated[bool | None, typer.Option("--across-nodes", help=_HELP["across_nodes"])] = None,

@@ -11,7 +11,9 @@ from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 
-Campaign = Annotated[bool, typer.Option("--campaign", help="Use the format of campaign files instead of the format of config files.")]
+Campaign = Annotated[
+    bool, typer.Option("--campaign", help="Use the format of campaign files instead of the format of config files.")
+]
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")

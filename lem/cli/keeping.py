@@ -123,7 +123,12 @@ def results_archive(
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option("--check", parser=literal, metavar="FILE", help="Instead of writing an archive, check this one against its checksums."),
+        typer.Option(
+            "--check",
+            parser=literal,
+            metavar="FILE",
+            help="Instead of writing an archive, check this one against its checksums.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:

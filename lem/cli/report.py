@@ -49,7 +49,7 @@ def results_report(
             "--plots",
             parser=literal,
             metavar="DIR",
-            help="Also write each plot as SVG and PNG, sized for one column of a paper; needs pip install 'lem[plots]'.",
+            help="Also write each plot as SVG and PNG, sized for a column of a paper; needs pip install 'lem[plots]'.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files in the directory of --plots.")] = False,
@@ -67,7 +67,9 @@ def results_report(
     if sum((bool(ids), campaign is not None, schedule is not None, grid is not None)) > 1:
         raise ResultsError("Experiment ids, --campaign, --schedule and --grid are alternatives; use one of them.")
     if force and plots_dir is None:
-        raise ResultsError("--force has an effect only with --plots; give a directory with --plots, or leave --force out.")
+        raise ResultsError(
+            "--force has an effect only with --plots; give a directory with --plots, or leave --force out."
+        )
     if plots_dir is not None:
         plots.check(plots_dir)
     store = browse.store_at(results_dir)
