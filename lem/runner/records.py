@@ -235,7 +235,7 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         yield warning("window_cut", "the window ends at the interruption, like the windows of the other processes.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""
+        energy = f"; its energy was last read {behind_s:.3g} s before that request ended" if behind_s else ""
         end = f"its last finished request, {measured.lost_s:.3g} s before the run was interrupted{energy}"
         yield warning("window_cut", f"the window ends with {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)

@@ -360,8 +360,8 @@ class _Window:
     """The measured window, opened and closed with the other processes; if interrupted, it ends at its last batch.
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
-    thread. Without these checkpoints, requests that the others finished would have no energy if the metering process was
-    killed during a long batch. The lock keeps the thread and the process from using the meter and the journal at the
+    thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
+    were killed during a long batch. The lock keeps the thread and the process from using the meter and the journal at the
     same time.
     """
 
