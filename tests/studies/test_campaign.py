@@ -554,7 +554,7 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
         "campaign_unbalanced: the number of cycles (3) is not a multiple of 2, so positions and predecessors are not "
         "balanced; 2 or 4 cycles would be.\n"
     ) in latin.err
-    assert "whole squares" not in latin.out
+    assert "complete Latin squares" not in latin.out
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
