@@ -73,7 +73,7 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert (
         "Adaptive: the campaign stops after 5 to 30 cycles, as soon as the half-width of each interval is" in done.out
     )
-    assert "at most 2 % of its ratio." in done.out
+    assert "at most 2 % of the ratio." in done.out
     assert "nominal level of 97." in done.out
     assert done.out.count("cycle 30/30") == 2
     latin = lem(*TWO, "--until-ci", value, "--structure", "latin", "--max-cycles", "9", "--dry-run", *QUICK)
