@@ -149,7 +149,7 @@ def _governor(cpu_dir: str) -> Finding:
             "governor",
             "missing",
             fact,
-            "Change its settings on the host, outside the virtual machine or container.",
+            "Change the frequency settings on the host, outside the virtual machine or container.",
             values=values,
         )
     words = (

@@ -477,7 +477,7 @@ class _Window:
         return UnderWay(len(begun), sum(tokens) if len(tokens) == len(begun) else None, sum(spent_s), max(spent_s))
 
     def cut(self, *, is_unfinished: bool) -> None:
-        """End the window with its last batch; requests begun after that are unfinished and will be run again.
+        """End the window with its last batch; requests that had not finished by then will be run again.
 
         If other processes run a share of the prompts, the metering process ends its window at the interruption instead,
         because the others may have finished requests in the meantime.

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from lem.errors import ConfigError, did_you_mean
 from lem.spec.schedule import WEEKDAYS, Schedule, length_of
 
-# The table is rewritten after each run, so it must not become larger than this.
+# The maximum number of starts. The table of starts is rewritten after each run, so it must stay small.
 MOST_STARTS = 100_000
 # Any combination of days and times of day that occurs at all occurs within this time.
 NEXT_ONE = timedelta(days=9)

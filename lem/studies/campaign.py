@@ -688,7 +688,7 @@ def _present(planned: Planned, store: Store, manifest: Manifest, presentation: P
 def _continued(
     planned: Planned, store: Store, options: RunOptions, resume: str
 ) -> tuple[Planned, list[CellState]] | None:
-    """Return the existing campaign of this name, with its nominal level, and the states of its cells; None without one.
+    """Return the existing campaign of this name, with its nominal level, and its cells' states; None if there is none.
 
     Raises:
         ConfigError: the existing campaign has other arms or settings, or its conditions have changed.
@@ -862,7 +862,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the cycle or, if grouped, of the arm, at whose end a cell is retried if it failed."""
+        """Return the number of the cell's cycle or, if grouped, of its arm; failed cells are retried when it ends."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:

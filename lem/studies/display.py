@@ -49,7 +49,7 @@ def bars() -> Iterator[Report]:
 def study_display(total: int, *, at_once: int = 1, settled: Iterable[int] = ()) -> Iterator[StudyDisplay]:
     """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines.
 
-    `settled` has the numbers of the runs that are not run, because an earlier command completed them.
+    `settled` has the numbers of the runs that are left out because an earlier command completed them.
     """
     outcomes = Outcomes(total, set(settled))
     if _is_terminal(sys.stderr):
