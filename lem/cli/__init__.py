@@ -210,7 +210,7 @@ def _misused(error: Any) -> int:
 
 
 def _wrong_value(error: Any) -> str | None:
-    """If an error is about a flag's value of the wrong type, return a sentence about the value; otherwise, None."""
+    """If an error is about a flag's value of the wrong type, return a sentence about the value; else return None."""
     from pydantic import ValidationError  # the library with which typer converts values
 
     cause, parameter = error.__cause__, getattr(error, "param", None)
