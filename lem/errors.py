@@ -7,10 +7,10 @@
     │   ├── ModelError          the model
     │   └── ResultsError        an experiment's id or a results directory
     ├── RunError            1   the run started and then failed; its record says how
-    └── Interrupted       130   the user or the scheduler stopped it
+    └── Interrupted       130   the user or the scheduler stopped the run
 
 A message says briefly what is wrong, where, and what to do. Any other exception that escapes is a bug in lem and
-is shown as a traceback. Packages derive their own errors from these.
+is shown as a traceback. Packages derive their own errors from these classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BadInput(LemError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[BadInput], tuple[Any, ...]]:
-        """Return how to build the error again in another process: from its problems, not from the whole message."""
+        """Return what pickle needs to rebuild the error in another process: its problems, not the whole message."""
         return type(self), self.problems
 
 
@@ -69,7 +69,7 @@ class Interrupted(LemError):
     exit_code = 130
 
     def __init__(self, reason: str = "", remedy: str = "") -> None:
-        """Store the reason and the remedy separately, because a study replaces the remedy."""
+        """Join reason and remedy into the message; keep the reason, because a study combines it with its own remedy."""
         self.reason = reason
         super().__init__(" ".join(filter(None, (reason, remedy))))
 

@@ -2,7 +2,7 @@
 
 Numbers in records are in unprefixed units (joules, watts, seconds, bytes) unless the field's name says otherwise.
 
-Names from files and servers may contain control characters. Escape sequences can recolour the terminal or move its
+Names from files and servers may contain control characters. Escape sequences can recolor the terminal or move its
 cursor, other characters reverse the text direction, and a line break makes one message look like two. Control
 characters are therefore printed as JSON escapes, so that JSON output stays valid and keeps its values.
 `lem.cli.streams` and `lem.results.show` apply this to everything that lem prints. This module knows nothing about

@@ -24,8 +24,8 @@ FORMAT_VERSION = 2
 COMMON = ("experiment_id", "rank", "cycle", "attempt")
 
 # A reading covers a phase if it misses at most UNCOVERED_SHARE of the phase or at most UNCOVERED_S (one tick of a GPU's
-# counter). UNCOVERED_S is capped at UNCOVERED_MOST of the phase, the relative error of a power sensor (Yang et al.
-# 2024).
+# counter). In a short phase, UNCOVERED_S is limited to UNCOVERED_MOST of the phase, which is the relative error of a
+# power sensor (Yang et al. 2024).
 UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
 UNCOVERED_MOST = 0.05
@@ -33,10 +33,10 @@ UNCOVERED_MOST = 0.05
 # Only one of the processes meters the node, because every meter sees the whole node's energy.
 ENERGY_OWNER = 0
 
-# The numbers that a run can have. A file with any other number was edited or is damaged, and cannot be read. `MOST` is
-# larger than any quantity of a run, but small enough to be summed and squared. Amounts are smaller, except for FLOPs.
-# They may be below 0 by the rounding error of a difference of times; other numbers, such as a temperature, may be
-# negative. Integers have 64 bits, as in the tables.
+# The ranges of the numbers in a record. A file with a number outside its range was edited or is damaged, and cannot be
+# read. `MOST` is larger than any quantity of a run, but small enough to be summed and squared. Amounts have a lower
+# maximum, except for FLOPs. An amount may be slightly below 0, because a difference of two times may be rounded. Other
+# numbers, such as temperatures, may be negative. Integers have 64 bits, as in the tables.
 MOST, ROUNDING = 1e30, 1e-6
 Number = Annotated[float, Meta(ge=-MOST, le=MOST)]
 Amount = Annotated[float, Meta(ge=-ROUNDING, lt=2.0**63)]
@@ -83,7 +83,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
         return self.source not in ("estimate", "simulated")
 
     def seconds_of(self, duration_s: float) -> float:
-        """Return how many seconds of a phase of length `duration_s` this reading covers; 0 if it has no energy."""
+        """Return how many seconds of a phase of `duration_s` seconds this reading covers; 0 if it has no energy."""
         if self.energy_j is None:
             return 0.0
         return duration_s if self.covered_s is None else self.covered_s
@@ -203,7 +203,7 @@ class CodedWarning(Struct, frozen=True, gc=False):
 class ModelInfo(Struct, frozen=True, gc=False):
     """The model as loaded; a field is None if it cannot be determined, for example for a model in a server.
 
-    `weights_missing` names the weights that were initialised at random because the checkpoint lacks them.
+    `weights_missing` names the weights that were initialized at random because the checkpoint lacks them.
     `weights_unexpected` names the checkpoint's weights that the model does not use. `weights_mismatched` names the
     weights with different shapes in the checkpoint and the model. Each field holds the first few names and a count of
     the rest.
@@ -254,7 +254,7 @@ class Carbon(Struct, frozen=True, gc=False):
     """The carbon intensity that converts joules into grams of CO2e, and its source.
 
     `trace_sha256` is the digest of the file with intensities over time, if there was one. `until_unix_s` is set only
-    while a window is open: the intensity holds until then, and that of a longer window is not known yet.
+    while a window is open: the intensity applies only up to that time, and what follows is not known yet.
     """
 
     intensity_g_per_kwh: Annotated[Amount, quantities.GRAM_CO2E_PER_KWH]
@@ -413,11 +413,11 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         "When the request arrived; null without traffic. Negative if the request arrived before the window of a "
         "resumed cycle opened.",
     ] = None
-    queue_s: Annotated[Number | None, quantities.SECOND, "start_s minus arrived_s: time in the queue."] = None
+    queue_s: Annotated[Number | None, quantities.SECOND, "Time in the queue: start_s minus arrived_s."] = None
     ttft_s: Annotated[
         Amount | None,
         quantities.SECOND,
-        "Time to first token, from the same start as latency_s; null unless streaming.",
+        "Time to first token, counted from the same moment as latency_s; null unless streaming.",
     ] = None
     tpot_s: Annotated[Amount | None, quantities.SECOND, "Time per output token after the first: the mean of itl_s."] = (
         None
@@ -437,9 +437,9 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     `phases` holds the phases of the cycle (warm-up, measured) and of the attempt (idle, load); the latter are repeated
     in each record of the attempt. `window_opened_unix_s` is for comparing processes, not for measuring. With continuous
     batching, `energy_so_far` holds energy readings taken when some of the requests finished. `cut` is None if the
-    window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened, which is the
-    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and
-    `slurm_node` are None outside of Slurm. `hostname` is None if no process of the experiment ran.
+    window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total
+    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None
+    outside Slurm. `hostname` is None if no process of the experiment ran.
     """
 
     format_version: Integer

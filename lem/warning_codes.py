@@ -1,6 +1,6 @@
-"""The catalogue of warnings, with meanings and remedies, and the checks that derive warnings from records and rows.
+"""The catalog of warnings, with meanings and remedies, and the checks that derive warnings from records and rows.
 
-The catalogue is the single source of the codes: a warning with any other code cannot be created, and
+The catalog is the single source of the codes: a warning with any other code cannot be created, and
 `docs/reference/warnings.md` is generated from it. This module knows records and rows, but not how they were measured.
 """
 
@@ -144,7 +144,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "window_cut": WarningKind(
         "The run was interrupted inside the measured window, so the window ends at the last finished request. The "
-        "message states how much time was lost between that request and the interruption, which is unknown if the "
+        "message states how much time was lost between that request and the interruption. This time is unknown if the "
         "process was killed.",
         "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
     ),
@@ -215,8 +215,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "energy_integrated": WarningKind(
         "A GPU has no energy counter, so its energy is integrated from sampled power. The samples lag behind the "
-        "actual power. The energy is off by up to this delay, which the message gives, times the difference between "
-        "the power just before the window and the power at its end.",
+        "actual power. The error of the energy is at most this delay, which the message gives, times the difference "
+        "between the power just before the window and the power at its end.",
         "Use windows many times as long as the delay, and expect more uncertainty under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
@@ -279,7 +279,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Install the engine's CUDA build, or set backend.device=cpu.",
     ),
     "input_truncated": WarningKind(
-        "Prompts were truncated to max_input_tokens.", "Raise max_input_tokens, if the model's context is long enough."
+        "Prompts were truncated to max_input_tokens.", "Raise max_input_tokens if the model's context is long enough."
     ),
     "flops_unknown": WarningKind(
         "The model's dimensions cannot be determined from its config and its code in transformers, so FLOPs and MFU "
@@ -351,12 +351,12 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure both sides on one machine and one GPU.",
     ),
     "compare_driver": WarningKind(
-        "The GPU driver differs between the two sides, and with it the clocks and the sensors' behaviour may differ.",
-        "Measure both sides with one driver, or accept the difference (--allow driver) if you are comparing just that.",
+        "The two sides used different GPU drivers, so the clocks and the sensors may have behaved differently.",
+        "Measure both sides with one driver or, if you are comparing drivers, accept the difference (--allow driver).",
     ),
     "compare_engine": WarningKind(
         "The two sides ran on different engines, or on different versions of an engine.",
-        "Use one engine and version, or accept the difference (--allow engine) if you are comparing just that.",
+        "Use one engine and version or, if you are comparing engines, accept the difference (--allow engine).",
     ),
     "compare_prompts": WarningKind(
         "The two sides did not run the same prompts.", "Set the same dataset, sample size and seed for both."
@@ -382,11 +382,11 @@ WARNINGS: dict[str, WarningKind] = {
         "The energies of the two sides differ in source, scope or components.", "Set one meter for both (energy=…)."
     ),
     "compare_estimate": WarningKind(
-        "The energy of one side is an estimate or simulated, and that of the other is measured.",
+        "The energy of one side is estimated or simulated, while the energy of the other side is measured.",
         "Measure both sides with a sensor.",
     ),
     "compare_estimated": WarningKind(
-        "The energies of both sides are estimates or simulated, so their ratio is no measurement.",
+        "The energies of both sides are estimated or simulated, so their ratio is not a measurement.",
         "Measure on a machine with a GPU energy counter or readable RAPL counters.",
     ),
     "compare_within_run": WarningKind(
@@ -478,8 +478,8 @@ WARNINGS: dict[str, WarningKind] = {
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
     "carbon_unknown": WarningKind(
-        "CO2e is null because the intensity of the measured hours is unknown: energy.carbon_trace does not cover them, "
-        "or its file could no longer be read. An intensity is never extrapolated.",
+        "CO2e is null because the carbon intensity during the measurement is unknown: the file energy.carbon_trace "
+        "does not cover this time, or could no longer be read. An intensity is never extrapolated.",
         "Keep the file up to date while you measure; each run reads it anew.",
     ),
     "schedule_runs_missing": WarningKind(
@@ -488,9 +488,9 @@ WARNINGS: dict[str, WarningKind] = {
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
     ),
     "schedule_environment_changed": WarningKind(
-        "The machine or its software changed during a schedule, such as the driver or the engine's version. A change "
-        "between two days is like the drift from day to day, but a change within a day looks like a difference between "
-        "times of day.",
+        "The machine or its software, such as the driver or the engine's version, changed during a schedule. A change "
+        "between two days has the same effect as drift from day to day, but a change within a day looks like a "
+        "difference between times of day.",
         "Start a new schedule after an update, and keep the machine as it is until the schedule ends.",
     ),
     "schedule_meters_differ": WarningKind(
@@ -518,7 +518,7 @@ WARNINGS: dict[str, WarningKind] = {
 
 
 def warning(code: str, text: str) -> CodedWarning:
-    """Return a warning, or raise KeyError if the code is not in the catalogue."""
+    """Return a warning, or raise KeyError if the code is not in the catalog."""
     WARNINGS[code]
     return CodedWarning(code, text)
 
@@ -572,7 +572,7 @@ def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
         yield warning("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
     if any(r.scope == "shared_device" for r in readings):
-        yield warning("energy_shared", "a MIG instance has no counter, so the energy is the whole GPU's.")
+        yield warning("energy_shared", "a MIG instance has no counter, so the energy is that of the whole GPU.")
     for r in readings:
         if r.energy_j is None:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
@@ -657,7 +657,7 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU throttled in the window or, if nothing watched the GPUs then, before or after it."""
+    """Yield a warning for each GPU that was throttled in the window or, if it was not watched then, before or after."""
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: clocks held down by {', '.join(held)} of the window.")
@@ -734,7 +734,7 @@ def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
         cv = "" if record.warmup.cv is None else f", with a coefficient of variation of {record.warmup.cv:.3f}"
         yield warning(
             "warmup_not_steady",
-            f"the warm-up ended at {record.warmup.ended}, after {record.warmup.prompts} prompts{cv}.",
+            f"the warm-up reached warmup.{record.warmup.ended} after {record.warmup.prompts} prompts{cv}.",
         )
 
 
@@ -796,7 +796,7 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
 
 
 def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
-    """Yield a warning if parts of a run were measured in different places; `places` gives the distinct ones by kind."""
+    """Yield a warning if parts of a run were measured in different places; `places` lists the places of each kind."""
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
         yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")
@@ -849,7 +849,7 @@ def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
 
 @cache
 def _percentiles_lacking(count: int) -> str:
-    """Return the percentiles for which a number of values is too small, with the numbers that they need."""
+    """Return the percentiles that need more than `count` values, each with the number of values that it needs."""
     needed = {percent: samples_needed(percent) for percent in PERCENTILES}
     return ", ".join(f"p{percent} needs {least}" for percent, least in needed.items() if count < least)
 
@@ -885,7 +885,8 @@ def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]
     ]
     if wrong:
         first = wrong[0]
-        text = f"request {first.request} has {first.output_tokens} output tokens and {len(first.itl_s or ()) + 1} times"
+        times = len(first.itl_s or ()) + 1
+        text = f"request {first.request} has {first.output_tokens} output tokens and {times} token times"
         more = f"; {len(wrong) - 1} more disagree as well" if len(wrong) > 1 else ""
         yield warning("tokens_disagree", f"{text}{more}.")
 

@@ -1,7 +1,7 @@
 """The `lem` command. Importing a command module registers its commands, which delegate to the other packages.
 
-Only the module of the command that runs is imported; `lem --help` needs none of them. This module imports no heavy
-libraries; a command that needs hydra, pyarrow or codecarbon imports it when it runs.
+Only the module of the command that runs is imported; `lem --help` imports no command module. This module imports no
+heavy libraries; a command that needs hydra, pyarrow or codecarbon imports it when it runs.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from lem.cli.formatter import import_formatter
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.quantities import one_line
 
-# Each command's module, and the first sentence of its help, in the order of lem --help. A test compares the sentences
-# with the help of the commands themselves.
+# For each command, its module and the first sentence of its help, in the order of lem --help. A test compares these
+# sentences with the help of the commands themselves.
 COMMANDS = {
     "experiment": ("experiment", "Run an experiment and show its results."),
     "batch": ("batch", "Check many config files, then run one experiment for each of them."),
     "campaign": ("campaign", "Measure several configurations in turn and compare them."),
     "schedule": (
         "schedule",
-        "Run an experiment or a campaign at planned times, for studies of how costs vary over time.",
+        "Run an experiment or a campaign at planned times, to study how costs vary over time.",
     ),
     "jobs": (
         "jobs",
-        "List the studies with jobs on a Slurm cluster, follow the jobs of one until they end, or cancel them.",
+        "List the studies with jobs on a Slurm cluster, follow the jobs of one study until they end, or cancel them.",
     ),
     "aggregate": (
         "results",
@@ -133,7 +133,7 @@ def all_commands() -> typer.Typer:
 
 
 def _listing() -> typer.Typer:
-    """Return an app that only knows the names and first sentences of the commands, for lem --help."""
+    """Return an app that knows only the names and first sentences of the commands, for lem --help."""
     listing = new_app()
     listing.callback()(_lem)
     for name, (_, sentence) in COMMANDS.items():
@@ -146,7 +146,7 @@ def _not_run() -> None:
 
 
 def _asked(arguments: list[str]) -> str | None:
-    """Return the name of the command on a command line; None if there is none, or no such command."""
+    """Return the name of the command on a command line; None if the line names no command or an unknown one."""
     # The options before a command take no values.
     first = next((text for text in arguments if not text.startswith("-")), None)
     return first if first in COMMANDS else None
@@ -154,7 +154,7 @@ def _asked(arguments: list[str]) -> str | None:
 
 @cache
 def _command(asked: str | None) -> Callable[..., Any]:
-    """Return a click command that has at least the command asked for, cached because building it takes a while."""
+    """Return a click command that includes the requested command; it is cached, because building it takes a while."""
     if "_LEM_COMPLETE" in os.environ:
         return typer.main.get_command(all_commands())
     if asked is None or not HELP.isdisjoint(sys.argv):
@@ -210,8 +210,8 @@ def _misused(error: Any) -> int:
 
 
 def _wrong_value(error: Any) -> str | None:
-    """Return a sentence about a flag's value that is not of the flag's type, or None for any other error."""
-    from pydantic import ValidationError  # which typer converts values with
+    """If an error is about a flag's value of the wrong type, return a sentence about the value; else return None."""
+    from pydantic import ValidationError  # the library with which typer converts values
 
     cause, parameter = error.__cause__, getattr(error, "param", None)
     if parameter is None or not isinstance(cause, ValidationError):
@@ -228,7 +228,7 @@ def _with_flag(line: str) -> str:
 
 
 def _with_output(code: int) -> int:
-    """Return the given exit code, or 1 in place of 0 if some of the output was lost.
+    """Return the given exit code, but 1 instead of 0 if some of the output was lost.
 
     A closed pipe (lem … | head) is not an error: the reader has all it wanted.
     """

@@ -32,14 +32,16 @@ def campaign(
     sample_size: flags.SampleSize = None,
     cycles: Annotated[
         int | None,
-        typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to whole squares."),
+        typer.Option(
+            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to complete Latin squares."
+        ),
     ] = None,
     until_ci: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Stop as soon as the half-width of each arm's interval is at most this share of its ratio to the "
-            "baseline, such as 2% or 0.02.",
+            help="Stop as soon as every arm's interval is narrow enough: its half-width is at most this share of the "
+            "arm's ratio to the baseline, such as 2% or 0.02.",
         ),
     ] = None,
     max_cycles: Annotated[
@@ -78,7 +80,9 @@ def campaign(
     per_job: Annotated[int | None, typer.Option(hidden=True)] = None,
     one_job: Annotated[
         bool,
-        typer.Option("--one-job", help="With --launcher slurm: run all cycles in one job, not each in its own."),
+        typer.Option(
+            "--one-job", help="With --launcher slurm: run all cycles in one job instead of one job for each cycle."
+        ),
     ] = False,
     detach: flags.Detach = False,
     across_nodes: Annotated[bool | None, typer.Option("--across-nodes", help=_HELP["across_nodes"])] = None,
@@ -104,8 +108,8 @@ def campaign(
     flags.check_detach(detach, slurm)
     if per_job is not None:
         raise ConfigError(
-            "--per-job: a campaign compares experiments on one node, so each cycle is one job; use --one-job to run "
-            "all cycles in a single job."
+            "--per-job: a campaign compares experiments on the same node, so each cycle is one job; use --one-job to "
+            "run all cycles in a single job."
         )
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,

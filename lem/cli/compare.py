@@ -37,15 +37,15 @@ def results_compare(
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="With --fail-if: exit with code 2 if the outcome is: cannot tell.")
+        bool, typer.Option("--strict", help="With --fail-if: exit with code 2 if an outcome is 'cannot tell'.")
     ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(
             "--allow",
             metavar="REASON",
-            help="Accept a difference in: board, driver, engine, prompts, lengths, window, throttled, shared, "
-            "meter or estimate (repeatable).",
+            help="Accept a difference of this kind: board, driver, engine, prompts, lengths, window, throttled, "
+            "shared, meter or estimate (repeatable).",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -59,11 +59,11 @@ def results_compare(
     from lem.results.sides import side
 
     if len(names) < 2:
-        raise ResultsError("A comparison needs at least two things to compare; give a baseline and another.")
+        raise ResultsError("A comparison needs at least two results; give a baseline and another result.")
     if as_json and as_markdown:
         raise ResultsError("--json and --markdown are alternatives; use one of them.")
     if strict and not limits:
-        raise ResultsError("--strict has an effect only with --fail-if.")
+        raise ResultsError("--strict has an effect only with --fail-if; leave it out, or add a limit with --fail-if.")
     allowed = allow or []
     check_allowed(allowed)
     wanted = [parse_limit(text) for text in limits or []]

@@ -1,7 +1,7 @@
 """Shell completion for presets, datasets, backends, experiment ids and names of schedules.
 
-The shell runs this code each time the user presses Tab. Therefore, it imports nothing heavy, and offers no completions
-if an error occurs.
+The shell runs this code each time the user presses Tab. The code therefore imports nothing heavy, and if an error
+occurs, it offers no completions.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
 
-Campaign = Annotated[bool, typer.Option("--campaign", help="Use the format of campaign files instead of config files.")]
+Campaign = Annotated[
+    bool, typer.Option("--campaign", help="Use the format of campaign files instead of the format of config files.")
+]
 
 config_app = typer.Typer(help="Check, show and create configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -56,7 +58,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Print, as a config file, the complete configuration that a config file and overrides produce."""
+    """Print the complete configuration that a config file and overrides produce, in the form of a config file."""
     from lem.cli import validate
 
     config_file, given = flags.split_arguments(arguments or [])
@@ -78,7 +80,7 @@ def generate_grid(
         typer.Option(
             "--vary",
             metavar="KEY=VALUES",
-            help="Values of a key, to combine with the values of the other keys: batch_size=1,2,4; seed=range(1,9); "
+            help="A key and its values, to combine with those of the other keys: batch_size=1,2,4; seed=range(1,9); "
             "backend=pytorch,simulated. Repeat the flag for each key; the last key varies fastest.",
             show_default=False,
         ),
@@ -107,7 +109,7 @@ def generate_grid(
 
 @config_app.command("schema")
 def schema(campaign: Campaign = False, config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files; editors use it to check and complete the files."""
+    """Print the JSON Schema of config files, with which editors check and complete the files."""
     from lem.config import file_schema
     from lem.config.options import Options
 
@@ -133,7 +135,7 @@ def new(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file: ask for its values on a terminal, or else write a commented template."""
+    """Write a new config file. On a terminal, ask for its values; otherwise, write a commented template."""
     from lem.cli import new
 
     if campaign:

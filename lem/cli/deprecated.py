@@ -25,7 +25,9 @@ class Flag:
 def _gpus(text: str) -> list[str]:
     entries = [part.strip() for part in text.split(",")]
     if not all(entries):
-        raise ConfigError(f"--gpu-list {text!r} is not a list; separate indices or UUIDs with commas, as in 0,1.")
+        raise ConfigError(
+            f"--gpu-list {text!r} is not a list of GPUs; separate indices or UUIDs with commas, as in 0,1."
+        )
     return [f"gpus=[{','.join(entry if entry.isdecimal() else repr(entry) for entry in entries)}]"]
 
 

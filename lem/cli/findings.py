@@ -35,7 +35,7 @@ def show_checkup(results_dir: Path, *, as_json: bool = False) -> int:
 
 
 def as_plain(found: Checkup) -> dict[str, Any]:
-    """Return a checkup as plain data; docs/how-to/doctor.md describes it."""
+    """Return a checkup as plain data, in the format that docs/how-to/doctor.md describes."""
     return {
         "format_version": FORMAT_VERSION,
         "lem_version": __version__,

@@ -83,7 +83,7 @@ PerJob = Annotated[
 Detach = Annotated[
     bool,
     typer.Option(
-        "--detach", help="With --launcher slurm: end as soon as the jobs are submitted; lem jobs returns to them."
+        "--detach", help="With --launcher slurm: exit as soon as the jobs are submitted; lem jobs follows them later."
     ),
 ]
 
@@ -126,7 +126,7 @@ def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
 def launcher_of(
     name: str | None, overrides: list[str], config_dir: Path | None
 ) -> tuple[config_launcher.Launcher | None, list[str]]:
-    """Return the launcher that submits to Slurm, if one is chosen, and the overrides that are not the launcher's."""
+    """Return the launcher for Slurm, or None if no such launcher is chosen, and the overrides not meant for it."""
     given = [*choice_overrides({"hydra/launcher": name}), *overrides]
     if not any(text.lstrip("+").startswith("hydra/launcher=") for text in given):
         return None, overrides
@@ -137,7 +137,7 @@ def launcher_of(
 
 
 def check_per_job(per_job: int | None, launcher: config_launcher.Launcher | None, *, several: bool = True) -> None:
-    """Raise `ConfigError` if --per-job is given to a command that submits no jobs, or only one experiment."""
+    """Raise `ConfigError` if --per-job is given to a command that submits no jobs or runs only one experiment."""
     if per_job is not None and launcher is None:
         raise ConfigError("--per-job needs --launcher slurm.")
     if per_job is not None and not several:

@@ -1,12 +1,13 @@
-"""Importing typer's formatter of help and usage errors, without the parts of rich that lem's help never uses."""
+"""Imports typer's formatter of help and usage errors, without the parts of rich that lem's help never uses."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
 
-# Modules of rich, with the class that the formatter imports from each. Together they take more than a third of its
-# import time. Help texts in Markdown need the first, and formatted tracebacks the second; lem's commands use neither.
+# Modules of rich, with the class that the formatter imports from each. Together, they take more than a third of the
+# formatter's import time. Help texts in Markdown need the first module, and formatted tracebacks need the second; lem's
+# commands use neither.
 UNUSED = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
 
 

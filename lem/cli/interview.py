@@ -47,7 +47,7 @@ def agrees(question: str) -> bool:
 
 
 def is_content(draft: Draft) -> bool:
-    """Return whether to write the draft; if it cannot run on this machine, print the reasons and ask the user."""
+    """Return whether to write the draft; if its configuration cannot run here, print the reasons and ask the user."""
     chosen = {group: choice_of(group, name, draft.options) for group, name in draft.choices.items()}
     problems = judge(UserFile(draft.options), {**chosen, **draft.values}, host.look())
     for problem in problems:

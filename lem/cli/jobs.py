@@ -23,12 +23,12 @@ def jobs(
         ),
     ] = None,
     results_dir: ResultsDir = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before cancelling.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With cancel: skip confirmation.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the state of each experiment as JSON, without waiting.")
     ] = False,
 ) -> None:
-    """List the studies with jobs on a Slurm cluster, follow the jobs of one until they end, or cancel them."""
+    """List the studies with jobs on a Slurm cluster, follow the jobs of one study until they end, or cancel them."""
     from lem.results.store import Store, default_root
     from lem.studies import jobs as study
 
@@ -46,7 +46,7 @@ def jobs(
             raise ConfigError("--json shows the states of experiments; leave it out with cancel.")
         raise typer.Exit(study.cancel(store, name, yes=yes))
     if yes:
-        raise ConfigError("--yes: only lem jobs cancel asks a question; leave it out.")
+        raise ConfigError("--yes has an effect only with lem jobs cancel; leave it out.")
     if name is None or as_json:
         raise typer.Exit(study.list_jobs(store, name, as_json=as_json))
     raise typer.Exit(study.follow(store, name))

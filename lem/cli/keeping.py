@@ -45,7 +45,7 @@ def results_export(
         typer.Option(
             "--format",
             help="csv, json, parquet, or the format of another project: aienergyscore (CSV) or mlenergy (Parquet). "
-            "Default: by the file's name, else csv.",
+            "Default: the format that the file's name suggests, or else csv.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def results_export(
             "--output",
             parser=literal,
             metavar="FILE",
-            help="File to write (default: standard output); parquet and mlenergy need one.",
+            help="File to write (default: standard output); required for parquet and mlenergy.",
         ),
     ] = None,
     status: Annotated[
@@ -123,7 +123,12 @@ def results_archive(
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option("--check", parser=literal, metavar="FILE", help="Check an archive against its checksums instead."),
+        typer.Option(
+            "--check",
+            parser=literal,
+            metavar="FILE",
+            help="Instead of writing an archive, check this one against its checksums.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
@@ -133,7 +138,7 @@ def results_archive(
 
     if check is not None:
         if ids or campaign is not None or everything or output is not None:
-            raise ResultsError("--check reads an archive, and takes no experiments and no --output.")
+            raise ResultsError("--check only reads an archive; leave out the experiments and --output.")
         raise typer.Exit(archive.report_check(check))
     if output is None:
         raise ResultsError("Give the file to write: --output FILE.zip.")

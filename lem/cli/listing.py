@@ -135,7 +135,7 @@ def _as_data(option: Summary, prefix: str = "") -> dict[str, Any]:
 
 def _print_folders(found: Sequence[Summary]) -> None:
     for folder in sorted({option.file.parent for option in found if option.file}):
-        print(f"\nYours are in {shown_path(folder)}.")
+        print(f"\nYour own options are in {shown_path(folder)}.")
 
 
 def _print_errors(errors: Sequence[Problems]) -> int:

@@ -29,7 +29,7 @@ DEFAULT_FILE = Path("experiment.yaml")
 HEAD = """\
 {editor}
 # A lem experiment: lem config validate checks it, lem experiment runs it.
-# A value after # is in effect; to set it, delete its # and its group's #."""
+# A value after # is in effect; to change it, delete its # and its group's #."""
 
 
 def render(draft: Draft) -> str:
@@ -87,7 +87,7 @@ def _value_lines(draft: Draft, item: Leaf, value: Any, indent: str = "") -> Iter
     yield from _comment(item.description, indent)
     yield from _comment(f"[{type_words(item)}; default {flow(item.default)}{by_preset}]", indent)
     name = item.path.rpartition(".")[2]
-    # A value that is set is written as given, because it may be an interpolation.
+    # A value that the draft sets is written as it was given, because it may be an interpolation.
     given = item.path in draft.values
     yield f"{indent}{name}: {flow(draft.values[item.path])}" if given else f"{indent}#{name}: {flow(value)}"
     yield ""
@@ -98,7 +98,7 @@ def _other_backends(chosen: str) -> Iterator[str]:
     for name, backend in BACKENDS.items():
         if name == chosen:
             continue
-        yield from _comment(f"With name: {name}, the values are these instead:", "  ")
+        yield from _comment(f"With name: {name}, the section has these values instead:", "  ")
         for item in leaves(backend):
             if item.path != "name":
                 about = f"- {item.path}: {item.description} [{type_words(item)}; default {flow(item.default)}]"
@@ -146,7 +146,7 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
 
 CAMPAIGN_HEAD = """\
 # A lem campaign: lem config validate checks it, lem campaign runs it.
-# A value after # is in effect; to set it, delete its #."""
+# A value after # is in effect; to change it, delete its #."""
 CAMPAIGN_ARMS = ("first.yaml", "second.yaml")
 
 
@@ -212,5 +212,5 @@ def _write(draft: Draft, file: Path) -> None:
         file_schema.write_beside(file, draft.options)
     except OSError as error:
         raise ConfigError(f"{file}: the file cannot be written: {error.strerror}.") from None
-    print(f"Wrote {file} and, beside it, {file_schema.SCHEMA_FILE}, which lets editors check and complete it.")
-    print(f"Check it with lem config validate {file}, run it with lem experiment {file}.")
+    print(f"Wrote {file} and, beside it, {file_schema.SCHEMA_FILE}, which lets editors check and complete the file.")
+    print(f"Check it with lem config validate {file}, and run it with lem experiment {file}.")

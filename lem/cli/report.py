@@ -49,13 +49,13 @@ def results_report(
             "--plots",
             parser=literal,
             metavar="DIR",
-            help="Also write each plot as SVG and PNG, for a column of a paper; needs pip install 'lem[plots]'.",
+            help="Also write each plot as SVG and PNG, sized for a column of a paper; needs pip install 'lem[plots]'.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files in the directory --plots.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files in the directory of --plots.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write an HTML page with warnings, figures and charts, which any browser can open offline."""
+    """Write an HTML page with warnings, numbers and charts that any browser can open offline."""
     from lem.errors import ResultsError
     from lem.quantities import one_line, timestamp
     from lem.reports import plots
@@ -67,7 +67,9 @@ def results_report(
     if sum((bool(ids), campaign is not None, schedule is not None, grid is not None)) > 1:
         raise ResultsError("Experiment ids, --campaign, --schedule and --grid are alternatives; use one of them.")
     if force and plots_dir is None:
-        raise ResultsError("--force replaces the files of --plots; give a directory with --plots, or leave it out.")
+        raise ResultsError(
+            "--force has an effect only with --plots; give a directory with --plots, or leave --force out."
+        )
     if plots_dir is not None:
         plots.check(plots_dir)
     store = browse.store_at(results_dir)

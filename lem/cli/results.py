@@ -70,9 +70,7 @@ def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
         bool,
-        typer.Option(
-            "--all", "-a", help="Include all experiments without a row, not only those that are jobs on a cluster."
-        ),
+        typer.Option("--all", "-a", help="Include all experiments without a row, not only those in jobs on a cluster."),
     ] = False,
     status: Annotated[
         str | None,

@@ -56,8 +56,8 @@ def schedule(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Name of the schedule and of its directory in the results directory. Default: that of the config "
-            "file, or the preset and the model.",
+            help="Name of the schedule and of its directory in the results directory. Default: the name of the config "
+            "file or, without one, the names of the preset and the model.",
         ),
     ] = None,
     resume: Annotated[
@@ -79,7 +79,7 @@ def schedule(
     allow_code: flags.AllowCode = False,
     allow_key: flags.AllowKey = False,
 ) -> None:
-    """Run an experiment or a campaign at planned times, for studies of how costs vary over time."""
+    """Run an experiment or a campaign at planned times, to study how costs vary over time."""
     from lem.results.store import default_root
     from lem.studies import schedule as study
     from lem.studies.ask import RunOptions

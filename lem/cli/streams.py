@@ -42,7 +42,7 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as descriptor 0, 1 or 2 if it is closed; otherwise the next file opened could get stray output."""
+    """Open /dev/null as any closed descriptor from 0 to 2; otherwise, stray output could reach the next open file."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -68,7 +68,7 @@ class _Guard:
     """A text stream that escapes control characters and otherwise behaves like the stream it wraps."""
 
     def __init__(self, stream: TextIO) -> None:
-        # If a stream has an attribute of this name, rich writes to the attribute instead, so that its colour codes are
+        # If a stream has an attribute of this name, rich writes to the attribute instead, so that its color codes are
         # not escaped. lem's own consoles have already escaped their texts (`lem.results.show.console`).
         self.rich_proxied_file = stream
 

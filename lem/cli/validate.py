@@ -270,7 +270,7 @@ def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, a
     if overrides or with_origin:
         raise ConfigError("lem config show accepts neither overrides nor --origin for a campaign file; leave them out.")
     campaign = compose(file, {})
-    with suppress(ConfigError):  # an arm whose file is missing does not keep the settings from being shown
+    with suppress(ConfigError):  # the settings are shown even if an arm's file is missing
         campaign = in_whole_squares(campaign, len(list(campaign_arms(campaign))), keys_given(file, {}))
     values = to_plain(campaign)
     if as_json:

@@ -17,7 +17,7 @@ USUAL_MOST = 30
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a campaign's values; if it is adaptive, add default limits where none are given."""
+    """Return a campaign's values; for an adaptive campaign, add default limits where none are given."""
     found = dict(values)
     if found.get("until_ci") is None:
         return found
@@ -34,7 +34,7 @@ def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
     if campaign.until_ci is None:
         if campaign.max_cycles is not None:
             yield _problem(
-                "max_cycles", "only adaptive campaigns have this limit; set until_ci as well, or leave it out."
+                "max_cycles", "only adaptive campaigns have this limit; set until_ci as well, or leave out max_cycles."
             )
         return
     if campaign.structure == "grouped":
@@ -42,7 +42,7 @@ def problems(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
         yield _problem("structure", f"{text}choose another structure, or leave out until_ci.")
     if campaign.cycles < FEWEST_ADAPTIVE_CYCLES:
         text = f"a campaign with until_ci measures at least {FEWEST_ADAPTIVE_CYCLES} cycles, not {campaign.cycles}; "
-        yield _problem("cycles", f"{text}leave out cycles, or give more.")
+        yield _problem("cycles", f"{text}leave out cycles, or give a larger number.")
     elif campaign.max_cycles is not None and campaign.cycles >= campaign.max_cycles:
         text = f"must be greater than cycles ({campaign.cycles}), not {campaign.max_cycles}"
         if campaign.cycles >= MOST_ADAPTIVE_CYCLES:

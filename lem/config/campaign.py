@@ -72,7 +72,7 @@ def is_campaign(file: Path) -> bool:
 
 
 def check_alone(file: Path) -> None:
-    """Check the only file given, which is not a campaign file; raises `Problems` if it cannot be read as YAML."""
+    """Raise `Problems` if the only file given, which is not a campaign file, cannot be read as YAML."""
     if problems := yamlfile.read(file).problems:
         raise Problems(problems)
 
@@ -138,7 +138,7 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
 
 
 def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location | None:
-    """Return where a campaign file or one of its parents sets a key; None if the command line sets it, or no file."""
+    """Return where a campaign file or one of its parents sets a key; None without a file or for a key in `given`."""
     if file is None or key in given:
         return None
     return read(file).locations.get((key,), Location(file))
@@ -151,10 +151,12 @@ def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
 
 
 def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
-    """Return a campaign's settings; if it is latin, round numbers of cycles not set by the user up to whole squares.
+    """Return a campaign's settings; if it is latin, adapt the numbers of cycles that the user did not set.
+
+    These numbers are raised so that the campaign consists of complete Latin squares.
 
     Args:
-        campaign: its settings.
+        campaign: the campaign's settings.
         arms: the number of arms, with the baseline.
         given: the keys that the user set.
     """
@@ -165,20 +167,20 @@ def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Ca
     if campaign.until_ci is None:
         is_rounded = "cycles" not in given and whole <= MOST_CYCLES
         return replace(campaign, cycles=whole) if is_rounded else campaign
-    # An adaptive campaign needs a second whole square after which it may stop.
+    # An adaptive campaign stops only after complete squares, so its maximum must leave room for another square.
     most = max(campaign.max_cycles or 0, whole + size)
     is_raised = "max_cycles" not in given and most <= MOST_ADAPTIVE_CYCLES
     return replace(campaign, max_cycles=most) if is_raised else campaign
 
 
 def campaign_arms(campaign: Campaign) -> Iterator[tuple[ArmSource, Path]]:
-    """Yield each arm together with its config file; an arm given as a pattern comes once for each matching file.
+    """Yield each arm together with its config file; an arm given as a pattern is yielded once for each matching file.
 
     Raises:
-        ConfigError: patterns of arms match no config file; the message lists all of them.
+        ConfigError: some arms' patterns match no config file; the message lists all such patterns.
     """
     sources = [ArmSource(arm) if isinstance(arm, str) else arm for arm in campaign.arms]
-    # All patterns in one call, because a grid's index is skipped only if files of the same grid are found as well.
+    # All patterns are passed at once, because a grid's index is skipped only if files of the same grid are found too.
     for source, files in zip(sources, find_each([source.config for source in sources]), strict=True):
         for file in files:
             yield source, file
@@ -256,7 +258,7 @@ def _problem(path: KeyPath, details: list[Any]) -> Problem:
     missing = [detail for detail in details if detail["type"] in ("missing", "missing_argument")]
     if missing:
         return Problem("missing_value", name, f"{missing[0]['loc'][-1]!r} is missing.")
-    # What pydantic says about parsing is dropped, because it means nothing to the author of a file.
+    # pydantic's remarks about parsing are dropped, because they mean nothing to the author of a file.
     told = (str(detail["msg"]).removeprefix("Input should be ").partition(", unable to parse")[0] for detail in details)
     wanted = " or ".join(dict.fromkeys(told))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))

@@ -42,7 +42,7 @@ def examine(values: Values) -> tuple[Experiment | None, Found]:
         message = f"the configuration contains a value that is not plain data: {shortened(str(error))}."
         return None, [((), Problem("wrong_type", "", message))]
     try:
-        # As JSON, because pydantic's JSON mode is strict about types but still turns a mapping into a dataclass.
+        # The values are passed as JSON, because pydantic's JSON mode is strict about types but builds dataclasses.
         return adapter(Experiment).validate_json(text), []
     except ValidationError as error:
         return None, list(_problems(values, error.errors(include_url=False)))
@@ -142,7 +142,7 @@ def _about_backends_key(name: str, backend: str | None) -> str | None:
     group, _, key = name.partition(".")
     if backend is None or group != "backend":
         return None
-    # An engine's extra arguments are one value, a mapping.
+    # In the schema, an engine's extra arguments are a single value, which is a mapping.
     return backend_class(backend).about_key(key.removeprefix("engine_args.").removeprefix("extra_args."))
 
 
@@ -164,7 +164,7 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
-    """Return the values with interpolations resolved, and a problem for each one that cannot be resolved."""
+    """Return the values with interpolations resolved, and a problem for each interpolation that cannot be resolved."""
     found_texts = list(texts(values))
     message = "??? marks a value that must be set; set it."
     found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
@@ -178,7 +178,7 @@ def resolved(values: Values) -> tuple[Values, Found]:
 def secrets(values: Values) -> Found:
     """Return a problem for each value that contains the Hugging Face token, because configurations get published."""
     token = os.environ.get("HF_TOKEN")
-    message = "the value contains your HF_TOKEN; remove it, since the hub client reads it from the environment."
+    message = "the value contains your HF_TOKEN; remove the token, which the hub client reads from the environment."
     found = (path for path, text in texts(values) if token in text) if token else ()
     return [(path, Problem("secret", dotted(path), message)) for path in found]
 

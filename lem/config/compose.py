@@ -112,7 +112,7 @@ def _sources(file: UserFile, overrides: Iterable[Override]) -> Sources:
 
 # ------------------------------------------------------------------ composition in plain dictionaries
 def values_of(sources: Sources) -> tuple[Values, Found]:
-    """Compose the values in plain dictionaries, resolve interpolations, and return the values and their problems."""
+    """Compose the values in plain dictionaries and resolve interpolations; return the values and their problems."""
     try:
         values, found = resolved(sources.values())
     except Problems:
@@ -193,8 +193,9 @@ class Composition:
     def quickly(self) -> Experiment:
         """Return the same experiment as `experiment`, composed in plain dictionaries in a hundredth of the time.
 
-        For many cells; compose one of them by Hydra, which also checks the overrides of its own settings. What plain
-        composition does not know, or objects to, is left to Hydra, so that messages are the same.
+        Use this method for many cells, but compose one of them with `experiment`, because only Hydra checks overrides
+        of its own settings. If plain composition meets a problem or an unknown key, Hydra composes the experiment, so
+        that the messages are the same.
         """
         return self.plainly() or self.experiment()
 
@@ -262,7 +263,9 @@ def prepare(
 def compose_quickly(
     config_file: Path, overrides: Sequence[str], config_dir: Path | None = None
 ) -> tuple[Experiment, Sources]:
-    """Return what `prepare` and `Composition.experiment` return, for many files; see `Composition.quickly`.
+    """Return the experiment that `prepare` and `Composition.experiment` would give, and its sources, but faster.
+
+    This is meant for many files; see `Composition.quickly`.
 
     Raises:
         ConfigError: the input cannot be used, or the experiment has problems.
@@ -283,7 +286,7 @@ def register_schema() -> None:
     _store("preset/user", NO_PRESET, "_global_", {})
 
 
-# The nodes in Hydra's store, because storing one takes milliseconds and most compositions of a process need the same.
+# The nodes already in Hydra's store. Storing a node takes milliseconds, and most compositions need the same nodes.
 _STORED: dict[tuple[str, str], tuple[str | None, Values]] = {}
 
 
@@ -342,7 +345,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Turn a Hydra error into located problems if plain composition finds them as well, or else into one message."""
+    """Turn a Hydra error into the located problems that plain composition finds or, if there are none, one message."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,4 +1,4 @@
-"""Which Hydra launcher is chosen, the options of `hydra/launcher=slurm`, and submitting jobs through submitit.
+"""Finds the chosen Hydra launcher, checks the options of `hydra/launcher=slurm`, and submits jobs through submitit.
 
 A site's own file in its config directory, `hydra/launcher/<name>.yaml` with `defaults: [slurm]`, is a launcher too.
 Later sources take precedence: conf/hydra/launcher/slurm.yaml, the site's file, `hydra.launcher.…=` overrides.
@@ -28,7 +28,7 @@ KEYS = tuple(each.name for each in fields(SlurmOptions))
 
 @dataclass(frozen=True)
 class Launcher:
-    """The chosen launcher: the options of jobs, the overrides that chose them, and where Hydra finds its file."""
+    """The chosen launcher: its options for jobs, the overrides that set them, and where Hydra finds its file."""
 
     options: SlurmOptions
     settings: tuple[str, ...]
@@ -39,7 +39,7 @@ def chosen_launcher(overrides: Sequence[str], config_dir: Path | None) -> Launch
     """Return the Slurm launcher that the overrides choose, or None if the cells run in this process.
 
     Raises:
-        ConfigError: the launcher does not exist or is of another kind, or an option is wrong; lists all problems.
+        ConfigError: the launcher does not exist or is of another kind, or options are wrong; the error lists them all.
     """
     own = [text for text in overrides if is_of_launcher(text)]
     chosen = [text for text in own if _key(text) == GROUP]
@@ -54,14 +54,14 @@ def chosen_launcher(overrides: Sequence[str], config_dir: Path | None) -> Launch
     target = values.pop("_target_", None)
     if target != TARGET:
         raise ConfigError(
-            f"{GROUP}={names[-1]}: lem runs experiments with the launchers basic and slurm, or a site's own file with "
+            f"{GROUP}={names[-1]}: lem cannot use this launcher. Choose basic or slurm, or a site's own file with "
             "defaults: [slurm]."
         )
     return Launcher(_checked(values), (chosen[-1], *given), search_path)
 
 
 class Refused(Exception):
-    """Slurm did not accept a job; the text is what sbatch says."""
+    """Slurm did not accept a job; the message is that of sbatch."""
 
 
 def submit(
@@ -74,11 +74,11 @@ def submit(
     """Submit a job that calls a function or, for several calls, a job array; return the id of each job.
 
     Args:
-        folder: where a job's batch file and log go, in a folder named after its id.
+        folder: where the jobs' batch files and logs are written, in a folder for each job that is named after its id.
         run: a function that can be imported by its name on the node.
-        calls: the function's arguments in each job.
-        parameters: submitit's parameters of the jobs.
-        python: the command that starts Python on the node; None is the Python of this process.
+        calls: for each job, the arguments of the function.
+        parameters: submitit's parameters for the jobs.
+        python: the command that starts Python on the node; None means the Python that runs this process.
 
     Raises:
         Refused: Slurm did not accept the job, or any job of the array.
@@ -163,10 +163,10 @@ def _composed(overrides: list[str], search_path: Sequence[str]) -> dict[str, Any
 
 
 def _checked(values: dict[str, Any]) -> SlurmOptions:
-    """Return the options.
+    """Return the launcher's options, with their types and ranges checked.
 
     Raises:
-        Problems: keys are unknown, or values are of the wrong type or out of range; lists all of them.
+        Problems: keys are unknown, or values are of the wrong type or out of range; the error lists all of them.
     """
     from pydantic import ValidationError
 

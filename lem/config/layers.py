@@ -3,7 +3,7 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 The tests check that the result equals Hydra's composition of conf/config.yaml. Merging plain dictionaries is a thousand
-times as fast, which grids need, and it records the layer of each value, which Hydra does not. This module does not
+times as fast, which grids need. It also records the layer of each value, which Hydra does not. This module does not
 parse Hydra's grammar and does not check values.
 """
 
@@ -59,7 +59,7 @@ class Sources:
         return cls(file, choices, tuple(given))
 
     def settled(self) -> Sources:
-        """Return the sources; if the command line replaces a group's option, the file's values for it are left out."""
+        """Return the sources, without the file's values for any option that the command line replaces."""
         file = self.file
         for group, choice in self.choices.items():
             named = file.choices.get(group)
@@ -236,7 +236,7 @@ def _users(file: OptionFile, options: Options) -> Option:
         own.setdefault("name", file.name)
     if file.group == "backend" and own.setdefault("name", file.name) not in BACKENDS:
         location = locations.get(("backend", "name"), Location(file.path))
-        message = f"an option of this group must name its engine: {', '.join(BACKENDS)}."
+        message = f"an option of this group must name its engine, which is one of {', '.join(BACKENDS)}."
         read.problems.append(Problem("unknown_option", "name", message, location))
     if problems := impossible(read.problems):
         raise Problems(problems)

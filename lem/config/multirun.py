@@ -1,8 +1,8 @@
 """A study's plan and its Hydra multirun: one resolved config file per cell, composed and run by Hydra in turn.
 
 The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. If the cells are
-submitted to Slurm, Hydra runs a single task that submits all of them, because composing a cell takes it a tenth of a
-second. This module does not know how a cell is run.
+submitted to Slurm, Hydra runs a single task that submits all of them, because Hydra would take a tenth of a second to
+compose each cell. This module does not know how a cell is run.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def run_plan(
 
 
 def submit_plan(directory: Path, settings: Sequence[str], submit_all: Callable[[], None], launcher: Launcher) -> None:
-    """Let Hydra run a task that submits all cells; their configurations are in their own plans.
+    """Let Hydra run a task that submits all cells; the cells' own plans contain their configurations.
 
     Args:
         directory: the study's directory.

@@ -23,7 +23,7 @@ from lem.config.problem import Problem, Problems, shortened
 from lem.config.userfile import PARTS, Choice, Layer
 from lem.spec.schema import GROUPS
 
-# A preset that sets nothing, because Hydra has no other way to undo the choice of an option.
+# A preset that sets nothing. It is needed because Hydra has no other way to undo the choice of an option.
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
@@ -108,7 +108,7 @@ def is_hydra_setting(text: str) -> bool:
 
 
 def has_several_values(text: str) -> bool:
-    """Return whether Hydra's grammar reads several values in an override; False if it cannot be parsed."""
+    """Return whether an override has several values in Hydra's grammar; False if it cannot be parsed."""
     try:
         return bool(_read(text).is_sweep_override())
     except Problems:
@@ -170,7 +170,7 @@ def _names(group: str, value: str, literal: str, options: Options) -> list[Any]:
     try:
         override = _read(f"{group}={value}")
     except Problems:
-        # One or more names that Hydra's grammar cannot read.
+        # The value is one or more names that Hydra's grammar cannot read.
         names = [name.strip() for name in literal.split(",")]
         return names if all(options.get(group, name) or _exists(name) for name in names) else [literal]
     if isinstance(override.value(), Glob):

@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
-        """The severity of the code, as listed in the catalogue of rules."""
+        """The severity of the code, as listed in the catalog of rules."""
         return RULES[self.code].severity
 
     @property
@@ -67,7 +67,7 @@ class Problems(ConfigError):
         super().__init__(*map(str, self.found))
 
     def __reduce__(self) -> tuple[type[Problems], tuple[Any, ...]]:
-        """Return how to build the error again in another process."""
+        """Return what pickle needs to rebuild the error in another process."""
         return type(self), (self.found,)
 
     @classmethod

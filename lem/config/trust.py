@@ -193,7 +193,7 @@ def _variables(backend: object, layers: list[Any]) -> Iterator[Asked]:
 
 
 def _other_machine(backend: OpenaiBackend) -> str | None:
-    """Return the address of a server on another machine; None if it is on this one."""
+    """Return the address of the backend's server if it is on another machine; None if it is on this machine."""
     if backend.url is None:
         return None
     from lem.backends.openai_options import address_of

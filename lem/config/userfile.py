@@ -49,7 +49,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values: its kind, its name (variable, option, preset, file, override), the values and locations."""
+    """The values that come from one source.
+
+    `name` is the name of the variable, option, preset, file or override. `locations` holds the places of the values in
+    files.
+    """
 
     kind: Literal["default", "environment", "option", "preset", "file", "command line"]
     name: str | None
@@ -127,7 +131,9 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 
 
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
-    """Return the options available to a config file: in the given directory, or else beside it or its nearest parent.
+    """Return the options available to a config file.
+
+    They come from the given directory or, without one, from `conf/` beside the file or its nearest parent that has it.
 
     Raises:
         ConfigError: the given directory contains no options.
@@ -154,7 +160,7 @@ def _parents(path: Path) -> list[Path]:
 
 
 def examine_file(path: Path, options: Options, group: str | None = None) -> UserFile:
-    """Read a config file with its parents; anything wrong is left out and listed in `problems`.
+    """Read a config file with its parents; leave out anything that is wrong and list it in `problems`.
 
     Args:
         path: the file.
@@ -284,7 +290,7 @@ class _OwnContent:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
     def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """Record the named option, even if it does not exist; return the group's values."""
+        """Record the choice that a name makes, or a problem if there is no such option; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
             self._report("wrong_type", at, f"must be the name of an option, not {kind_of(name)}.")

@@ -78,7 +78,7 @@ def kind_of(value: Any) -> str:
 
 
 def resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
-    """Return a loader's or dumper's rules for the type of a plain scalar, with YAML 1.1's floats replaced by FLOAT."""
+    """Return a loader's or dumper's rules for plain scalars, but with FLOAT for floats and without timestamps."""
     rules = {
         first: [(tag, rule) for tag, rule in pairs if tag not in (TAG + "float", TAG + "timestamp")]
         for first, pairs in base.yaml_implicit_resolvers.items()

@@ -44,7 +44,7 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a process has once the model is loaded; its phases and warnings go into the record of every cycle."""
+    """What a process has once the model is loaded; the phases and warnings go into the record of every cycle."""
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -163,7 +163,7 @@ class Attempt:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the pids of processes of the run that this one did not start: the engine's server and other ranks."""
+        """Return the pids of the run's processes that this one did not start: the engine's server and other ranks."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
@@ -196,8 +196,8 @@ class Attempt:
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
         """Return how the remaining prompts arrive.
 
-        The arrival clock continues from the end of earlier attempts' windows. Therefore, a request that arrived in an
-        earlier attempt, but was not finished, has been waiting since its arrival.
+        The arrival clock continues from the end of earlier attempts' windows. A request that arrived in an earlier
+        attempt but was not finished has therefore been waiting since its arrival.
         """
         plan = self._plan
         traffic, at_most = plan.experiment.traffic, plan.experiment.batching.batch_size
@@ -329,7 +329,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report, clock: Clock = REAL) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool; return False if they stay too warm for `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool; return False if they are too warm after `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     clock.sleep(cooldown.wait_s)

@@ -1,4 +1,4 @@
-"""The checks of `lem doctor`: what can be measured on this machine, independently of any experiment.
+"""The checks of `lem doctor`: what can be measured on this machine, independent of any experiment.
 
 Meters and backends state their own requirements and remedies as objections, which are reused here. The GPUs are checked
 in `lem.runner.checkup_gpus`. This module imports no engine, loads nothing and changes nothing. It contacts only the
@@ -36,7 +36,7 @@ LEAST_FREE_RESULTS_GB = 1.0
 LEAST_FREE_MODELS_GB = 20.0
 # The remedy if a package that lem itself requires is missing.
 REINSTALL = "pip install --force-reinstall lem"
-# What a check needs besides lem itself: the package's name, and how to install it.
+# For each check that needs a further package: the package's name, and how to install it.
 OPTIONAL = {
     "vllm": ("vLLM", "pip install 'lem[vllm]'"),
     "tensorrt": ("TensorRT-LLM", "pip install 'lem[tensorrt]'; see docs/how-to/tensorrt.md."),
@@ -101,7 +101,7 @@ def _summed_up(findings: list[Finding], host: Host, powercap_dir: str) -> Checku
 
 
 def _of_objection(check: str, objection: Objection) -> Finding:
-    if objection.code == "missing_package":  # its remedy also offers to leave an option out, but here is no option
+    if objection.code == "missing_package":  # its remedy also offers to leave out an option, but there is none here
         package, remedy = OPTIONAL[check]
         return Finding(check, "missing", f"{package} is not installed.", remedy)
     return Finding(check, "missing", objection.fact, objection.remedy)
@@ -145,7 +145,13 @@ def _governor(cpu_dir: str) -> Finding:
     values = {"governors": found}
     if not found:
         fact = "the kernel exposes no control over the CPU's frequency, as is usual in virtual machines and containers."
-        return Finding("governor", "missing", fact, "Only the host can change it.", values=values)
+        return Finding(
+            "governor",
+            "missing",
+            fact,
+            "Change the frequency settings on the host, outside the virtual machine or container.",
+            values=values,
+        )
     words = (
         ", ".join(found)
         if len(found) == 1
@@ -205,7 +211,7 @@ def _engine(name: str, host: Host, versions: dict[str, str]) -> Finding:
         return Finding(
             name,
             "ok",
-            "measures a server that speaks OpenAI's protocol, named by backend.url or started by backend.command.",
+            "measures a server that speaks OpenAI's protocol: one at backend.url, or one that backend.command starts.",
         )
     if name == "pytorch" and not (host.has("torch") and host.has("transformers")):
         return Finding(
@@ -298,7 +304,7 @@ def _results(results_dir: Path) -> Iterator[Finding]:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """Return the free space of the disk that a folder is on, or would be; None if the system does not report it."""
+    """Return the free space, in bytes, of the disk on which a folder is or would be; None if it is not reported."""
     try:
         return shutil.disk_usage(existing(folder)).free
     except OSError:

@@ -154,8 +154,8 @@ def _power_limit(state: DeviceState) -> Finding:
 def _clocks(state: DeviceState) -> Finding:
     """Return the finding about the current limits of the clocks.
 
-    NVML does not report directly whether clocks are locked. A setting that fixes the clocks is among the active
-    throttle reasons that it lists, but possibly not while the GPU is idle.
+    NVML does not report directly whether clocks are locked. It lists a setting that fixes the clocks among the active
+    throttle reasons, but possibly not while the GPU is idle.
     """
     reasons = state.throttle_reasons
     values: Mapping[str, object] = {

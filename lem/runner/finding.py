@@ -1,4 +1,4 @@
-"""The catalogue of the checks of `lem doctor`, and their findings, each with a fact, a status and a remedy.
+"""The catalog of the checks of `lem doctor`, and their findings, each with a fact, a status and a remedy.
 
 `CHECKS` is the single source of the checks' names. The names are stable, because programs read them from
 `lem doctor --json`. This module does not know how a check is made.
@@ -55,8 +55,8 @@ CHECKS = {
 class Finding:
     """The result of one check.
 
-    `device` is the index of the GPU concerned, or None for the whole machine. `values` holds the numbers of the fact
-    for programs; the keys name the units.
+    `device` is the index of the GPU concerned, or None for the whole machine. `values` holds the numbers behind the
+    fact, for programs; their keys name the units.
 
     Raises:
         KeyError: there is no such check.

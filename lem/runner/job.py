@@ -81,8 +81,8 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
         fails is returned as well; its row has the status `failed` and, under `error`, the reason.
 
     Raises:
-        ConfigError: the experiment cannot run, because values are wrong, or do not fit together, this machine or its
-            files; the error lists all problems.
+        ConfigError: the experiment cannot run, because values are wrong, contradict each other, or do not suit this
+            machine or its files; the error lists all problems.
         ResultsError: the results directory cannot be used.
         RunError: the disk is full.
         Interrupted: the run was stopped from outside; the finished requests are kept.
@@ -210,8 +210,8 @@ def fail(store: Store, directory: ExperimentDir, error: ErrorInfo, slurm_job_id:
     Args:
         store: the results directory.
         directory: the experiment's directory, with its plan.
-        error: why it failed.
-        slurm_job_id: the job that was to run it; empty if there was none.
+        error: why the experiment failed.
+        slurm_job_id: the job that was to run the experiment; empty if there was none.
         write_tables: write the row to the tables, not only the raw records.
     """
     with suppress(ResultsError), directory.hold(exclusive=True):  # wait for processes that are just ending
@@ -235,7 +235,8 @@ def collect(store: Store, directory: ExperimentDir, *, write_tables: bool) -> Ou
 def collect_together(store: Store, directories: Sequence[ExperimentDir]) -> list[Outcome]:
     """Write the rows of experiments that have ended to few files; return their outcomes.
 
-    Experiments whose rows cannot be written in this way are left out; `collect` says why, or writes them.
+    Experiments whose rows cannot be written in this way are left out. For each of these, call `collect`, which writes
+    the row or returns the reason why it cannot.
     """
     try:
         rows = aggregate_together(store, directories)
@@ -325,9 +326,9 @@ def _full_disk(store: Store, directory: ExperimentDir) -> AbstractContextManager
 
 
 def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[ExperimentRow, str | None]:
-    """Return an experiment's row, and the reason if the row should have been written to the tables but was not.
+    """Return an experiment's row and, if the row should have been written to the tables but was not, the reason.
 
-    The results can be shown even if the tables are damaged.
+    The results can therefore be shown even if the tables are damaged.
     """
     problem = None
     if write_tables:

@@ -39,7 +39,7 @@ from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_
 
 log = logging.getLogger(__name__)
 
-# How long a launcher may keep running after its workers have ended. It needs no longer, because it writes no files.
+# How long a launcher may keep running after its workers have ended. This is enough, because a launcher writes no files.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
@@ -59,7 +59,8 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         report: receives the progress.
 
     Raises:
-        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have ended, and finished requests are kept.
+        Interrupted: the run was stopped by Ctrl-C, SIGTERM or SIGHUP; the workers have ended, and finished requests are
+            kept.
     """
     plan = directory.plan()
     log_file = directory.log_file(0)
@@ -73,7 +74,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
             command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
             log.debug("worker: %s", shlex.join(command))
             environment = _environment(plan, host)
-            with signals_held():  # otherwise a process could be started that nobody knows of
+            with signals_held():  # otherwise, a signal could leave behind a process that nobody knows of
                 workers = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
                 )
@@ -82,7 +83,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
             killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
             with signals_ignored():
                 reason = f"stopped by {str(stop) or 'Ctrl-C'}"
-                # The reason does not name the signal that ended the workers, because this process sent it.
+                # The reason does not name the signal that ended the workers, because this process sent that signal.
                 reason_without_record = f"{reason}. The worker {killed}" if killed else reason
                 code = workers.returncode if workers else 0
                 _complete_records(directory, attempt, "interrupted", code, reason_without_record)
@@ -168,7 +169,7 @@ class _Fifo:
 
 @contextmanager
 def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
-    """Make two named pipes: one carries progress; the other, by closing, tells the workers that the parent is gone."""
+    """Make two named pipes: one carries progress; when the other closes, the workers know that the parent is gone."""
     prefix = f"lem-{hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()[:16]}-"
     for left_by_a_killed_one in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
@@ -244,8 +245,8 @@ def record_loss(
     """Record that an attempt failed because of the scheduler, in the records of interrupted and killed processes.
 
     If every process that left a record has completed, a record without measurements is added for the failure.
-    `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which it began (None if it did
-    not).
+    `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which the attempt began (None if it
+    did not begin).
     """
     plan = directory.plan()
     cut = [r for r in directory.records() if r.attempt == attempt and r.status != "completed"]

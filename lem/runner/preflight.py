@@ -1,4 +1,4 @@
-"""All checks before a run. Given an experiment and a host, they yield objections, the model and the prompts.
+"""All checks before a run; given an experiment and a host, they return objections, the model and the prompts.
 
 Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
 options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are
@@ -67,7 +67,7 @@ def validated(experiment: Experiment) -> Experiment:
         raise ConfigError(f"An Experiment is needed, not {type(experiment).__name__}; see lem.Experiment.")
     kind = adapter(Experiment)
     try:
-        # As JSON, because a plan is stored as JSON, and a value that does not survive that is a wrong one.
+        # The experiment is checked as JSON, because a plan is stored as JSON; a value that cannot be stored is wrong.
         checked: Experiment = kind.validate_json(kind.dump_json(experiment, warnings=False))
     except PydanticSerializationError as error:
         raise ConfigError(f"The experiment has a value that is not plain data: {error}.") from None
@@ -100,8 +100,8 @@ def preflight(
         force: run despite inadvisable options.
         in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
-        elsewhere: the experiment will run on another machine, of which `host` is all that is known; checks of its
-            sensors are left to that machine.
+        elsewhere: whether the experiment will run on another machine, about which only `host` is known; that machine
+            checks its sensors itself.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.
@@ -160,7 +160,7 @@ def _without_prompts(
 ) -> tuple[Model | None, list[str], tuple[Objection, ...]]:
     """Return the model, the reasons not to run, and the warnings; objections with codes in `without` are skipped.
 
-    With `elsewhere`, so are objections to the meters of this machine.
+    With `elsewhere`, objections about the meters of this machine are skipped as well.
     """
     reasons: list[str] = []
     model = None
@@ -204,7 +204,7 @@ def objections(experiment: Experiment, host: Host, model: Model | None = None) -
 
 def _model(experiment: Experiment) -> Model | None:
     if experiment.model is None:
-        raise ConfigError("No model is set: choose one with --model or model=… (--model tiny comes with lem).")
+        raise ConfigError("No model is set: choose one with --model or model=… (the model tiny comes with lem).")
     if experiment.backend.name == "simulated":
         return None
     return find(experiment.model, experiment.revision)

@@ -17,7 +17,7 @@ from lem.errors import ConfigError, RunError
 
 # How long a rank may wait while another rank works.
 BARRIER_TIMEOUT = timedelta(days=7)
-# How often a waiting rank returns to Python, because no signal is handled while torch waits.
+# How often a waiting rank returns to Python. This is necessary because no signal is handled while torch waits.
 BARRIER_POLL = timedelta(seconds=1)
 # All ranks are expected to end within this time of each other.
 END_TIMEOUT = timedelta(seconds=60)
@@ -25,7 +25,7 @@ END_TIMEOUT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process that runs alone and has no others to wait for."""
+    """The rank of a process and the number of processes; the methods are those of a process that runs alone."""
 
     rank: int = 0
     local_rank: int = 0

@@ -152,7 +152,7 @@ def _carbon(known: Snapshot) -> tuple[Carbon | None, tuple[CodedWarning, ...]]:
         window = WindowEnergy(measured.window_opened_unix_s, duration_s, _EnergyOfParts(known))
     try:
         return carbon_of(energy, window), ()
-    except BadInput as error:  # must not cost the measurement
+    except BadInput as error:  # the measurement is kept even if the intensity is unknown
         return None, (warning("carbon_unknown", f"{str(error).rstrip('.')}."),)
 
 
@@ -163,7 +163,7 @@ class _EnergyOfParts:
     known: Snapshot
 
     def __call__(self, start_s: float, end_s: float) -> float | None:
-        """Return the energy between two moments in seconds from the window's opening; None if it is not all traced."""
+        """Return the energy in J between two times, in s since the window opened; None if a trace has a gap there."""
         devices = {(r.component, r.device) for r in of_headline(_readings(self.known.measured))}
         opened_ns = self.known.measured.window_opened_ns
         edges_ns = [opened_ns + round(each * NS_PER_S) for each in (start_s, end_s)]
@@ -235,9 +235,9 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         yield warning("window_cut", "the window ends at the interruption, like the windows of the other processes.")
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f", and its energy was last read {behind_s:.3g} s before that" if behind_s else ""
-        end = f"{measured.lost_s:.3g} s after its last finished request; it now ends there{energy}"
-        yield warning("window_cut", f"the window was interrupted {end}.")
+        energy = f"; its energy was last read {behind_s:.3g} s before that request ended" if behind_s else ""
+        end = f"its last finished request, {measured.lost_s:.3g} s before the run was interrupted{energy}"
+        yield warning("window_cut", f"the window ends with {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
     if truncated:
         yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were truncated.")

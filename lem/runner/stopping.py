@@ -1,6 +1,6 @@
 """Stops a run when a worker or its parent receives a signal, or when the parent is gone.
 
-In a worker the first signal raises `Interrupted`; later signals must not interrupt the writing of the record. This
+In a worker, the first signal raises `Interrupted`; later signals must not interrupt the writing of the record. This
 module knows nothing about the run itself.
 """
 
@@ -101,7 +101,7 @@ def signals_ignored() -> AbstractContextManager[None]:
 def signals_held() -> Iterator[None]:
     """Hold back signals during a step that must not be interrupted; the first one takes effect when the step ends."""
     held: list[int] = []
-    # A signal that is ignored must stay ignored, because processes that are started meanwhile inherit that.
+    # A signal that is ignored must stay ignored, because processes that are started meanwhile inherit the setting.
     heard = [number for number in INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN]
     with _handled_by(dict.fromkeys(heard, lambda number, _frame: held.append(number))):
         yield
@@ -113,7 +113,8 @@ def signals_held() -> Iterator[None]:
 def signals_blocked() -> Iterator[None]:
     """Hold back signals as `signals_held` does, and also keep them from programs that are started within the block.
 
-    A Ctrl-C reaches all processes of a terminal; blocking it saves a program whose work may already be done.
+    A Ctrl-C reaches all processes of a terminal. Blocking it keeps a program from being ended by a signal although its
+    work may already be done.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
     try:

@@ -1,8 +1,8 @@
-"""The core of a run: settle, load, warm up, open the window, generate, synchronise, close.
+"""The core of a run: settle, load, warm up, open the window, generate, synchronize, close.
 
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
-timed with the backend's clock; at both edges the device is synchronised and the processes wait for each other. A window
+timed with the backend's clock; at both edges the device is synchronized and the processes wait for each other. A window
 that is cut short ends with its last finished batch; work still in flight at that point is recorded, because the next
 attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
 no particular engine or sensor.
@@ -122,7 +122,7 @@ class Measurement:
     def cut_back(
         self, requests: int, window: Phase | None, metered: Checkpoint | None, last: Checkpoint | None = None
     ) -> None:
-        """Move the end of an interrupted window back to an earlier time.
+        """Move the end of an interrupted window back in time, keeping only some of the window's requests.
 
         Args:
             requests: the number of the window's requests to keep.
@@ -151,8 +151,8 @@ class Measurement:
 class Queue:
     """How a window's prompts arrive; times are in seconds after the opening, and negative before it.
 
-    If `times_s` is None, requests arrive so that `concurrency` of them are always in the system, the first ones at
-    `first_s` or, if that is None, at the opening. The engine takes up to `at_most` of the waiting requests at a time.
+    If `times_s` is None, requests arrive so that `concurrency` of them are always in the system; the first ones arrive
+    at `first_s` or, if that is None, at the opening. The engine takes up to `at_most` waiting requests at a time.
     """
 
     times_s: Sequence[float] | None
@@ -344,7 +344,7 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronise the device, wait for the other processes, settle the meter, and begin metering with them.
+        """Synchronize the device, wait for the other processes, settle the meter, and begin metering with them.
 
         The meter settles while all processes stand still, so that they begin exactly when it is ready. If it settled
         before all processes had arrived, it would have to settle again inside the window.
@@ -360,8 +360,9 @@ class _Window:
     """The measured window, opened and closed with the other processes; if interrupted, it ends at its last batch.
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
-    thread. If it did not and were killed during a long batch, requests that the others finished during that batch would
-    have no energy. The lock keeps the thread and the process from using the meter and the journal at the same time.
+    thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
+    were killed during a long batch. The lock keeps the thread and the process from using the meter and the journal at
+    the same time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -476,7 +477,7 @@ class _Window:
         return UnderWay(len(begun), sum(tokens) if len(tokens) == len(begun) else None, sum(spent_s), max(spent_s))
 
     def cut(self, *, is_unfinished: bool) -> None:
-        """End the window with its last batch: anything begun after that was never finished, or will be run again.
+        """End the window with its last batch; requests that had not finished by then will be run again.
 
         If other processes run a share of the prompts, the metering process ends its window at the interruption instead,
         because the others may have finished requests in the meantime.
@@ -575,8 +576,8 @@ class _CpuClock:
     def find_processes(self, server_pids: Sequence[int]) -> None:
         """Find the processes to measure.
 
-        This takes milliseconds, so it happens before the window opens, and not again at its end. An engine's workers
-        are already running by then.
+        This takes milliseconds, so it is done once, before the window opens. An engine's workers are already running
+        at that time.
         """
         import psutil
 

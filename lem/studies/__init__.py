@@ -1,1 +1,1 @@
-"""Implements the commands that run experiments: single experiments, sweeps, batches, grids and campaigns."""
+"""Implements the commands that run single experiments, sweeps, batches, campaigns and schedules, or write grids."""

@@ -27,7 +27,7 @@ def is_over(
     cycle: int,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Return whether a campaign ends after this cycle; False if a later cycle has begun, which must be completed.
+    """Return whether a campaign ends after this cycle; False if a later cycle has begun and must be completed.
 
     Args:
         definition: the campaign.
@@ -45,7 +45,7 @@ def is_over(
 
 
 def settled(definition: Definition, places: Sequence[Place], states: Sequence[CellState]) -> list[CellState]:
-    """Return the states of a resumed campaign; if it is already over, its remaining cells are marked as not needed."""
+    """Return the states of a resumed campaign; if the campaign is over, mark its remaining cells as not needed."""
     last = _last_begun(places, states)
     done = all(state.status == "completed" for place, state in zip(places, states, strict=True) if place.cycle <= last)
     if not done or not is_over(definition, places, states, last):
@@ -74,10 +74,10 @@ def plan_words(rule: Rule) -> str:
     """Return sentences that say when a campaign will stop."""
     when = f"after {rule.least} to {rule.most} cycles"
     if rule.looks[1] - rule.looks[0] > 1:
-        when = f"after {', '.join(map(str, rule.looks[:-1]))} or {rule.most} cycles (whole squares)"
+        when = f"after {', '.join(map(str, rule.looks[:-1]))} or {rule.most} cycles (complete Latin squares)"
     return (
         f"Adaptive: the campaign stops {when}, as soon as the half-width of each interval is at most "
-        f"{percent(rule.half_width)} of its ratio. The intervals have a nominal level of {percent(rule.level)}, so "
+        f"{percent(rule.half_width)} of the ratio. The intervals have a nominal level of {percent(rule.level)}, so "
         "that they contain the true ratio in 95 % of campaigns."
     )
 
@@ -87,8 +87,8 @@ def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
 
     Args:
         definition: the campaign.
-        rule: when it stops.
-        sd_log: the standard deviation of the logarithm of a cell's value.
+        rule: when the campaign stops.
+        sd_log: the standard deviation of the logarithm of a cell's metric.
     """
     arms, analysis = len(definition.arms), ANALYSES[definition.campaign.structure]
     level = 1 - (1 - rule.level) / (arms - 1)
@@ -97,4 +97,4 @@ def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
         half = t_quantile(0.5 + level / 2, degrees_of_freedom) * math.sqrt(2) * sd_log / math.sqrt(cycles)
         if math.sinh(half) <= rule.half_width:
             return f"Judging by the spread of earlier runs, this takes about {cycles} cycles."
-    return f"Judging by the spread of earlier runs, {rule.most} cycles are not enough for this."
+    return f"Judging by the spread of earlier runs, even {rule.most} cycles are not enough for this."

@@ -34,9 +34,9 @@ class RunOptions:
     allow_key: bool = False
     # The launcher that submits the experiments to Slurm; None runs them on this machine.
     launcher: Launcher | None = None
-    # Whether a campaign is one job, instead of one for each of its cycles.
+    # Whether a campaign is one job instead of one job for each cycle.
     one_job: bool = False
-    # The number of experiments that a job of a sweep or batch runs, one after another; None is 1.
+    # The number of experiments that a job of a sweep or batch runs, one after another; None means 1.
     per_job: int | None = None
     # Whether the command ends as soon as the jobs are submitted.
     detach: bool = False
@@ -61,14 +61,16 @@ def confirmed(question: str) -> bool:
 
 
 def wants_to_cancel(jobs: int) -> bool:
-    """Ask on a terminal, after Ctrl-C, whether to cancel jobs; False without a terminal, or if the answer is Ctrl-C."""
+    """After Ctrl-C, ask whether to cancel jobs; return False without a terminal, or if the answer is Ctrl-C."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     import typer
 
-    question = f"Cancel the {jobs} jobs?" if jobs != 1 else "Cancel the job?"
+    question = (
+        f"Cancel the {jobs} jobs? Otherwise, they continue" if jobs != 1 else "Cancel the job? Otherwise, it continues"
+    )
     try:
-        return typer.confirm(f"{question} Otherwise, they continue without this command.", default=False, err=True)
+        return typer.confirm(f"{question} without this command.", default=False, err=True)
     except typer.Abort:
         print(file=sys.stderr)
         return False
@@ -100,7 +102,7 @@ def summary_of(ready: Ready) -> str:
 
 
 def print_warnings(*warnings: object) -> None:
-    """Print warnings on stderr, in colour on a terminal."""
+    """Print warnings on stderr, in color on a terminal."""
     if not warnings:
         return
     from lem.results import show

@@ -143,7 +143,7 @@ class Check:
             )
 
     def _explained(self, error: BadInput, experiment: Experiment) -> list[str]:
-        """Return the problems, with an explanation if they arise because a run gets only some of the GPUs."""
+        """Return the problems, with an explanation if their cause is that a run gets only some of the GPUs."""
         problems = list(error.problems)
         share = self.shares[0].gpus
         if len(share) == len(self.visible):
@@ -157,7 +157,7 @@ class Check:
 
 
 def _shared_with(cell: Cell, shares: Sequence[Slot]) -> int:
-    """Return how many other runs may affect this cell's numbers: none if its meter reads only its own GPUs."""
+    """Return how many other runs may affect this cell's numbers: 0 if the meter reads only the cell's own GPUs."""
     experiment = experiment_of(cell)
     backend = backend_class(experiment.backend.name)
     has_own_gpus = backend.wants_gpu(experiment, Host(shares[0].gpus)) and are_disjoint(shares)

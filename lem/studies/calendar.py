@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from lem.errors import ConfigError, did_you_mean
 from lem.spec.schedule import WEEKDAYS, Schedule, length_of
 
-# A schedule with more starts would not fit into a table that is rewritten after each run.
+# The maximum number of starts. The table of starts is rewritten after each run, so it must stay small.
 MOST_STARTS = 100_000
 # Any combination of days and times of day that occurs at all occurs within this time.
 NEXT_ONE = timedelta(days=9)
@@ -106,7 +106,8 @@ def _at_times(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime
 def localized(local: datetime, zone: ZoneInfo) -> datetime:
     """Return a local time with its UTC offset.
 
-    If the time occurs twice, this is the first of the two. If it does not exist, this is the next minute that does.
+    If the local time occurs twice, the first of the two is returned. If it does not exist, the next minute that exists
+    is returned.
     """
     aware = local.replace(tzinfo=zone, fold=0)
     if _exists(aware):
@@ -161,6 +162,6 @@ def machine_zone(environ: os._Environ[str] | dict[str, str] = os.environ, etc: P
         if name in known:
             return name
     raise ConfigError(
-        f"--time-zone: this machine's time zone has no name ({' or '.join(filter(None, candidates)) or 'no TZ'}). Set "
-        "one, such as --time-zone Europe/Berlin."
+        f"--time-zone: this machine's time zone is unknown ({' or '.join(filter(None, candidates)) or 'no TZ'}). "
+        "Name one, such as --time-zone Europe/Berlin."
     )

@@ -86,7 +86,7 @@ from lem.studies.study import Left, OneByOne, Runner, forget_jobs, run_cells
 # An arm is given up after this many failures in a row.
 GIVE_UP = 3
 NO_COOLING = (
-    "no arm runs on a GPU, so there is no temperature to wait for. Leave it out, or set a pause instead (config_gap_s)."
+    "no arm runs on a GPU, so there is no temperature to wait for. Leave cool_to_c out, or set a pause (config_gap_s)."
 )
 NOTHING_YET = "Free some space, then run the same command again."
 
@@ -158,7 +158,7 @@ def measure(
     options: RunOptions,
     presentation: Presentation = Presentation(),
 ) -> int:
-    """Check composed arms, measure them, and present the answer; return 0, or 1 if cells or comparisons lack values.
+    """Check composed arms, measure them, and present the answer; return 0 or 1 as `main` does.
 
     Args:
         campaign: the campaign's settings; its name has been checked.
@@ -218,7 +218,9 @@ def planned_arms(
 
 
 def fitted(campaign: Campaign, arms: Sequence[Arm], given: Mapping[str, Any], own: Path | None = None) -> Campaign:
-    """Return a campaign's settings with those that depend on its arms, and without those that the arms contain.
+    """Return the final settings of a campaign whose arms are known.
+
+    Settings that depend on the arms are filled in, and settings that the arms' experiments contain are removed.
 
     Args:
         campaign: the settings.
@@ -265,7 +267,7 @@ def resume(
     arms = [replace(arm, experiment=_moved(arm.experiment, root)) for arm in kept.arms]
     for arm in arms:
         Consents(options).require(all_asked(arm.experiment))
-    # Before the working directory changes, because the user will type it here.
+    # The command is built before the working directory changes, because the user will type it in the current one.
     again = _resume_command(kept.name, Store(root), presentation)
     prompts = RecentPrompts()
     with _where_it_began(kept):
@@ -279,7 +281,7 @@ def _resume_command(name: str, store: Store, presentation: Presentation) -> str:
 
 @contextmanager
 def _where_it_began(kept: Definition) -> Iterator[None]:
-    """Work in the directory in which a campaign was started, where the relative paths of its arms start."""
+    """Work in the directory in which a campaign was started, because relative paths in its arms start there."""
     before = os.getcwd()
     try:
         os.chdir(kept.working_dir or before)
@@ -319,20 +321,20 @@ def _arms(
     if len(found) < 2:
         raise ConfigError(
             f"{f'{place}arms: a' if place else 'A'} campaign compares at least two configurations, not {len(found)}. "
-            "Give several config files, or the same one twice to measure the noise, or a campaign file, which lists "
+            "Give several config files, or the same file twice to measure the noise, or a campaign file, which lists "
             "its arms."
         )
     problems: list[str] = []
     arms: list[Arm] = []
     for name, (source, file) in zip(names_of(found, place), found, strict=True):
         everything = [*of_all, *source.overrides, *overrides]
-        # If an arm has its own overrides, the file and line in a problem may not tell which arm is wrong.
+        # If an arm has its own overrides, the file and line of a problem do not always show which arm is wrong.
         whose = f"{place}{name}: " if source.overrides else ""
         try:
             _check_single(everything)
             # A campaign file's overrides are left out, because the user did not type them on the command line.
             own = prepare(file, overrides, config_dir=config_dir).sources
-            # One arm is composed by Hydra, which also checks the overrides of its own settings.
+            # Hydra composes one arm, because only Hydra checks overrides of its own settings.
             if arms and not any(map(is_hydra_setting, source.overrides)):
                 experiment, _ = compose_quickly(file, everything, config_dir)
             else:
@@ -347,7 +349,7 @@ def _arms(
 
 
 def _check_single(overrides: Sequence[str]) -> None:
-    """Refuse several values for one key; raises `ConfigError`."""
+    """Raise `ConfigError` if an override has several values."""
     if several := next(filter(has_several_values, overrides), None):
         raise ConfigError(
             f"{several}: an arm has one value for each key. For several values, list the file several times in a "
@@ -386,7 +388,7 @@ def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[s
 
 
 def check_arm_name(name: str, place: str = "") -> None:
-    """Refuse a name that would tear tables and sentences apart; raises `ConfigError`."""
+    """Raise `ConfigError` if a name has characters that would break the layout of tables and sentences."""
     if not name.isprintable():
         raise ConfigError(f"{place}arms: the name {name!r} has characters that cannot be printed; set another name.")
 
@@ -402,7 +404,7 @@ def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> st
 
 
 def check_cooling(campaign: Campaign, experiments: Sequence[Experiment], place: str = "") -> None:
-    """Refuse to cool GPUs that no arm uses; raises `ConfigError`."""
+    """Raise `ConfigError` if the campaign is to cool GPUs although no arm uses a GPU."""
     if campaign.cool_to_c is None:
         return
     machine = host.look()
@@ -411,11 +413,13 @@ def check_cooling(campaign: Campaign, experiments: Sequence[Experiment], place: 
 
 
 def check_across_nodes(campaign: Campaign, options: RunOptions) -> None:
-    """Refuse to let cycles run on different nodes if they cannot; raises `ConfigError`."""
+    """Raise `ConfigError` if a campaign with `across_nodes` cannot run its cycles on different nodes."""
     if options.launcher is None:
-        raise ConfigError("across_nodes: without --launcher slurm, all cycles run on this machine. Leave it out.")
+        raise ConfigError(
+            "across_nodes: without --launcher slurm, all cycles run on this machine. Leave across_nodes out."
+        )
     if options.one_job:
-        raise ConfigError("across_nodes: with --one-job, all cycles run on one node. Use only one of them.")
+        raise ConfigError("across_nodes: with --one-job, all cycles run on one node. Use only one of the two settings.")
     if campaign.structure == "grouped":
         raise ConfigError(
             "across_nodes: with structure=grouped, each arm is a job, so that a difference between nodes would look "
@@ -431,11 +435,13 @@ def _moved(experiment: Experiment, results_dir: Path) -> Experiment:
 def plan(
     campaign: Campaign, arms: Sequence[Arm], overrides: Sequence[str], options: RunOptions, prompts: RecentPrompts
 ) -> Planned:
-    """Check every arm with every sample of prompts; raises `ConfigError` with all problems."""
+    """Check every arm with every sample of prompts, and plan the cells; raises `ConfigError` with all problems."""
     machine = None if options.launcher else host.look()
     rule, cycles = rule_of(campaign, len(arms)), cycles_at_most(campaign, len(arms))
     if rule and options.one_job:
-        raise ConfigError("--one-job plans all cycles in advance, but --until-ci decides after each; use one of them.")
+        raise ConfigError(
+            "--one-job plans all cycles in advance, but --until-ci decides after each cycle; use only one of them."
+        )
     seeds = range(cycles) if campaign.resample_prompts else range(1)
     ready: dict[tuple[str, int], Ready] = {}
     problems: dict[str, None] = {}
@@ -486,12 +492,15 @@ def plan(
 
 
 def _shifts(campaign: Campaign, places: Sequence[Place]) -> list[int]:
-    """Return what is added to the seed of each cell, so that each cycle has other prompts if that is wanted."""
+    """Return the number to add to each cell's seed; with `resample_prompts`, it differs from cycle to cycle."""
     return [place.cycle - 1 if campaign.resample_prompts else 0 for place in places]
 
 
 def _machine(machine: host.Host | None) -> Machine:
-    """Return the conditions that all cells share; None stands for the nodes of a cluster, whose rows name theirs."""
+    """Return the conditions that all cells share.
+
+    None stands for the nodes of a cluster. Each row then names the node on which its cell ran.
+    """
     if machine is None:
         return Machine("Slurm", None, (), host.versions(), host.git_state()[0])
     found = host.environment(machine)
@@ -499,7 +508,7 @@ def _machine(machine: host.Host | None) -> Machine:
 
 
 def _changes(kept: Definition, now: Definition) -> list[str]:
-    """Return the changes since a campaign began that make its cells hard to compare."""
+    """Return what has changed since a campaign began and makes its cells hard to compare."""
     changed = [
         f"{what}: {before or 'none'} then, {after or 'none'} now"
         for what, before, after in (
@@ -588,7 +597,7 @@ def _measure(
 
 
 def _present_outcome(planned: Planned, store: Store, manifest: Manifest, presentation: Presentation) -> int:
-    """Present the answer unless the list of cells was lost and there was no space for it; return the exit code."""
+    """Present the answer, unless the list of cells is missing because the disk is full; return the exit code."""
     folder = planned.folder
     code = _present(planned, store, manifest, presentation) if (folder / results.CELLS).is_file() else 1
     forget_jobs(folder)
@@ -596,10 +605,10 @@ def _present_outcome(planned: Planned, store: Store, manifest: Manifest, present
 
 
 def campaign_at(folder: Path, presentation: Presentation = Presentation()) -> Submitted:
-    """Return a campaign whose cells are jobs, to be continued, given its directory.
+    """Return the campaign in a directory, whose cells are jobs, so that it can be continued.
 
     Raises:
-        ResultsError: its files are missing or damaged.
+        ResultsError: the campaign's files are missing or damaged.
     """
     store, kept = results.store_of(folder), results.read_definition(folder)
     campaign = kept.campaign
@@ -627,7 +636,7 @@ def campaign_at(folder: Path, presentation: Presentation = Presentation()) -> Su
 
 
 def _reread(state: CellState, cell: Cell) -> CellState:
-    """Return the state of a cell with what the list of cells does not contain."""
+    """Complete a cell's state with what the list of cells does not contain: the experiment to resume, and the row."""
     is_planned = state.directory is not None and (state.directory.path / "spec.json").is_file()
     unfinished = state.directory if state.status == "not run" and is_planned else None
     row = row_of(state.directory) if state.status == "completed" else None
@@ -643,7 +652,7 @@ def _manifest(folder: Path, states: Sequence[CellState]) -> Manifest:
 def _is_recorded(folder: Path, states: Sequence[CellState]) -> bool:
     """Return whether no cell is left to run and the list of cells says so; showing the answer then needs no lock.
 
-    A campaign that was killed after its last cell may not have recorded that cell, or that no other is needed.
+    A campaign that was killed after its last cell may not have recorded that cell, or that no other cell is needed.
     """
     try:
         recorded = [entry["status"] for entry in results.read_entries(folder)]
@@ -653,7 +662,7 @@ def _is_recorded(folder: Path, states: Sequence[CellState]) -> bool:
 
 
 def _begin(manifest: Manifest, definition: Definition) -> None:
-    """Write a new campaign's files, the definition last: a campaign without a list of cells has lost it."""
+    """Write a new campaign's files, the definition last; if only the definition exists, the list of cells was lost."""
     try:
         manifest.open()
         with needs_space(manifest.directory):
@@ -679,10 +688,10 @@ def _present(planned: Planned, store: Store, manifest: Manifest, presentation: P
 def _continued(
     planned: Planned, store: Store, options: RunOptions, resume: str
 ) -> tuple[Planned, list[CellState]] | None:
-    """Return the earlier campaign of this name with its original nominal level, and its cells; None if there is none.
+    """Return the existing campaign of this name, with its nominal level, and its cells' states; None if there is none.
 
     Raises:
-        ConfigError: the existing campaign is a different one, or the conditions that it depends on have changed.
+        ConfigError: the existing campaign has other arms or settings, or its conditions have changed.
     """
     if not (planned.folder / results.DEFINITION).is_file():
         return None
@@ -754,7 +763,7 @@ def _cells(planned: Planned) -> list[Cell]:
 
 
 def _states(planned: Planned, store: Store) -> list[CellState]:
-    """Return the state of each cell: completed, interrupted and to be resumed, or not run."""
+    """Return the state of each cell: completed, to be resumed, or not run."""
     try:
         ids = [entry["experiment_id"] for entry in results.read_entries(planned.folder)]
     except ResultsError:
@@ -769,9 +778,9 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
 
 
 def _ids_of_cells(planned: Planned, store: Store) -> list[str | None]:
-    """Return the id of the latest experiment of each cell, None if it has none, as the experiments' plans have it.
+    """Return the id of each cell's latest experiment, or None for a cell without one, according to the plans.
 
-    This replaces a list of cells that is lost.
+    This is used if the list of cells is lost.
     """
     ids: list[str | None] = [None] * len(planned.places)
     for experiment_id in store.ids():
@@ -853,7 +862,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the cell's cycle or (if grouped) of its arm; failed cells are retried at its end."""
+        """Return the number of the cell's cycle or, if grouped, of its arm; failed cells are retried when it ends."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:
@@ -877,10 +886,10 @@ class CampaignRunner(OneByOne):
 
 @dataclass(kw_only=True)
 class CampaignJobs(SlurmRunner):
-    """Submits each cycle of a campaign (each arm, if grouped) as one job, with its cells in their order inside.
+    """Submits each cycle of a campaign, or each arm if grouped, as one job that runs its cells in order.
 
     All cells of a cycle therefore run on one node. With `options.one_job`, all cycles are one job. Failed cells are
-    retried at the end, in a job for each of their cycles, on the node that ran the rest of the cycle.
+    retried at the end, in one job for each cycle, on the node that ran the rest of the cycle.
     """
 
     resubmits: ClassVar[bool] = False  # a cycle that is lost is retried as a whole
@@ -892,7 +901,7 @@ class CampaignJobs(SlurmRunner):
         """Leave the cell to `submit_more`, which plans cells when it submits them."""
 
     def submit_more(self) -> None:
-        """Submit all cycles or, if the campaign is adaptive, the next one if it is needed; then retry failed cells."""
+        """Submit all cycles or, if adaptive, the next one that is needed; after the last, retry failed cells."""
         numbers = self._next()
         with self.manifest.together():
             for number in numbers:
@@ -904,7 +913,7 @@ class CampaignJobs(SlurmRunner):
             self._submit_waiting()
 
     def adopt_plan(self, number: int, directory: ExperimentDir) -> None:
-        """Leave the cell to `submit_more`, which resumes it as an unfinished one."""
+        """Leave the cell to `submit_more`, which resumes its unfinished experiment."""
 
     def has_more(self) -> bool:
         """Return whether cells are left to submit or to retry, now that no job is left."""
@@ -950,7 +959,7 @@ class CampaignJobs(SlurmRunner):
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
-        # One that cannot run jobs would let the job wait for ever; "n1+n2" is not a node.
+        # A node that cannot run jobs would make the job wait forever; "n1+n2" is not the name of one node.
         is_possible = len(ran_on) == 1 and slurm.is_usable(*ran_on)
         return replace(self.slurm, nodelist=ran_on.pop()) if is_possible else self.slurm
 
@@ -959,7 +968,7 @@ class CampaignJobs(SlurmRunner):
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _given_up(self) -> list[str]:
-        """Return the arms whose last cells have all failed, as many as make an arm hopeless."""
+        """Return the names of the arms whose last `GIVE_UP` cells have all failed."""
         names = []
         for i, arm in enumerate(self.planned.definition.arms):
             own = [s for s, place in zip(self.manifest.states, self.planned.places, strict=True) if place.arm == i]
@@ -972,7 +981,7 @@ class CampaignJobs(SlurmRunner):
 def pause_s(campaign: Campaign, before: Place, after: Place) -> float:
     """Return the pause between two consecutive cells, in seconds.
 
-    A grouped campaign goes from cycle to cycle within an arm, and begins again with the first cycle at the next arm.
+    In a grouped campaign, the pause before the next arm is always `config_gap_s`, although the cycle changes as well.
     """
     is_next_arm = campaign.structure == "grouped" and before.arm != after.arm
     if before.cycle != after.cycle and not is_next_arm and campaign.cycle_gap_s is not None:
@@ -1003,7 +1012,7 @@ def _cycles(definition: Definition) -> str:
     if rule is not None:
         return f"{rule.least} to {rule.most} cycles"
     size = square_size(len(definition.arms))
-    whole = " (whole squares)" if definition.campaign.structure == "latin" and cycles % size == 0 else ""
+    whole = " (complete Latin squares)" if definition.campaign.structure == "latin" and cycles % size == 0 else ""
     return f"{cycles} cycle{'s' if cycles != 1 else ''}{whole}"
 
 
@@ -1045,7 +1054,7 @@ def _left_words(left: Sequence[int]) -> str:
 
 
 def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
-    """Yield the time, energy and detectable difference to expect from earlier runs, or say that none was found.
+    """Yield the time, energy and detectable difference to expect from earlier runs, or say that there were none.
 
     Args:
         planned: the campaign.
@@ -1077,7 +1086,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
     else:
         energy_j = total(energies_j)
         energy = "unknown energy" if energy_j is None else f"{energy_j:.4g} J"
-        most = f", if it takes all {cycles_at_most(campaign, len(arms))} cycles" if rule else ""
+        most = f", if the campaign takes all {cycles_at_most(campaign, len(arms))} cycles" if rule else ""
         yield f"Expected from earlier runs: {(spent_s + gaps_s) / 60:.1f} min including pauses, {energy}{most}."
     sd_log = math.sqrt(sum(s**2 for s in spreads) / len(spreads)) if spreads else None
     yield from _precision(planned.definition, sd_log)
@@ -1086,7 +1095,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
 def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
     """Yield the detectable difference or, in an adaptive campaign, the number of cycles to expect.
 
-    `sd_log` is the standard deviation of one cell's logarithm in earlier runs; None if unknown.
+    `sd_log` is the standard deviation of the logarithm of a cell's metric in earlier runs; None if unknown.
     """
     campaign, arms, rule = definition.campaign, len(definition.arms), definition.rule
     cycles = cycles_at_most(campaign, arms)

@@ -22,7 +22,7 @@ from lem.workload.prompts import Prompts, draw
 
 
 class RecentPrompts:
-    """Loads prompts and keeps the last two datasets, because neighbouring cells usually share theirs.
+    """Loads prompts and keeps the last two datasets, because neighboring cells usually use the same one.
 
     A dataset is kept whole, so that cells with other seeds or sample sizes only draw from it.
     """
@@ -94,7 +94,7 @@ def _unfinished(
 ) -> ExperimentDir | None:
     """Return the newest unfinished run of the same experiment that no other cell and no job is resuming.
 
-    `marked` keeps the marks of each results directory, which are read once.
+    `marked` caches the marks of unfinished experiments in each results directory, so that they are read only once.
     """
     store = Store(results_dir)
     if results_dir not in marked:

@@ -21,7 +21,7 @@ from lem.results.files import write_atomically
 from lem.studies.ask import RunOptions, print_warnings
 
 STATE_VARIABLE = "LEM_STATE_DIR"
-# What happens if the user agrees, and the question. The remedy after a refusal is in `lem.spec.rules`.
+# What happens if the user agrees, and the question that is asked. `lem.spec.rules` has the remedy after a refusal.
 DOES = {
     "command": "starts a program with your permissions",
     "code": "runs Python code with your permissions",

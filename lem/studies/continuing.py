@@ -2,8 +2,8 @@
 
     jobs.jsonl, experiments.json ─> ledger, manifest ─> runner with the same jobs ─> collects, submits more ─> outcome
 
-Only one command at a time collects and submits a study's jobs; it holds the study's lock. This
-module defines how a sweep or batch is continued; for campaigns, `lem.studies.campaign` does.
+Only one command at a time collects and submits a study's jobs: the one that holds the study's lock. This module
+defines how a sweep or batch is continued; `lem.studies.campaign` defines this for campaigns.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run_as_jobs(
     head: str,
     fail_fast: bool = False,
 ) -> int:
-    """Run the checked cells of a sweep or batch as jobs, or continue if they have been submitted already.
+    """Run the checked cells of a sweep or batch as jobs or, if the cells have already been submitted, follow the jobs.
 
     The arguments and the exit code are those of `run_study`.
     """
@@ -90,7 +90,7 @@ def _submitted_before(cells: Sequence[Cell]) -> Path | None:
 
 
 def sweep_at(directory: Path) -> Submitted:
-    """Return a sweep or batch to be continued, given its directory."""
+    """Return the sweep or batch in a directory, so that it can be continued."""
 
     def read(ledger: Ledger) -> Manifest:
         return read_manifest(ledger.directory, ledger.terms.head, fail_fast=ledger.terms.fail_fast)
@@ -178,8 +178,8 @@ def look_at(study: Submitted, *, submits: bool) -> Seen:
 def cancel(study: Submitted) -> Seen | None:
     """Cancel the jobs of a study and record what remains to be resumed.
 
-    If another command holds the study's lock, only the jobs are cancelled and the result is None; that command records
-    their end.
+    If another command holds the study's lock, this function only cancels the jobs and returns None; the other command
+    records their end.
     """
     with attending(study.directory) as is_alone:
         ledger = ledger_of(study.directory)
@@ -205,12 +205,12 @@ def ledger_of(directory: Path) -> Ledger:
 
 
 def name_of(ledger: Ledger) -> str:
-    """Return the name by which `lem jobs` finds a study, with the option for its results directory if it is needed."""
+    """Return the name by which `lem jobs` finds a study, with the flag for its results directory if that is needed."""
     return f"{ledger.directory.name}{results_flag(Store(ledger.terms.results_dirs[0]))}"
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return the options, except that those about jobs are replaced by the ones with which the study was submitted."""
+    """Return the options, with those about jobs replaced by the ones with which the study was submitted."""
     terms = ledger.terms
     return replace(
         options,

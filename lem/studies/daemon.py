@@ -2,8 +2,8 @@
 
     wait for the next start ─> a run in a child process ─> write its outcome into the table ─> wait …
 
-`lem schedule` replaces itself by this process. Because the daemon may wait for days, it imports nothing heavy, and each
-run has a separate process (`lem.studies.scheduled_run`). The daemon sleeps only briefly and reads the clock each
+`lem schedule` replaces itself with this process. Because the daemon may wait for days, it imports nothing heavy, and
+each run has a separate process (`lem.studies.scheduled_run`). The daemon sleeps only briefly and reads the clock each
 time, so it notices if the machine was suspended or the clock was set. It does not know what a run measures.
 """
 
@@ -44,7 +44,7 @@ from lem.results.schedule import (
 from lem.spec.schedule import length_of
 
 LONGEST_SLEEP_S = 30.0
-# A start that is later than this is missed, because a run at another time reveals nothing about the planned time.
+# A start that is more than this late is missed, because a run at another time says nothing about the planned time.
 GRACE_S = 60.0
 # A difference between the clock and the time slept is reported if it exceeds this.
 CLOCK_STEP_S = 5.0
@@ -125,8 +125,8 @@ class Screen:
 class Daemon:
     """Works through the starts of a schedule, one run at a time, and keeps its table up to date.
 
-    `begin_run` starts a run. It is called only after the table states that the run is running, so no run is started a
-    second time. `save` writes the table.
+    `begin_run` starts a run. It is called only after the table lists the run as running, so no run is started a second
+    time. `save` writes the table.
     """
 
     folder: Path
@@ -139,7 +139,7 @@ class Daemon:
     current: tuple[Start, Run] | None = None
     is_stopping: bool = False
     zone: ZoneInfo = field(init=False)
-    # Everything before this position in the table is settled.
+    # No start before this position in the table is still planned.
     position: int = 0
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ class Daemon:
         return found
 
     def _miss_late(self, now: datetime, reason: str = NOT_AWAKE) -> None:
-        """Record all overdue starts as missed, except the last one if it is not too late for it."""
+        """Record all overdue starts as missed, except the last one if there is still time to begin it."""
         overdue = self._overdue(now)
         if overdue and (now - due(overdue[-1])).total_seconds() <= GRACE_S:
             overdue.pop()
@@ -247,7 +247,7 @@ class Daemon:
         self._say(f"{self._label(start)} {'started' if is_new else 'resumed'}{late}.")
         try:
             self.current = start, self.begin_run(start)
-        except OSError as error:  # for example, there is no memory for a process; there may be some at the next run
+        except OSError as error:  # such as a lack of memory for the process, which may be over at the next run
             self._record(start, RunOutcome("failed", error=f"its process could not be started ({error.strerror})"))
 
     def _end_run(self) -> None:
@@ -271,7 +271,7 @@ class Daemon:
         self._say(f"{self._label(start)} {outcome.status}{name}{error}")
 
     def _stop(self, number: signal.Signals) -> None:
-        """Let a running run finish at the first signal, and interrupt it at any further one."""
+        """At the first signal, let the current run finish; at any further signal, interrupt it."""
         again, self.is_stopping = self.is_stopping, True
         if self.current is None:
             return
@@ -281,7 +281,9 @@ class Daemon:
             self._say(f"{name}: interrupting run {start.number}.")
             run.interrupt()
         else:
-            self._say(f"{name}: no further run starts; waiting for run {start.number}. A second signal interrupts it.")
+            self._say(
+                f"{name}: no further runs will start; waiting for run {start.number}. A second signal interrupts it."
+            )
 
     # -------------------------------------------------------------- after a crash
     def _catch_up(self) -> None:
@@ -327,7 +329,7 @@ class Daemon:
             # This text never changes during a run, so that redrawing it does not disturb the measurement.
             running = self.current[0]
             began = datetime.fromisoformat(running.started_at or running.planned_at)
-            self.screen.show(f"{self._label(running)} is running since {began:%H:%M:%S}")
+            self.screen.show(f"{self._label(running)} has been running since {began:%H:%M:%S}")
         elif start is not None:
             self.screen.show(f"{self._label(start)} starts at {due(start):%a %H:%M:%S}, in {_coarse(left_s)}")
 

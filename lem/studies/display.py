@@ -49,7 +49,7 @@ def bars() -> Iterator[Report]:
 def study_display(total: int, *, at_once: int = 1, settled: Iterable[int] = ()) -> Iterator[StudyDisplay]:
     """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines.
 
-    `settled` has the numbers of the runs that need not run, because an earlier command completed them.
+    `settled` has the numbers of the runs that are left out because an earlier command completed them.
     """
     outcomes = Outcomes(total, set(settled))
     if _is_terminal(sys.stderr):
@@ -74,7 +74,7 @@ def _progress(bar_width: int = 30) -> Any:
         TextColumn("{task.fields[note]}", markup=False),
         console=show.console(stderr=True),
         auto_refresh=False,
-        # Without this, rich would interpret control characters as colours in text that is printed above the bars.
+        # Without this, rich would interpret control characters as colors in text that is printed above the bars.
         redirect_stdout=False,
         redirect_stderr=False,
     )
@@ -89,7 +89,7 @@ def _shown(progress: Any) -> Iterator[Any]:
 
 
 class _Above:
-    """A stream that prints lines above the bars if it is the terminal, and otherwise to the original stream."""
+    """A stream that prints its lines above the bars on a terminal, and otherwise passes text to the original stream."""
 
     def __init__(self, stream: TextIO, console: Any) -> None:
         self._stream, self._console, self._begun = stream, console, ""

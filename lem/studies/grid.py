@@ -1,4 +1,4 @@
-"""`lem config generate-grid`: writes a config file, based on another one, for each combination of some values.
+"""`lem config generate-grid`: writes a config file, based on another one, for each combination of given values.
 
     --vary arguments ─> axes ─> points (their product, the last axis fastest) ─> checked ─> named ─> written
 

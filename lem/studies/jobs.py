@@ -28,7 +28,7 @@ RUNNING_AT_MOST = 10
 
 
 def list_jobs(store: Store, text: str | None, *, as_json: bool) -> int:
-    """Look once at a study or, if none is named, at all whose outcome has not been shown, and print their states.
+    """Look once at a study or, if none is named, at all studies whose outcome has not been shown; print the states.
 
     Raises:
         ResultsError: there is no such study.
@@ -67,7 +67,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
         return 0
     seen = continuing.cancel(study)
     if seen is None:
-        print("The jobs are cancelled; the command that follows them records their end.")
+        print("The jobs have been cancelled; the command that follows them will record their end.")
     else:
         print(f"{_counts(seen)}. To resume what is unfinished, run the command that started the study again.")
     return 0
@@ -109,7 +109,9 @@ def _found(store: Store, text: str) -> Submitted:
     if len(found) == 1:
         return _study_at(found[0].directory)
     if found:
-        raise ResultsError(f"'{text}' matches {' and '.join(str(each.directory) for each in found)}.")
+        raise ResultsError(
+            f"'{text}' matches {' and '.join(str(each.directory) for each in found)}. Give more of the name."
+        )
     hint = did_you_mean(text, ledgers_by_name) or f" lem jobs{results_flag(store)} lists the studies."
     raise ResultsError(f"No study '{text}' in {store.root} has jobs to wait for.{hint}")
 

@@ -58,7 +58,7 @@ class CampaignOutcome:
 
     @cached_property
     def arms(self) -> pd.DataFrame:
-        """A row for each metric of each arm, with its mean and interval; their unit is in the column `unit`."""
+        """A row for each metric of each arm, with its mean and interval; the column `unit` gives their unit."""
         return frame_of(ArmRow, self.answer.arms)
 
     @cached_property
@@ -119,7 +119,7 @@ def campaign(
 
     A campaign that was interrupted, or in which cells failed, is continued by the same call: cells that have a result
     are not measured again. If all cells have a result, the call returns the answer at once. A campaign can also be
-    continued by `lem campaign --resume NAME`.
+    continued with `lem campaign --resume NAME`.
 
     Args:
         arms: a mapping from the names of the arms to experiments; or config files, folders of them or glob patterns; or
@@ -143,7 +143,7 @@ def campaign(
         ConfigError: an arm or a setting is wrong, or there is another campaign of this name; nothing has run. The error
             lists all problems, including those with models and prompts.
         ResultsError: the campaign's files are damaged, or another process is measuring it.
-        RunError: the disk is full; or the campaign's cells are Slurm jobs that have not ended.
+        RunError: the disk is full, or the campaign's cells are Slurm jobs that have not ended.
         Interrupted: the campaign was stopped from outside; the finished requests are kept.
     """
     given = {key: value for key, value in {"name": name, **settings}.items() if value is not None}
@@ -198,7 +198,7 @@ def _from_experiments(
     arms, problems = list[Arm](), list[str]()
     for name, experiment in experiments.items():
         if not isinstance(name, str) or not name:
-            problems.append(f"An arm needs a name, which is text, not {name!r}.")
+            problems.append(f"The name of an arm must be a non-empty string, not {name!r}.")
             continue
         try:
             study.check_arm_name(name)
@@ -226,7 +226,7 @@ def _with(campaign: Campaign, experiment: Experiment) -> Experiment:
 
 
 def _in_one_place(arms: Sequence[Arm], results_dir: str | Path | None) -> Iterator[Arm]:
-    """Yield the arms with one results directory, in which the campaign's files lie as well."""
+    """Yield the arms with one results directory, which also holds the campaign's files."""
     places = dict.fromkeys(arm.experiment.io.results_dir for arm in arms)
     if results_dir is None and len(places) > 1:
         raise ConfigError(

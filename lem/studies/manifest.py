@@ -33,7 +33,7 @@ SAVING_SHARE = 0.05
 class Cell:
     """One checked experiment of a study; `label` distinguishes it from other cells, and `words` describe it.
 
-    `experiment` is None in a cell that was read from the manifest; the plan in the cell's directory has it.
+    `experiment` is None in a cell that was read from the manifest; the plan in the cell's directory contains it.
     """
 
     label: str
@@ -128,7 +128,7 @@ class Manifest:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Save the changes that are made inside only now and then, and at the end; raises `DiskFull` if that fails.
+        """Inside this block, save changes only now and then, and at the end save all; raises `DiskFull` if that fails.
 
         The file is always written as a whole, so saving each change of ten thousand cells would take hours.
         """

@@ -1,7 +1,7 @@
 """Keeps a campaign on one type of node of a Slurm cluster, so that its cycles run on the same type of board.
 
-Slurm tells what each node is configured to have: GPUs, cores and features. It does not tell whether two nodes of the
-same configuration have the same processor; that is checked afterwards, by the board in each row.
+Slurm reports the GPUs, cores and features that each node is configured to have. It does not report whether two nodes of
+the same configuration have the same processor; this is checked afterwards, by the board in each row.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def kept_on_one_type(options: SlurmOptions, gpus: int, ran_on: Collection[str]) 
     """Return options that exclude all nodes but those of one type, and a sentence that says so.
 
     Nothing changes if the user has chosen nodes or if only one type is possible; the sentence is then None. The type is
-    that of the nodes on which the campaign has already run, else the one with the most usable nodes, because its queue
-    is the shortest.
+    that of the nodes on which the campaign has already run or, in a new campaign, the one with the most usable nodes,
+    because its queue is probably the shortest.
 
     Args:
         options: the options of the campaign's jobs.
@@ -42,7 +42,7 @@ def kept_on_one_type(options: SlurmOptions, gpus: int, ran_on: Collection[str]) 
     others = [node.name for node in possible if node.kind != kind]
     note = (
         f"The campaign is kept on one type of node: {slurm.shortened(kept)} ({kind}). To choose another, set "
-        "hydra.launcher.gpu_type, constraint or nodelist; to use all types, --across-nodes."
+        "hydra.launcher.gpu_type, constraint or nodelist; to use all types, add --across-nodes."
     )
     return replace(options, exclude=slurm.shortened(sorted({*excluded, *others}))), note
 
@@ -51,5 +51,5 @@ def _kind(possible: Collection[Node], ran_on: Collection[str]) -> str:
     before = Counter(node.kind for node in possible if node.name in ran_on)
     usable = Counter(node.kind for node in possible if node.is_usable)
     kinds = before or usable or Counter(node.kind for node in possible)
-    # Of two types with as many nodes, the first by name, so that a campaign that is started again gets the same one.
+    # If two types have equally many nodes, the first by name is taken, so that a restarted campaign gets the same type.
     return min(kinds, key=lambda kind: (-kinds[kind], kind))

@@ -31,7 +31,7 @@ from lem.studies.manifest import Manifest
 
 ARMS = ("A", "A again")
 COMMAND = "lem doctor --noise"
-# Five cycles make ten cells, the minimum for the correlation between neighbouring cells.
+# Five cycles make ten cells, the minimum for the correlation between neighboring cells.
 CYCLES = 5
 # The configuration to measure if none is given: it needs no network, and its windows take seconds.
 DEFAULTS = {"model": "tiny", "dataset": "sample", "dataset.sample_size": "32"}
@@ -55,7 +55,7 @@ def main(
         overrides: the command line's Hydra overrides.
         options: how the command runs experiments.
         difference: the smallest difference, as a ratio minus 1, that later campaigns should detect.
-        config_dir: a directory of the user's own options.
+        config_dir: a directory with the user's own options.
         as_json: whether the noise is shown as JSON.
 
     Raises:
@@ -87,7 +87,7 @@ def resume(name: str, results_dir: Path, options: RunOptions, *, difference: flo
 
     Raises:
         ResultsError: there is no such campaign.
-        ConfigError: it compares different configurations, or the machine or software has changed.
+        ConfigError: the campaign compares different configurations, or the machine or software has changed.
     """
     kept = results.read_definition(results.folder_named(name, Store(results_dir)))
     experiments = [to_plain(arm.experiment) for arm in kept.arms]

@@ -19,7 +19,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Place:
-    """A cell's place in a campaign: its cycle and its position in that cycle, both from 1, and its arm, from 0."""
+    """A cell's place in a campaign: its cycle and its position in it, counted from 1, and its arm, counted from 0."""
 
     cycle: int
     position: int
@@ -74,7 +74,7 @@ def _keeps_a_pair(*rows: Sequence[int]) -> bool:
 
 
 def _random(seed: int, what: str, number: int) -> random.Random:
-    # Python hashes every byte of a string seed, so neighbouring seeds and cycles have unrelated random streams.
+    # Python hashes every byte of a string seed, so neighboring seeds and cycles have unrelated random streams.
     return random.Random(f"{seed}/{what}/{number}")
 
 

@@ -51,7 +51,7 @@ from lem.studies.scheduled_run import What, digest_of
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for on the command line; None stands for what was not given.
+    """What the user asks for on the command line; None means that a value was not given.
 
     `sample_size` is the number of prompts of an experiment or of every arm. `origin` names the schedule if there is
     neither a config file nor a `name`; it is derived from the flags.
@@ -136,7 +136,7 @@ def _go_on(folder: Path, manifest: ScheduleManifest, options: RunOptions) -> int
 
 
 def _become_daemon(folder: Path) -> int:
-    """Replace this process by the daemon, which keeps the terminal and the process id but needs little memory."""
+    """Replace this process with the daemon, which keeps the terminal and the process id but needs little memory."""
     sys.stdout.flush()
     sys.stderr.flush()
     # The daemon fetches the signals that arrive while its interpreter starts.
@@ -273,7 +273,7 @@ def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[st
     shortest_s = min(((after - before).total_seconds() for before, after in pairwise(times)), default=None)
     if each_s is not None and shortest_s is not None and each_s > shortest_s:
         yield (
-            f"A run takes about {length_of(each_s)} according to earlier ones, but two of the starts are only "
+            f"Judging by earlier runs, a run takes about {length_of(each_s)}, but two of the starts are only "
             f"{length_of(shortest_s)} apart; starts that come while a run is still going are skipped."
         )
 

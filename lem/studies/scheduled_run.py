@@ -60,7 +60,7 @@ class What:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a run of a schedule; return 0, or 1 if it did not complete."""
     folder, number = sys.argv[1:] if argv is None else argv
-    # The daemon blocks the signals that it fetches while it sleeps, and this process has inherited that.
+    # The daemon blocks the signals that it fetches while it sleeps, and this process has inherited the block.
     signal.signal(signal.SIGTERM, raise_interrupted)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -77,7 +77,7 @@ class ScheduledRun:
     def main(self) -> int:
         """Measure, record the outcome, and return the exit code."""
         try:
-            # The run of a daemon that was killed may still be ending.
+            # If an earlier daemon was killed, its run may still be ending.
             with held(self._folder, RUN_LOCK, wait=True):
                 manifest = read_manifest(self._folder)
                 try:

@@ -59,15 +59,15 @@ FIRST_PAUSE_S, SLOWER = 0.5, 1.3
 UNREACHABLE_S = 600.0
 # How long cancelled jobs may take to save their finished requests.
 STOP_S = 30.0
-# How long sbatch may take to submit an array although the command that called it has been killed.
+# How long sbatch may still take to submit an array after the command that called it was killed.
 SUBMITTING_S = 30.0
 LOST = "SlurmJobLost"
 LINES_OF_LOG = 2
 # Jobs run side by side, so they are shown like the runs of a parallel batch.
 AT_ONCE = 2
-# More GPUs than any node has, to ask a backend whether it would use them.
+# More GPUs than any node has; used to ask a backend whether it would run on GPUs at all.
 MANY = 64
-# What Slurm says when a user (an account, a QOS, the cluster) has as many jobs as allowed, which changes as jobs end.
+# What Slurm says if a user, account, QOS or cluster has as many jobs as are allowed. More are accepted as jobs end.
 TOO_MANY_JOBS = re.compile(r"(Max|Grp)Submit|temporarily unable|temporarily unavailable")
 # Array tasks that are not limited; submitit limits them to 256 by default.
 UNLIMITED = 1_000_000
@@ -153,7 +153,7 @@ class Job:
 
     id: str
     cells: list[int]
-    # How many further cells it has had that ended before this command began.
+    # The number of the job's other cells, which ended before this command began or were given to a later job.
     others: int = 0
     node: str = ""
     restarts: int = 0
@@ -192,10 +192,11 @@ class SlurmRunner(Runner):
     jobs: list[Job] = field(default_factory=list)
     # What Slurm said about the jobs when it was last asked.
     seen: Mapping[str, Queued] = field(default_factory=dict)
-    # Planned cells that are not submitted yet; jobs (the cells of each) that Slurm does not accept before others end;
-    # and the number of jobs that have ended since it was last asked to.
+    # Planned cells that have not been submitted yet.
     unsubmitted: list[int] = field(default_factory=list)
+    # Jobs, as lists of their cells, that are submitted later, when Slurm accepts more jobs.
     deferred: list[list[int]] = field(default_factory=list)
+    # The number of jobs that have ended since deferred jobs were last submitted.
     ended_since: int = 0
     # Results directories with files that a crash of the machine might still lose.
     to_sync: set[Path] = field(default_factory=set)
@@ -204,7 +205,7 @@ class SlurmRunner(Runner):
     shown: set[int] = field(default_factory=set)
     incomplete_since_s: dict[int, float] = field(default_factory=dict)
     silent_since_s: float | None = None
-    # Whether only one look is taken at the jobs, so that Slurm need not answer later.
+    # Whether the command looks at the jobs only once. If Slurm does not answer then, it is not asked again.
     looks_once: bool = False
     has_warned: set[str] = field(default_factory=set)
 
@@ -286,8 +287,10 @@ class SlurmRunner(Runner):
         waiting = len(left) - sum(len(self._open(job)) for job in self.jobs)
         lines = [f"{_count(len(left) - waiting, 'experiment')} in {_count(len(self.jobs), 'Slurm job')}{self._ids()}."]
         if waiting:
-            are = "are" if waiting != 1 else "is"
-            lines.append(f"{_count(waiting, 'experiment')} {are} not submitted yet; lem jobs {study} submits more.")
+            have = "have" if waiting != 1 else "has"
+            lines.append(
+                f"{_count(waiting, 'experiment')} {have} not been submitted yet; lem jobs {study} submits more."
+            )
         lines.append(f"To follow them and write their rows: lem jobs {study}")
         lines.append(f"To cancel them: lem jobs cancel {study}")
         return "\n".join(lines)
@@ -297,7 +300,7 @@ class SlurmRunner(Runner):
         return f" ({ids[0]}{f' to {ids[-1]}' if len(ids) > 1 else ''})" if ids else ""
 
     def stop(self) -> None:
-        """Cancel all jobs, wait until running ones have saved their work, and record what remains to resume."""
+        """Cancel all jobs, wait until running jobs have saved their work, and record what remains to be resumed."""
         if self.ledger is not None:
             self.ledger.cancel()
             self._settle_unknown(at_once=True)
@@ -323,11 +326,11 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- continuing after an earlier command
     def restore_jobs(self, cells: Mapping[str, list[int]]) -> None:
-        """Continue with jobs that have been submitted, given the cells of each that have not ended."""
+        """Continue with jobs that have been submitted; `cells` gives the cells of each job that have not ended."""
         assert self.ledger is not None
         self.jobs = [Job(job_id, all_cells) for job_id, all_cells in self.ledger.accepted if job_id in cells]
         for job in self.jobs:
-            # The others have ended, or a later job runs them.
+            # The other cells have ended, or a later job runs them.
             job.others = len(job.cells) - len(cells[job.id])
             job.cells = cells[job.id]
 
@@ -337,7 +340,7 @@ class SlurmRunner(Runner):
         self.unsubmitted.append(number)
 
     def peek(self) -> None:
-        """Look at the jobs without recording anything, because another command does that."""
+        """Look at the jobs, but record nothing, because another command does that."""
         with suppress(Unreachable):
             self.seen = slurm.queue([job.id for job in self.jobs])
         for job in self.jobs:
@@ -410,8 +413,8 @@ class SlurmRunner(Runner):
     def _submit_array(self, jobs: Sequence[list[int]]) -> None:
         """Submit jobs, each with the numbers of its cells, as an array.
 
-        Of an array with more jobs than the user may have now, as many as possible are submitted; the others wait until
-        jobs have ended. If Slurm refuses an array for another reason, its cells fail.
+        If the user may not have so many jobs at once, as many as possible are submitted; the others wait until jobs
+        have ended. If Slurm refuses an array for another reason, its cells fail.
         """
         while jobs:
             size = len(jobs)
@@ -427,7 +430,7 @@ class SlurmRunner(Runner):
             jobs = jobs[size:]
 
     def _try(self, jobs: Sequence[list[int]]) -> str | None:
-        """Submit an array, or a single job; return why Slurm refuses it, or None."""
+        """Submit an array, or a single job; return why Slurm refuses it, or None if Slurm accepts it."""
         ledger, folder = self._opened_ledger(), self.folder
         file = folder / ledger.new_file()
         tasks = tuple(tuple(self.steps[number] for number in cells) for cells in jobs)
@@ -455,7 +458,7 @@ class SlurmRunner(Runner):
 
     def _opened_ledger(self) -> Ledger:
         if self.ledger is None:
-            # The plans of all cells must be known to a command that continues after this one.
+            # A command that continues after this one must know the plans of all cells.
             self.manifest.save()
             roots = dict.fromkeys(Path(step.directory).parent.parent for step in self.steps.values())
             self.ledger = Ledger.begin(
@@ -499,8 +502,8 @@ class SlurmRunner(Runner):
     def _settle_unknown(self, *, at_once: bool = False) -> None:
         """Find out whether Slurm accepted the array whose submission was interrupted.
 
-        If it did, its jobs are this runner's. If not, its cells are still to be submitted. Because sbatch may still be
-        running, this is decided only after a while, unless `at_once`.
+        If it did, this runner takes over the array's jobs. If not, the array's cells are still to be submitted. Because
+        sbatch may still be running, the latter is decided only after a while, unless `at_once` is set.
         """
         ledger = self.ledger
         if ledger is None or ledger.unknown is None:
@@ -523,7 +526,7 @@ class SlurmRunner(Runner):
             self.unsubmitted += array.cells
 
     def _after_others(self, parameters: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the parameters of `count` new jobs, which start after earlier ones if only some may run at once.
+        """Return the parameters of `count` new jobs, which wait for earlier jobs if only some may run at once.
 
         The limit is a property of each array, so several arrays side by side would exceed it.
         """
@@ -544,7 +547,7 @@ class SlurmRunner(Runner):
         self.to_sync.clear()
 
     def _submit_deferred(self) -> None:
-        """Submit jobs that Slurm did not accept before: as many as have ended since or, without other jobs, all."""
+        """Submit deferred jobs: as many as have ended since the last time or, if no other job is left, all of them."""
         count = self.ended_since if self.jobs else len(self.deferred)
         some, self.deferred = self.deferred[:count], self.deferred[count:]
         self.ended_since = 0
@@ -615,7 +618,7 @@ class SlurmRunner(Runner):
                 return
 
     def _collect(self, ended: Sequence[_Ended]) -> None:
-        """Write the rows of experiments that have ended, few files for many of them."""
+        """Write the rows of experiments that have ended, many rows to one file."""
         written = self._rows([each.directory for each in ended])
         for each in ended:
             self._collect_one(each, written.get(each.directory.path))
@@ -633,7 +636,7 @@ class SlurmRunner(Runner):
     def _collect_one(self, ended: _Ended, outcome: Outcome | None) -> None:
         """Record an experiment that has ended, unless some of its files are not visible here yet.
 
-        `outcome` has its row if that has already been written.
+        `outcome` is given if the experiment's row has already been written.
         """
         number, directory, problem = ended.number, ended.directory, None
         try:
@@ -652,10 +655,10 @@ class SlurmRunner(Runner):
         self.display.end(number, self.manifest.change(number, status="failed", error=problem).sentence, failed=True)
 
     def _why_lost(self, job: Job, seen: Queued | None) -> str | None:
-        """Return why a job cannot finish its cells, or None if it still may."""
+        """Return why a job cannot finish its cells, or None if it may still finish them."""
         now_s = time.monotonic()
         if seen is None or seen.is_over:
-            # Its files may not have arrived yet through the shared file system.
+            # The job's files may not have arrived yet through the shared file system.
             job.gone_since_s = job.gone_since_s or now_s
             return self._reason(job) if now_s - job.gone_since_s >= self.slurm.settle_s else None
         job.gone_since_s = None
@@ -707,8 +710,8 @@ class SlurmRunner(Runner):
     def _to_submit_again(self, job: Job, *, is_adopted: bool) -> list[int]:
         """Return the cells that a lost job had not begun.
 
-        There are none if it had begun no cell, because another job would then be lost in the same way, unless the
-        job's submission was interrupted (`is_adopted`).
+        If the job had begun no cell, none is returned, because another job would probably be lost in the same way. This
+        does not apply to a job whose submission was interrupted (`is_adopted`).
         """
         left = self._open(job)
         attempts = {number: ExperimentDir(self.steps[number].directory).state().attempt for number in left}
@@ -745,7 +748,7 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- ends
     def _fail(self, failures: Sequence[tuple[int, str, str]]) -> None:
-        """Record cells as failed, each with its job's id (empty if it has none) and a message, and write their rows."""
+        """Record cells as failed and write their rows; each has a job's id (empty if there is no job) and a message."""
         outcomes: dict[int, Outcome] = {}
         with synced_later():
             for number, job_id, message in failures:
@@ -763,7 +766,7 @@ class SlurmRunner(Runner):
                 self._end(number, written.get(directory.path, outcome))
 
     def _interrupted(self, number: int) -> None:
-        """Record a cell that was stopped, or did not begin, so that the same command resumes it."""
+        """Record that a cell was stopped or did not begin, so that the same command resumes it."""
         directory = ExperimentDir(Path(self.steps[number].directory))
         Store(directory.path.parent.parent).mark_unfinished(directory.id, directory.plan().fingerprint)
         if directory.state().attempt <= self.steps[number].attempts:

@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class JobFile:
-    """The experiments of each task of an array (of one job), and how often a job may be requeued at its time limit."""
+    """The experiments of each task of an array, or of a single job, and how often a job may be requeued."""
 
     tasks: tuple[tuple[Step, ...], ...]
     requeue: bool
@@ -64,13 +64,13 @@ class _Limit:
     """Notes when Slurm announces the time limit. All processes of the job get the signal; only this one acts on it.
 
     By default, the signal would end the workers at once. The main thread therefore blocks it, and all threads and
-    processes started from there inherit the block. In this process, the signal is delivered to the waiting thread, or
-    to a thread that a library started earlier, which runs the handler.
+    processes started from there inherit the block. In this process, either the waiting thread receives the signal, or a
+    thread that a library started earlier receives it and runs the handler.
     """
 
     def __init__(self) -> None:
         self.is_near = False
-        # In place of submitit's handler, which would pickle the function that it interrupts.
+        # This handler replaces submitit's, which would pickle the interrupted function.
         signal.signal(LIMIT_SIGNAL, lambda _number, _frame: self._announce())
         signal.pthread_sigmask(signal.SIG_BLOCK, {LIMIT_SIGNAL})
         threading.Thread(target=self._wait, name="time limit", daemon=True).start()
@@ -126,7 +126,7 @@ def _run(step: Step) -> int:
     state = directory.state()
     if step.is_over(state):
         return 0 if state.status in FINISHED else 1
-    if state.status == "planned":  # a job that was requeued in the middle of an experiment does not pause again
+    if state.status == "planned":  # a job that was requeued during an experiment does not pause again
         time.sleep(step.pause_s)
     print(f"{directory.id} on {os.environ.get('SLURMD_NODENAME', 'this node')}", file=sys.stderr, flush=True)
     try:
@@ -166,7 +166,9 @@ def _is_preempted() -> bool:
 def _requeue(job: JobFile) -> None:
     """Requeue the job and wait until Slurm ends this process; return only if that fails."""
     if not job.requeue or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.most_requeues:
-        print("The job may not be requeued (again).", file=sys.stderr, flush=True)
+        print(
+            "The job is not requeued, because this is not allowed or was done too often.", file=sys.stderr, flush=True
+        )
         return
     problem = slurm.requeue_this_job()
     if problem is None:

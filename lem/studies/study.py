@@ -42,7 +42,7 @@ class Left(Exception):
     """The command ends before the jobs of its cells do; the text says how to return to them."""
 
     def __init__(self, text: str, exit_code: int = 0) -> None:
-        """Store the exit code, which is 0 if the user asked for this."""
+        """Store the text and the exit code, which is 0 if the user asked not to wait."""
         self.exit_code = exit_code
         super().__init__(text)
 
@@ -55,7 +55,7 @@ class Left(Exception):
 class Runner(ABC):
     """Runs cells, one after another in this process, several at once in child processes, or as jobs of a cluster."""
 
-    # Whether cells continue to run when this process ends, so that the user can choose to leave them.
+    # Whether cells continue to run when this process ends, so that the user can choose to leave them running.
     outlives_command: ClassVar[bool] = False
 
     @abstractmethod
@@ -69,7 +69,9 @@ class Runner(ABC):
         """End the cells that are still running, at the user's request, and record that."""
 
     def interrupted(self, by_signal: str) -> None:
-        """End after a signal (described by a sentence, which is empty for Ctrl-C); called once the display is gone.
+        """End after a signal; called once the display is gone.
+
+        `by_signal` is a sentence about the signal; it is empty for Ctrl-C.
 
         Raises:
             Left: the cells continue without this command.
@@ -148,7 +150,7 @@ def alone_with_jobs(directory: Path) -> Iterator[None]:
 
 
 def forget_jobs(directory: Path) -> None:
-    """Record that the outcome of a study has been shown, if its cells were jobs and none of them is left."""
+    """Record that the outcome of a study has been shown, if its cells were jobs and all of these have ended."""
     ledger = Ledger.read(directory)
     if ledger is not None and ledger.is_over and not ledger.is_shown:
         ledger.forget()
@@ -197,7 +199,7 @@ def attend(
     again: str,
     quiet: bool = False,
 ) -> None:
-    """Let a runner work on the cells of a manifest, show that, and handle interruptions.
+    """Let a runner work on the cells of a manifest, show the progress, and handle interruptions.
 
     Args:
         manifest: the state of each cell.
@@ -295,7 +297,7 @@ def _question(cells: Sequence[Cell], at_once: int, options: RunOptions) -> str:
     together = f", {at_once} at a time" if at_once > 1 else ""
     together = " as Slurm jobs" if options.launcher else together
     begun = sum(cell.unfinished is not None for cell in cells)
-    resumed = f" ({begun} unfinished ones are resumed, unless --fresh is given)" if begun else ""
+    resumed = f" ({begun} of them will be resumed; use --fresh to start over)" if begun else ""
     return f"Run {len(cells)} experiments{together}{resumed}?"
 
 
@@ -325,8 +327,8 @@ class OneByOne(Runner):
             self._end(number, status=row.status, row=row, error=row.error)
         except (Interrupted, KeyboardInterrupt) as stop:
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
-            # Hydra would continue after an Exception, so raise KeyboardInterrupt to end the multirun. The study adds
-            # its own command for resuming.
+            # Hydra would continue after an Exception, but KeyboardInterrupt ends the multirun. The study adds its own
+            # command for resuming.
             raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
         except DiskFull:
             raise  # ends the study; closing the manifest marks the cell as interrupted

@@ -53,7 +53,7 @@ def test_a_sites_file_is_a_launcher(tmp_path):
     [
         ([SLURM, "hydra.launcher.partitoin=gpu"], "hydra.launcher.partitoin: unknown key. Did you mean 'partition'?"),
         (["hydra/launcher=slum"], "Could not find 'hydra/launcher/slum' among basic, slurm. Did you mean 'slurm'?"),
-        (["hydra/launcher=submitit_slurm"], "hydra/launcher=submitit_slurm: lem runs experiments with"),
+        (["hydra/launcher=submitit_slurm"], "hydra/launcher=submitit_slurm: lem cannot use this launcher"),
         ([SLURM, "hydra.launcher.timeout_min=0.5"], "hydra.launcher.timeout_min: must be a valid integer, not 0.5."),
         ([SLURM, "hydra.launcher.timeout_min=0"], "hydra.launcher.timeout_min: must be greater than or equal to 1"),
         ([SLURM, "hydra.launcher.setup=x"], "hydra.launcher.setup: must be a valid array, not 'x'."),

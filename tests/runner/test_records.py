@@ -118,8 +118,8 @@ def test_warnings_are_the_engines_then_the_plans_and_those_of_the_window():
     assert [w.code for w in warnings] == [
         "simulated", "shared_hardware", "fewer_prompts", "window_cut", "input_truncated",
     ]  # fmt: skip
-    assert "1.5 s after its last finished request" in warnings[3].text
-    assert "0.25 s before" in warnings[3].text
+    assert "its last finished request, 1.5 s before the run was interrupted" in warnings[3].text
+    assert "0.25 s before that request" in warnings[3].text
 
 
 def generated(*times_s):

@@ -73,15 +73,15 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert (
         "Adaptive: the campaign stops after 5 to 30 cycles, as soon as the half-width of each interval is" in done.out
     )
-    assert "at most 2 % of its ratio." in done.out
+    assert "at most 2 % of the ratio." in done.out
     assert "nominal level of 97." in done.out
     assert done.out.count("cycle 30/30") == 2
     latin = lem(*TWO, "--until-ci", value, "--structure", "latin", "--max-cycles", "9", "--dry-run", *QUICK)
-    assert "the campaign stops after 6 or 8 cycles (whole squares)" in latin.out
+    assert "the campaign stops after 6 or 8 cycles (complete Latin squares)" in latin.out
     assert "cycle 8/8" in latin.out
     assert "campaign_unbalanced" not in latin.err
     nine = ("campaign", *["quick.yaml"] * 9, "--campaign-name", "nine", "--until-ci", value, "--structure", "latin")
-    assert "the campaign stops after 18 or 36 cycles (whole squares)" in lem(*nine, "--dry-run", *QUICK).out
+    assert "the campaign stops after 18 or 36 cycles (complete Latin squares)" in lem(*nine, "--dry-run", *QUICK).out
     long = lem(*TWO, "--until-ci", value, "-c", "30", "--dry-run", *QUICK)
     assert "30 to 100 cycles" in long.out
 

@@ -244,5 +244,5 @@ def test_the_machines_zone_is_found(tmp_path):
     (tmp_path / "localtime").write_bytes(b"TZif")
     (tmp_path / "timezone").write_text("America/New_York\n")
     assert machine_zone({}, tmp_path) == NEW_YORK
-    with pytest.raises(ConfigError, match="Set one, such as --time-zone Europe/Berlin"):
+    with pytest.raises(ConfigError, match="Name one, such as --time-zone Europe/Berlin"):
         machine_zone({"TZ": "CET-1CEST"}, tmp_path)

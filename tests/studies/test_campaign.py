@@ -554,7 +554,7 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
         "campaign_unbalanced: the number of cycles (3) is not a multiple of 2, so positions and predecessors are not "
         "balanced; 2 or 4 cycles would balance them.\n"
     ) in latin.err
-    assert "whole squares" not in latin.out
+    assert "complete Latin squares" not in latin.out
     assert "campaign_" not in lem("campaign", "--campaign-name", "x", "--structure", "latin", "-c", "4", *options).err
 
 
@@ -562,7 +562,9 @@ def test_an_order_that_repeats_and_a_part_of_a_square_carry_warnings(lem, arms):
 def test_a_latin_campaign_without_cycles_gets_the_fewest_whole_squares(lem, arms, arms_given, cycles, size):
     files = ["quick.yaml"] * arms_given
     done = lem("campaign", *files, "--campaign-name", "x", "--structure", "latin", "--dry-run", *QUICK)
-    assert done.out.startswith(f"Campaign x: {arms_given} arms in {cycles} cycles (whole squares), latin, seed 42;")
+    assert done.out.startswith(
+        f"Campaign x: {arms_given} arms in {cycles} cycles (complete Latin squares), latin, seed 42;"
+    )
     assert f"After every {size} cycles, each arm has had every position" in done.out
     assert "campaign_unbalanced" not in done.err
 

@@ -196,8 +196,8 @@ BAD_EXPERIMENT = {"quick": arm(), "slow": arm(cycles=0, seed="x")}
         (BAD_EXPERIMENT, {}, ["slow: seed: should be a valid integer, not 'x'.", "slow: cycles: should be greater"]),
         ({"a": arm(), "b": {"model": "m"}}, {}, ["b: An Experiment is needed, not dict; see lem.Experiment."]),
         ({"a\nb": arm(), "c": arm()}, {}, ["a\\nb: arms: the name 'a\\nb' has characters that cannot be printed"]),
-        ({"": arm(), "c": arm()}, {}, ["An arm needs a name, which is text, not ''."]),
-        ({1: arm(), 2: arm()}, {}, ["An arm needs a name, which is text, not 1.", "An arm needs a name"]),
+        ({"": arm(), "c": arm()}, {}, ["The name of an arm must be a non-empty string, not ''."]),
+        ({1: arm(), 2: arm()}, {}, ["The name of an arm must be a non-empty string, not 1.", "The name of an arm"]),
         ({"a": arm(results_dir="x"), "b": arm()}, {}, ["io.results_dir: the experiments have different results"]),
         ({"a": arm(model=None), "b": arm()}, {}, ["a: No model"]),
         (

@@ -225,7 +225,7 @@ def test_jobs_that_do_not_exist_are_named(lem, tmp_path):
         (("cancel", "sizes", "-y"), "No study 'sizes' in "),
         (("cancel",), "lem jobs cancel needs the name of a study"),
         (("",), "The name of the study is empty"),
-        (("sizes", "-y"), "--yes: only lem jobs cancel asks"),
+        (("sizes", "-y"), "--yes has an effect only with lem jobs cancel"),
         (("a", "b"), "lem jobs takes one study, not 2: a, b."),
         (("cancel", "a", "--json"), "leave it out with cancel"),
     ):
