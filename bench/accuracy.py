@@ -1,6 +1,6 @@
 """Compares the GPU meter's joules with power curves that have known integrals, and measures the meter's CPU use.
 
-It covers these cases:
+The benchmark covers these cases:
 
 - one GPU at a time, with fast calls;
 - eight GPUs, with calls as slow as a real driver's;
@@ -46,7 +46,7 @@ PARENT_LIMIT = 0.005
 
 @dataclass(frozen=True)
 class Curve:
-    """A power curve as written in a scenario, and its integral from 0 to t seconds in joules."""
+    """A power curve: its name, its notation in a scenario, and its integral from 0 to t seconds, in joules."""
 
     name: str
     scenario: str
@@ -133,7 +133,7 @@ def true_j(curve: Curve, window: dict) -> float:
 
 def accuracy(library: Path) -> bool:
     """Print the error for each curve, tick and window length; return whether all are within their limits."""
-    print(f"{'power':<28} {'tick':>6} {'window':>7} {'truth':>11} {'counter':>9} {'trace':>9}  learnt tick")
+    print(f"{'power':<28} {'tick':>6} {'window':>7} {'truth':>11} {'counter':>9} {'trace':>9}  learned tick")
     good = True
     for seconds in WINDOWS_S:
         for curve in CURVES:
@@ -185,8 +185,8 @@ def slow_calls(library: Path) -> bool:
 def averaging(library: Path) -> bool:
     """Print the errors for power that the driver averages or renews slowly; return whether all are within bounds.
 
-    A bound is the energy that delayed samples may miss at both edges: their maximum age times the curve's range of
-    power.
+    A bound is the energy that delayed samples may miss at the two edges: the maximum age of a sample times the range of
+    the curve's power.
     """
     print(f"\n{'power values, renewed every 100 ms':<50} {'window':>9} {'counter':>9} {'trace':>9} {'bound':>10}")
     good = True
@@ -215,8 +215,8 @@ def averaging(library: Path) -> bool:
 def two_ranks(library: Path) -> bool:
     """Print the error of a run of two processes with a GPU each; return whether it is within its limit.
 
-    The processes must also open their windows together, or the metering process misses some of the other process's
-    work.
+    The processes must also open their windows together. Otherwise, the metering process misses some of the other
+    process's work.
     """
     file = library.parent / "scenario.txt"
     gpus = (f"device {i} power constant 300\ndevice {i} tick_ms 100 {40 * i}\ndevice {i} counter_ms 3" for i in (0, 1))
@@ -253,7 +253,7 @@ def cost_of_sampling(library: Path) -> bool:
 
 def cost_of_waiting() -> bool:
     """Print the CPU use of the parent process while its worker runs; return whether it is within its limit."""
-    # The worker notices its parent's death only a moment later and may still write to the folder.
+    # The worker notices only after a moment that its parent is gone, and may still write to the folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = [
             sys.executable, "-m", "lem", "experiment", "--backend", "simulated", "-m", "any", "-d", "sample", "-y",

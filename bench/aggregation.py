@@ -1,6 +1,6 @@
-"""Compares the cost of `lem aggregate --all` over many experiments with the fastest plain conversion of their records.
+"""Compares the cost of `lem aggregate --all` with that of the fastest plain conversion of the same records.
 
-Run with `python -m bench.aggregation`; it takes minutes. The benchmark writes experiments just as lem does, using its
+Run with `python -m bench.aggregation`; it takes minutes. The benchmark writes experiments just as lem does, using lem's
 own types: spec.json, state.json, a journal, and a record for each cycle. The plain conversion reads the same process
 records and the request rows in the journals, concatenates them, and lets pyarrow turn them into Parquet. It reads no
 plan or state, and computes no columns. Each step runs in its own process; the kernel reports its CPU time, including
@@ -61,7 +61,7 @@ LIST_LIMIT_S = 2.0
 # With MANY records, the CPU time per record, without start-up, may be at most this many times that with FEW records.
 LINEAR_LIMIT = 1.25
 GPU = "GPU-5a8e1c6e-8f37-4a55-9d0b-0c3d4e5f6a7b"
-# Larger blocks and no threads make this take a third less CPU time than pyarrow's defaults.
+# With larger blocks and without threads, the conversion takes a third less CPU time than with pyarrow's defaults.
 PLAIN = """
 import os, sys
 import pyarrow as pa, pyarrow.json as pj, pyarrow.parquet as pq
@@ -290,7 +290,7 @@ def measure(records: int, cycles: int) -> Costs:
 
 
 def _start_up() -> Cost:
-    """Return the cost of aggregating a single record; almost all of it is start-up."""
+    """Return the cost of aggregating a single record, which is almost entirely the cost of start-up."""
     with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
         write_experiments(Path(folder), 1, 1)
         return cost([*LEM, "aggregate", "--all", "-o", folder])

@@ -1,7 +1,7 @@
 """A script without lem that does the work of a small experiment: it loads a model and generates for a list of prompts.
 
-`bench.perturbation` and `bench.peers_job` run it as `python bare.py JOB.json`, the latter also in the environment of
-another tool. The last line of its output is JSON. It imports nothing from lem.
+`bench.perturbation` and `bench.peers_job` run the script as `python bare.py JOB.json`, and `bench.peers_job` also runs
+it in another tool's environment. The last line of its output is JSON. The script imports nothing from lem.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE_TOKENS, STEP_TOKENS, SPARE_PAGES = 16, 512, 4
 
 
 def run(job: dict[str, Any]) -> dict[str, float]:
-    """Generate for the prompts of a job; return the window's length, its CPU time, and the number of output tokens."""
+    """Run the prompts of a job; return the window's length, its CPU time, and the number of output tokens."""
     generate = {"generate": in_batches, "generate_batch": continuously, "vllm": with_vllm}[job["engine"]](job)
     _wait_for(job["starts_with"])
     if job["warmup_prompts"]:

@@ -1,10 +1,10 @@
 """Calibrates the nominal levels of adaptive campaigns and writes them to lem/results/levels.json.
 
-Run with `python -m nox -s calibrate`. It simulates campaigns of two arms that do not differ, with the functions of
-`lem campaign`. From the minimum number of cycles on, the interval is computed at a nominal level after every cycle, and
-the campaign stops as soon as the interval is narrow enough. The calibrated level is the lowest one at which 95 % of the
-reported intervals contain the true ratio, even at the noise with the lowest coverage. The result depends only on the
-seed and the number of repetitions.
+Run with `python -m nox -s calibrate`. The functions of `lem campaign` are applied to simulated campaigns of two arms
+that do not differ. From the minimum number of cycles on, the interval is computed at a nominal level after every cycle,
+and the campaign stops as soon as the interval is narrow enough. The calibrated level is the lowest one at which 95 % of
+the reported intervals contain the true ratio, even at the noise with the lowest coverage. The result depends only on
+the seed and the number of repetitions.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lem.studies.orders import order
 SEED, REPETITIONS = 20_261_126, 200_000
 # The number of different orders of shuffled campaigns, each simulated equally often.
 ORDERS = 1_000
-# The minimum and maximum numbers of cycles to calibrate. Minima of 3 are not offered to users; they serve only for
-# comparison with known values.
+# The pairs of minimum and maximum numbers of cycles for which levels are calibrated. Users cannot choose a minimum of
+# 3; these pairs serve only for comparison with known values.
 LIMITS: dict[Analysis, tuple[tuple[int, int], ...]] = {
     "paired": ((3, 10), (3, 20), (5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
     "position": ((5, 10), (5, 20), (5, 30), (5, 50), (5, 100), (8, 30), (10, 50), (10, 100)),
 }
-# Standard deviations of the logarithm of one cycle's ratio, in units of the requested half-width: from noise at which
-# nearly every campaign stops at once to noise at which nearly every one reaches its limit.
+# Standard deviations of the logarithm of one cycle's ratio, in units of the requested half-width. At the lowest one,
+# nearly every campaign stops at once; at the highest one, nearly every campaign reaches its maximum number of cycles.
 NOISES = tuple(float(noise) for noise in np.round(np.geomspace(0.5, 6.0, 31), 3))
 FILE = Path(stopping.__file__).with_name(stopping.LEVELS)
 
 
 @dataclass(frozen=True)
 class Looks:
-    """The estimates of simulated campaigns after each of several cycles, for a noise of 1.
+    """The estimates that simulated campaigns give after each of several cycles, for a noise of 1.
 
     `means` and `errors` have a row for each campaign and a column for each of `cycles`.
     """
@@ -64,7 +64,7 @@ def looks(analysis: Analysis, least: int, most: int, repetitions: int, seed: int
     """Simulate campaigns of two arms that do not differ.
 
     Args:
-        analysis: how the position in the cycle is treated; `position` draws the orders of shuffled campaigns.
+        analysis: how the position in the cycle is treated; for `position`, orders of shuffled campaigns are drawn.
         least: the first cycle after which a campaign may stop.
         most: the last cycle.
         repetitions: the number of campaigns.
@@ -105,9 +105,9 @@ def stopped(found: Looks, level: float, noise: float) -> tuple[np.ndarray[Any, A
 
 def calibrated(found: Looks, analysis: Analysis) -> Level:
     """Return the lowest level, to a hundredth of a percent, that gives at least 95 % coverage at every noise."""
-    # The noise with the lowest coverage at one level is among the lowest at neighbouring levels.
+    # The noise with the lowest coverage at one level is among those with the lowest coverage at similar levels.
     near = sorted(NOISES, key=lambda noise: _coverage(found, 0.97, noise))[:8]
-    low, high = 9_500, 9_999  # the upper level is high enough, the lower is not
+    low, high = 9_500, 9_999  # `high` is high enough, `low` is not
     while high - low > 1:
         middle = (low + high) // 2
         if min(_coverage(found, middle / 10_000, noise) for noise in near) >= CONFIDENCE:

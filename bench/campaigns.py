@@ -1,11 +1,10 @@
 """Measures the coverage of a campaign's intervals, and its rate of false alarms, in simulated campaigns.
 
-Run with `python -m nox -s accuracy`. It applies the functions of `lem campaign` to arms that do not differ, with
-independent noise, a level that the cells of a cycle share, and a machine that drifts. The benchmark prints four
-tables: two of campaigns with a fixed number of cycles, one of adaptive campaigns of two arms, and one of adaptive
-campaigns of several arms.
-It fails if coverage or false alarms are outside their limits. The structures interleaved and grouped, which repeat the
-order, have no limits under a drift; they are shown to warn against them.
+Run with `python -m nox -s accuracy`. The benchmark applies the functions of `lem campaign` to arms that do not differ,
+with independent noise, a level that the cells of a cycle share, and a machine that drifts. It prints four tables: two
+of campaigns with a fixed number of cycles, one of adaptive campaigns of two arms, and one of adaptive campaigns of
+several arms. It fails if coverage or false alarms are outside their limits. In the first two tables, the structures
+`interleaved` and `grouped` have no limits. They show how a drift spoils the intervals if the order is always the same.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from lem.results.stopping import ANALYSES, level_for, levels, rule_of
 from lem.spec.campaign import FEWEST_ADAPTIVE_CYCLES, Campaign, Structure
 from lem.studies.orders import order
 
-# A seed that differs from that of the calibration.
+# This seed differs from the seed of the calibration.
 SEED = 20_261_127
 ORDERS, EACH = 1_000, 40
 # The standard deviation of the logarithm of one cell's value, and that of the level that the cells of a cycle share.
-# Compared with the smaller noise, the drift is so large that the intervals of shuffled campaigns of three cycles are
-# too wide.
+# The drift is so large, compared with the smaller noise, that it makes the intervals of shuffled campaigns of three
+# cycles too wide.
 NOISES, OF_CYCLE, DRIFT = (0.03, 0.01), 0.03, 0.10
 COVERAGE, FALSE_ALARMS = (0.94, 0.96), 0.055
 # For several arms: the noise of one cell, in units of the requested half-width, and the factor by which one arm may be
@@ -43,14 +42,18 @@ OUT = "  OUT OF RANGE"
 
 @dataclass(frozen=True)
 class Design:
-    """A campaign's order: the position of each cell, from 1, and when it is measured, from 0 to 1, by cycle and arm."""
+    """The order of a campaign's cells, as arrays with a row for each cycle and a column for each arm.
+
+    `positions` holds each cell's position in its cycle, counted from 1. `when` holds the time at which each cell is
+    measured, from 0 for the campaign's first cell to 1 for its last.
+    """
 
     positions: np.ndarray[Any, Any]
     when: np.ndarray[Any, Any]
 
     @classmethod
     def drawn(cls, structure: Structure, arms: int, cycles: int, seed: int) -> Design:
-        """Return the order that the command would choose."""
+        """Return the order that `lem campaign` would choose."""
         places = order(structure, arms, cycles, seed)
         positions, when = np.zeros((cycles, arms), int), np.zeros((cycles, arms))
         for i, place in enumerate(places):
@@ -62,12 +65,12 @@ class Design:
 def effects(
     analysis: Analysis, logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """Return means and standard errors, by campaign and by arm except the first, and the degrees of freedom.
+    """Return means and standard errors for each campaign and each arm but the first, and the degrees of freedom.
 
     Args:
         analysis: how the position in the cycle is treated.
-        logs: logarithms by campaign, cycle and arm.
-        positions: the positions by cycle and arm.
+        logs: the logarithms of the values, by campaign, cycle and arm.
+        positions: the positions in the cycle, by cycle and arm.
     """
     if analysis == "latin":
         means, errors, degrees_of_freedom = latin_effects(logs, positions)
@@ -135,10 +138,10 @@ def fixed_designs() -> bool:
 
 
 def _is_out_of_range(found: Found, structure: Structure, cycles: int, drift: float, noise: float) -> bool:
-    """Return whether a line of the first tables exceeds its limits.
+    """Return whether a row of the first two tables is outside its limits.
 
-    A shuffled campaign that is too short for a line in the positions counts a drift as noise. If the drift is much
-    larger than the noise, its intervals are too wide, and its coverage may be above 96 %.
+    In a shuffled campaign that is too short to fit a line to the positions, a drift counts as noise. If the drift is
+    much larger than the noise, the intervals are too wide, and coverage may be above 96 %.
     """
     if structure not in ("shuffled", "latin"):
         return False
@@ -150,8 +153,9 @@ def _is_out_of_range(found: Found, structure: Structure, cycles: int, drift: flo
 def until_narrow() -> bool:
     """Print the coverage of adaptive campaigns of two arms; return whether it is within its limits.
 
-    The noise is the one with the lowest coverage. For comparison, the table shows campaigns that stop at an ordinary
-    95 % interval. It also shows after how many cycles the 95 % intervals of a fixed design are as narrow on average.
+    Each row is for the noise with the lowest coverage. For comparison, the table also shows campaigns that stop as soon
+    as an ordinary 95 % interval is narrow enough, and the number of cycles after which the ordinary 95 % intervals of a
+    fixed design are narrow enough on average.
     """
     print(f"adaptive campaigns of two arms, {ORDERS * EACH} each, at the noise with the lowest coverage")
     heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95 % level", "mean cycles", "fixed design")
@@ -196,8 +200,8 @@ def _fixed(found: Looks, noise: float) -> int | str:
 def several_arms() -> bool:
     """Print the false alarms of adaptive campaigns of several arms; return whether they are within their limit.
 
-    The level is calibrated for one pair; with m pairs, each interval is computed at 1 - (1 - level) / m. This is sound
-    if false alarms stay below the limit at every noise, even when one arm is noisier than the others.
+    The level is calibrated for one pair; with m pairs, each interval is computed at the level 1 - (1 - level) / m. This
+    method is sound if false alarms stay below the limit at every noise, even if one arm is noisier than the others.
     """
     print(
         f"\nadaptive campaigns with a joint level, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with most false "

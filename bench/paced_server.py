@@ -1,10 +1,11 @@
 """A local server that speaks OpenAI's streaming protocol at a set pace, and knows when it sent each token.
 
-Run as a program, in a process of its own: `python -m bench.paced_server --port N`. It runs no model. It answers each
-request with as many words as `max_tokens` asks for: the first after `first_s`, the others after gaps that vary between
-half and one and a half times `gap_s`. For every request it notes when the request had arrived and when each token was
-handed to the kernel, as readings of CLOCK_MONOTONIC in nanoseconds; these are the true times with which clients are
-compared. `POST /pace` sets the pace, and `POST /take` returns the notes and forgets them. It knows nothing about lem.
+Run the server as a program, in a process of its own: `python -m bench.paced_server --port N`. It runs no model. It
+answers each request with as many words as `max_tokens` asks for. The first word comes after a time that varies between
+half and one and a half times `first_s`; the other words follow after gaps that vary in the same way around `gap_s`. For
+every request, the server notes when the whole request had arrived and when each token was handed to the kernel, as
+readings of CLOCK_MONOTONIC in nanoseconds. The times that clients report are compared with these true times.
+`POST /pace` sets the pace, and `POST /take` returns the notes and forgets them. The server knows nothing about lem.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 MODEL = "paced"
 WORD = " word"
 HEADERS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-# Gaps follow this sequence, so that they differ within a request and between requests, but not between clients.
+# Gaps follow the fractional parts of this number's multiples instead of being random. They differ within a request and
+# between requests, but have the same distribution for every client.
 GOLDEN = 0.618_033_988_75
 
 
 @dataclass
 class Pace:
-    """How long a request waits for its first token and, on average, for each of the others, in seconds."""
+    """How long a request waits, on average, for its first token and for each further token, in seconds."""
 
     first_s: float = 0.05
     gap_s: float = 0.01
@@ -36,7 +38,7 @@ class Pace:
 
 @dataclass
 class Note:
-    """What truly happened to one request: times are readings of CLOCK_MONOTONIC in nanoseconds."""
+    """What truly happened to one request; times are readings of CLOCK_MONOTONIC, in nanoseconds."""
 
     id: str
     request_id: str | None
@@ -48,7 +50,7 @@ class Note:
 
 @dataclass
 class State:
-    """The server's pace and its notes since they were last taken."""
+    """The server's pace, and the notes that it has made since notes were last taken."""
 
     pace: Pace = field(default_factory=Pace)
     notes: list[Note] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the connection."""
+        """Keep the transport, through which answers are sent."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
@@ -131,7 +133,7 @@ class Connection(asyncio.Protocol):
         return [*[token] * (count - 1), last, end]
 
     def _send(self, note: Note, events: list[bytes], position: int) -> None:
-        """Send all events that are due, and come back when the next one is."""
+        """Send all events that are due, and schedule the next call for the time at which the next event is due."""
         if self._transport.is_closing():
             return
         while position < len(note.due_ns):
@@ -151,7 +153,7 @@ class Connection(asyncio.Protocol):
 
 
 def due(pace: Pace, number: int, count: int, arrived_ns: int) -> list[int]:
-    """Return when each token of a request is due."""
+    """Return the times at which the tokens of a request are due, in nanoseconds."""
     at_s, times = pace.first_s * (0.5 + (number * GOLDEN) % 1.0), []
     for position in range(count):
         times.append(arrived_ns + int(at_s * 1e9))
@@ -189,7 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="the port; 0 chooses a free one (default: 0)")
     options = parser.parse_args()
-    # select() waits to the microsecond, epoll only to the millisecond. Collecting garbage would delay tokens.
+    # select() waits with a resolution of a microsecond, epoll only of a millisecond. Garbage collection would delay
+    # tokens.
     gc.disable()
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(serve(options.port))

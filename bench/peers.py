@@ -2,9 +2,9 @@
 
 Run with `python -m nox -s peers`, which creates an environment for each of the other tools, or directly:
 `python -m bench.peers load` compares the load generators, and `python -m bench.peers job` compares whole jobs with a
-bare script. The tools take turns; `--pairs` sets how often. The result is printed as Markdown tables, with the median
-of each figure and, for each other tool, the ratio to lem or to the bare script with its 95 % interval. `--json` writes
-the figures of every turn to a file.
+bare script. The tools take turns; `--pairs` sets the number of turns. The result is printed as Markdown tables, with
+the median of each figure and, for each other tool, the ratio to lem or to the bare script with its 95 % interval.
+`--json` writes the figures of every turn to a file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ DIRECTORY = Path(".nox")
 
 
 def compare(turns: Turns, references: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the median of each figure of each tool, and its ratio to the tool's reference in the same turn."""
+    """Return, for each tool and figure, the median, the extremes and the mean ratio to the tool's reference.
+
+    The ratios are computed within each turn.
+    """
     compared: dict[str, dict[str, Any]] = {}
     for tool, found in turns.items():
         compared[tool] = {}
@@ -85,7 +88,7 @@ def _ratio_text(figure: Mapping[str, float | None]) -> str:
 
 
 def load(pairs: int, programs: Mapping[str, Path], *, is_ahead: bool) -> dict[str, Any]:
-    """Compare the load generators: `pairs` turns of every tool, and one ladder each."""
+    """Compare the load generators: each tool takes `pairs` turns, and then climbs a ladder of rates once."""
     tools = {name: tool for name, tool in peers_load.TOOLS.items() if name == "lem" or name in programs}
     turns: Turns = {name: [] for name in tools}
     ladders: dict[str, Any] = {}
@@ -102,13 +105,13 @@ def load(pairs: int, programs: Mapping[str, Path], *, is_ahead: bool) -> dict[st
 
 
 def _in_turn(tools: Mapping[str, Any], turn: int) -> list[tuple[str, Any]]:
-    """Return the tools, beginning with another one in each turn."""
+    """Return the tools, beginning with a different one in each turn."""
     names = list(tools)
     return [(name, tools[name]) for name in [*names[turn % len(names) :], *names[: turn % len(names)]]]
 
 
 def ladder_table(ladders: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the highest sustained rate of each tool as a Markdown table, with the rung that was too much."""
+    """Return a Markdown table with the highest rate that each tool sustained and the next rate, which was too high."""
     lines = ["| tool | highest rate with p99 error below 1 ms | p99 error there | next rate tried | p99 error there |"]
     lines.append("|---|---|---|---|---|")
     for tool, rungs in ladders.items():
@@ -130,8 +133,8 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3, help="how many turns each tool takes (default: 3)")
     parser.add_argument("--json", type=Path, help="a file for the figures of every turn")
     parser.add_argument(
-        "--environments", type=Path, default=DIRECTORY, help="the directory with the environments peers-NAME, one for "
-        "each other tool (default: .nox); tools without an environment are left out",
+        "--environments", type=Path, default=DIRECTORY, help="the directory that contains an environment, peers-NAME, "
+        "for each of the other tools (default: .nox); tools without an environment are left out",
     )  # fmt: skip
     parser.add_argument(
         "--ahead", action="store_true", help="run everything at the highest ordinary priority, which needs root"

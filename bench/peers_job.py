@@ -1,10 +1,12 @@
-"""Compares a whole job with lem and with optimum-benchmark to the same job in a bare script.
+"""Compares the cost of a whole job in lem and in optimum-benchmark with its cost in a bare script.
 
-`python -m bench.peers job` runs this. A job starts a program, loads the built-in model on the CPU, and generates for a
-number of batches: greedily, on one thread, without warm-up and without meters, with the same number of input and output
-tokens. CPU and wall time are those of the whole command with all of its processes. optimum-benchmark needs an older
-transformers than lem, whose loading and generating take a different time, so it is compared with the bare script in its
-own environment. Its inputs are random token ids; it reads no prompts and stores no requests.
+`python -m bench.peers job` runs this comparison. A job starts a program, loads the built-in model on the CPU, and
+generates output for a number of batches: greedily, on one thread, without warm-up and without meters, with the same
+numbers of input and output tokens. CPU and wall time are those of the whole command with all of its processes.
+
+optimum-benchmark needs an older version of transformers than lem does, and the older version loads and generates at a
+different speed. optimum-benchmark is therefore compared with the bare script in an environment that has the older
+version. The inputs of optimum-benchmark are random token ids; it reads no prompts and stores no requests.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def job(pairs: int, optimum: Path | None, *, is_ahead: bool) -> dict[str, Any]:
     Args:
         pairs: how many turns each tool takes.
         optimum: the directory of the programs in optimum-benchmark's environment; None leaves it out.
-        is_ahead: whether to run ahead of other programs.
+        is_ahead: whether the commands run at a higher priority than other programs.
     """
     turns: dict[int, dict[str, list[dict[str, float | None]]]] = {}
     for size in BATCH_SIZES:
@@ -47,7 +49,7 @@ def job(pairs: int, optimum: Path | None, *, is_ahead: bool) -> dict[str, Any]:
             for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
                 found = _run(_commands(size, optimum)[name], is_ahead=is_ahead)
                 print(f"batch size {size}, turn {turn}, {name}: {json.dumps(found)}", file=sys.stderr, flush=True)
-                if turn >= 0:  # the turn before that filled the disk cache
+                if turn >= 0:  # turn -1 only fills the disk cache
                     turns[size][name].append(found)
     return {"turns": turns}
 
@@ -61,7 +63,10 @@ def _run(command: Callable[[Path], list[str]], *, is_ahead: bool) -> dict[str, f
 
 
 def _commands(size: int, optimum: Path | None) -> dict[str, Callable[[Path], list[str]]]:
-    """Return what writes a job's files and returns its command, by tool; the names are also the table's columns."""
+    """Return, for each tool, a function that writes a job's files and returns its command.
+
+    The names of the tools are also the table's columns.
+    """
     found: dict[str, Callable[[Path], list[str]]] = {
         BARE_NEW: partial(_bare, sys.executable, size),
         "lem": partial(_lem, size),

@@ -1,13 +1,14 @@
-"""Compares lem's load generator with guidellm and aiperf, against one server whose true times are known.
+"""Compares lem's load generator with guidellm and aiperf, on a server whose true times are known.
 
-`python -m bench.peers load` runs this. Each tool sends the same number of requests to `bench.paced_server`, which
-notes when each request arrived and when it sent each token. A tool's error is what it reports minus what the server
-noted. The tools take turns, and each is a command of its own with its own documented options for streaming completions:
+`python -m bench.peers load` runs this comparison. Each tool sends the same number of requests to `bench.paced_server`,
+which notes when each request arrived and when it sent each token. A tool's error is the time that the tool reports
+minus the time that the server noted. The tools take turns. Each runs as a separate command, with the options that it
+documents for streaming completions:
 
 - A short and a long run with a fixed number of requests in flight. The errors are those of the long run; the CPU time
   per token is the difference between the two runs, divided by the difference in tokens, so that start-up drops out.
-- A run with arrivals at a constant rate. The n-th request is due n / rate after the first; how late it reaches the
-  server is the tool's lateness, counted from the request that was earliest relative to that plan.
+- A run with arrivals at a constant rate. The n-th request is due n / rate after the first. The tool's lateness is the
+  delay with which a request reaches the server, compared with the request that was earliest relative to that plan.
 - A ladder of runs with the tool on one core, each with more events per second than the last.
 """
 
@@ -40,7 +41,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 @dataclass(frozen=True)
 class Load:
-    """What a tool is to send: `requests` in all, `in_flight` at any time or, if set, `rate_hz` in an open loop."""
+    """What a tool must send: `requests` in total, `in_flight` at a time or, if `rate_hz` is set, at this rate."""
 
     requests: int
     in_flight: int = 0
@@ -53,7 +54,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Told:
-    """What a tool reports about one request, in seconds; `itl_s` is None if it reports only their mean."""
+    """What a tool reports about one request, in seconds; `itl_s` is None if it reports only the mean of the ITLs."""
 
     ttft_s: float
     mean_itl_s: float
@@ -63,7 +64,11 @@ class Told:
 
 @dataclass(frozen=True)
 class Tool:
-    """How to run a tool, and how to read the requests in its results, by a key that the server's notes have too."""
+    """How to run a tool and read its results.
+
+    `read` returns what the tool reports about each request, by a key. `key` returns the same key for the server's note
+    about the request.
+    """
 
     name: str
     command: Callable[[Path, Load, str, Path], list[str]]
@@ -106,7 +111,7 @@ def paced(*, is_ahead: bool = False) -> Iterator[Paced]:
 
 # ------------------------------------------------------------------ lem
 def lem_command(_: Path, load: Load, url: str, folder: Path) -> list[str]:
-    """Return lem's command, with the protocol that the others use: text prompts, tokens counted by the server."""
+    """Return lem's command, with the protocol of the other tools: text prompts, and tokens counted by the server."""
     prompts = _write_prompts(folder, load.requests, "prompt")
     if load.rate_hz is None:
         how = ["batching.strategy=continuous", f"batching.batch_size={load.in_flight}"]
@@ -211,7 +216,7 @@ def _write_prompts(folder: Path, count: int, column: str) -> Path:
     return folder / "prompts.jsonl"
 
 
-# aiperf accepts a tokenizer in a local directory only if it may use the hub; it then asks the hub for nothing.
+# aiperf accepts a tokenizer in a local directory only if it may use the hub, although it then requests nothing from it.
 TOOLS = {
     "lem": Tool("lem", lem_command, lem_read, by_prompt),
     "guidellm": Tool("guidellm", guidellm_command, guidellm_read, by_answer),
@@ -222,7 +227,11 @@ TOOLS = {
 # ------------------------------------------------------------------ one run
 @dataclass(frozen=True)
 class Run:
-    """One run of a tool: its cost, the tokens that the server sent, and what it told with what the server noted."""
+    """One run of a tool.
+
+    `tokens` is the number of tokens that the server sent. `told` pairs the tool's report about each request with the
+    server's note about it.
+    """
 
     cost: Cost
     tokens: int
@@ -246,7 +255,8 @@ def run_tool(tool: Tool, programs: Path, load: Load, server: Paced, *, is_ahead:
         spent = cost(command, folder / "log.txt", env=env, before=before)
         told = tool.read(folder)
     notes = [note for note in server.post("/take", {}) if len(note["sent_ns"]) == OUTPUT_TOKENS]
-    by_key = {tool.key(note): note for note in notes}  # of warm-up and window requests with one prompt, the last
+    # If a warm-up request and a window request have the same key, the later one counts.
+    by_key = {tool.key(note): note for note in notes}
     pairs = [(each, by_key[key]) for key, each in told.items() if key in by_key]
     if len(pairs) < load.requests:
         raise SystemExit(f"{tool.name} reports {len(pairs)} of {load.requests} requests that the server answered.")
@@ -269,7 +279,10 @@ def errors_s(run: Run) -> dict[str, np.ndarray]:
 
 
 def lateness_s(run: Run, rate_hz: float) -> np.ndarray:
-    """Return how late each request of an open loop reached the server, in seconds after the earliest possible plan."""
+    """Return how late each request of an open loop reached the server, in seconds.
+
+    Lateness is counted from the request that was earliest relative to the planned times.
+    """
     arrived = np.sort([note["arrived_ns"] for _, note in run.told]) / 1e9
     late = arrived - np.arange(len(arrived)) / rate_hz
     return np.asarray(late - late.min())
@@ -283,12 +296,10 @@ RUNGS = (2, 8, 32, 64, 128, 256)
 ROUNDS = 4
 EVENTS_PER_S = 100.0
 LIMIT_S = 1e-3
-# A rung counts only if the server kept up with its own pace to this share.
-LEAST_SHARE = 0.95
 
 
 def figures(tool: Tool, programs: Path, server: Paced, *, is_ahead: bool) -> dict[str, float | None]:
-    """Measure one tool once; each figure's name has its unit, and None means that the tool does not report it."""
+    """Measure one tool once; return its figures by name and unit, with None for those that the tool does not report."""
     short, long, opened = (run_tool(tool, programs, load, server, is_ahead=is_ahead) for load in (SHORT, LONG, OPEN))
     assert OPEN.rate_hz is not None
     errors, late = errors_s(long), lateness_s(opened, OPEN.rate_hz)
@@ -308,7 +319,7 @@ def ladder(tool: Tool, programs: Path, server: Paced, *, is_ahead: bool) -> list
     """Run a tool on one core at rising rates, up to the first rate at which its error is too large.
 
     The error is that of the time from a request's first to its last token, which every tool reports for every request.
-    Requests of the first and the last round are left out, because they begin or end together.
+    The requests of the first and the last round are left out, because they begin or end together.
     """
     found: list[dict[str, Any]] = []
     for in_flight in RUNGS:
@@ -331,6 +342,6 @@ def ladder(tool: Tool, programs: Path, server: Paced, *, is_ahead: bool) -> list
 
 
 def _steady_rate_hz(sent_ns: np.ndarray) -> float:
-    """Return the rate of events in the middle half of the time in which there are any."""
+    """Return the number of events per second from the first to the third quartile of their times."""
     begin, end = np.quantile(sent_ns, [0.25, 0.75])
     return float(((sent_ns >= begin) & (sent_ns <= end)).sum() / ((end - begin) / 1e9))

@@ -1,4 +1,5 @@
-"""Compares `lem experiment` with a script that calls the engine directly (bench/bare.py): what does lem change?
+"""Compares `lem experiment` with a script that calls the engine directly (bench/bare.py), to show what lem
+changes.
 
 Run with `python -m bench.perturbation`. Each pair runs both in fresh processes with the same model, prompts, settings
 and number of threads. Each ratio is the geometric mean over the pairs, with its 95 % interval (Student's t on the
@@ -10,8 +11,8 @@ logarithms).
   machine changes both alike. With `--in-turn`, they run one after the other instead, and the order alternates from pair
   to pair.
 - The jobs: in the cases `job, batch 1` and `job, batch 8`, whole commands with 10 prompts and the default meter are
-  compared, one after the other in alternating order: the CPU time of all processes, and the time on the clock. lem's
-  includes two idle phases and the warm-up.
+  compared, one after the other in alternating order: the CPU time of all processes, and the wall time. lem's times
+  include two idle phases and the warm-up.
 
 The case `vllm` needs a Python environment with vLLM, which `--vllm-python` names; it is left out otherwise. Options
 after `--` are added to the command line of lem, so that causes can be excluded one at a time.
@@ -85,7 +86,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command: its window, and the CPU time and length of the whole command."""
+    """One run of a command: its window, and the CPU time and wall time of the whole command."""
 
     window_s: float
     window_cpu_s: float
@@ -114,7 +115,7 @@ def texts(count: int) -> list[str]:
 
 # ------------------------------------------------------------------ running
 class Side:
-    """A command that runs in a folder of its own; `start` starts it, and `result` waits for it and reads its window."""
+    """A command that runs in its own folder; in subclasses, `begin` starts it, and `result` waits for its `Run`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

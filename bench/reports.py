@@ -1,9 +1,9 @@
 """Measures reports on thousands of experiments: their size, the cost of writing them, and how fast they open.
 
 Run with `python -m bench.reports`; it takes minutes. The experiments are those of `bench.aggregation`, each with one
-record. Writing is measured by the kernel, start-up included. Opening is timed in Chromium, if it is installed: from the
-start of the page's navigation to the moment at which its script has drawn every chart. The benchmark fails if a limit
-is exceeded.
+record. The cost of writing is measured by the kernel and includes start-up. Opening is timed in Chromium, if it is
+installed: from the start of the page's navigation to the moment at which the page's script has drawn every chart. The
+benchmark fails if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPEN_LIMIT_S = 3.0
 CPU_LIMIT_S = 10.0
 MEMORY_LIMIT_MB = 500
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Leaves the time at which everything is drawn in the page, in ms since the navigation began.
+# Writes into the page the time at which all charts have been drawn, in ms since the navigation began.
 WATCH = """
 const watch = () => {
   if (document.querySelectorAll(".plot:not([data-drawn])").length > 0) return;
@@ -49,7 +49,7 @@ def seconds_to_open(page: Path) -> float | None:
     watched = page.with_suffix(".watched.html")
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     watched.write_text(text.replace("</body>", f"<script>{WATCH}</script></body>"))
-    # The page has real time, not virtual time, in which a slow script would seem fast.
+    # The page runs in real time; in virtual time, a slow script would seem fast.
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--timeout=60000", "--dump-dom",
         f"--user-data-dir={page.parent / 'profile'}", watched.as_uri(),

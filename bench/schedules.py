@@ -1,10 +1,10 @@
 """Measures how often the verdict on a schedule is right, in simulated schedules with and without a difference.
 
-Run with `python -m nox -s accuracy`. It applies the functions of `lem results show SCHEDULE` to schedules with
-log-normal noise, a level that the runs of a day share, and a difference between day (08:00 to 20:00) and night. It
-prints a table, and fails if a verdict is right in less than 95 % of the repetitions of a design that has a limit.
-Designs without a limit are shown to say which schedules are too short for their noise, and how errors that last from
-one run to the next affect the verdict.
+Run with `python -m nox -s accuracy`. The benchmark applies the functions of `lem results show SCHEDULE` to schedules
+with log-normal noise, a level that the runs of a day share, and a difference between day (08:00 to 20:00) and night. It
+prints a table, and fails if a verdict is right in less than 95 % of the repetitions of a design that has a limit. The
+designs without a limit show which schedules are too short for their noise, and how errors that last from one run to the
+next affect the verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from lem.results.variation import Point, judged, variations
 
-# A Monday. A seed that differs from those of the other benchmarks.
+# The first day is a Monday. The seed differs from those of the other benchmarks.
 BEGIN, SEED = datetime(2026, 3, 2, 3), 20_261_128
 RIGHT = 0.95
 # Repetitions of designs with a limit, and of the others.
@@ -52,9 +52,9 @@ def share_right(
 
     Args:
         design: the schedule.
-        noise: the standard deviation of a run's logarithm.
+        noise: the standard deviation of the logarithm of a run's value.
         of_day: the standard deviation of the level that the runs of a day share.
-        difference: by how much more a run costs by day than by night; if 0, no variation must be found.
+        difference: how much more a run costs by day than by night, as a share; if 0, no variation must be found.
         times: the number of schedules.
         carried: the correlation of the errors of two runs in a row.
     """
@@ -83,7 +83,7 @@ def _errors(rng: np.random.Generator, count: int, carried: float) -> np.ndarray[
 
 @dataclass(frozen=True)
 class Case:
-    """A design with the noise of its runs; whether the difference has to be found in it."""
+    """A design with the noise of its runs; `is_limited` says whether the difference has to be found."""
 
     design: Design
     noise: float

@@ -1,7 +1,7 @@
 """Measures what lem adds to a cell on Slurm, and how long the submission of 10,000 cells takes, on a private cluster.
 
-Run with `python -m nox -s bench`. It is skipped where no cluster can be started (see tests/slurm/cluster.py), and fails
-if the submission exceeds its limit, which was set for a machine of 2026.
+Run with `python -m nox -s bench`. The benchmark is skipped if no cluster can be started (tests/slurm/cluster.py). It
+fails if the submission exceeds its limit, which was set for a machine of 2026.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster, missing
 
 CELLS = 10_000
 LIMIT_S = 60.0
-# Cells that run one after another in a job, and empty jobs to compare with.
+# The number of cells that run one after another in a job.
 IN_A_JOB = 20
 BASE = "model: any\nbackend: {name: simulated, sleep: false}\nenergy: {name: none}\nmax_output_tokens: 8\n"
 COMMAND = (
@@ -32,14 +32,18 @@ WAIT_S = 600.0
 
 
 def start(folder: Path, cluster: Cluster, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a sweep in a folder, which also gets its output."""
+    """Start a sweep in a folder; its output goes to the file `output` in that folder."""
     with (folder / "output").open("wb") as output:
         variables = {**os.environ, **cluster.environment}
         return subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=variables, stdout=output, stderr=output)
 
 
 def wait_until(is_true: Callable[[], bool], command: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait for a condition; raises if the command ends or takes too long before it holds."""
+    """Wait for a condition.
+
+    Raises:
+        RuntimeError: the command ended, or the time was up, before the condition was true.
+    """
     deadline_s = time.monotonic() + WAIT_S
     while not is_true():
         if command.poll() is not None or time.monotonic() > deadline_s:
@@ -50,7 +54,7 @@ def wait_until(is_true: Callable[[], bool], command: subprocess.Popen[bytes], fo
 def submission_s(folder: Path, cluster: Cluster) -> float:
     """Return how long a sweep takes from its start until all of its jobs are in the queue, in seconds."""
     began_s = time.monotonic()
-    # The jobs are held, so that none of them runs, and cancelled afterwards.
+    # The jobs are held, so none of them runs. They are canceled afterwards.
     held = "+hydra.launcher.additional_parameters.hold=true"
     command = start(folder, cluster, f"seed=range(0,{CELLS // 10})", "max_output_tokens=range(1,11)", held)
 
@@ -107,7 +111,7 @@ def main() -> int:
     if (reason := missing()) is not None:
         print(f"slurm: skipped, because no Slurm cluster can be started: {reason}")
         return 0
-    # A short path, because munge's socket is in it.
+    # The path must be short, because it contains munge's socket.
     with tempfile.TemporaryDirectory(prefix="lem-slurm-", ignore_cleanup_errors=True) as root:
         cluster = Cluster(Path(root) / "c", has_accounting=False, max_jobs=2 * CELLS)
         cluster.root.mkdir()

@@ -3,9 +3,9 @@
 Run with `python -m nox -s bench`. It prints a table, and fails if a command exceeds its limit. A limit is a multiple of
 the CPU time of an empty interpreter in the same run, because seconds depend more on the machine. The commands take
 turns, so that a change in the machine's speed affects all of them. Each time is the shortest of several runs, because
-other programs on the machine only make CPU times longer.
+other programs on the machine can only make CPU times longer.
 
-The model is a local directory and the prompts are a local file, as users have them.
+Some of the commands read a model from a local directory and prompts from a local file, as most users do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures what a command and all processes that it starts cost: CPU time and wall time."""
+"""Measures the CPU time and the wall time of a command, including all processes that the command starts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HIGHEST = -20
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command cost: `cpu_s` is user and system time of all its processes."""
+    """The cost of a command; `cpu_s` is the user and system time of all its processes."""
 
     cpu_s: float
     wall_s: float
 
 
 def begin(core: int | None = None, *, is_ahead: bool = False) -> None:
-    """Prepare the process of a command: bind it to a core, and put its whole session ahead of other programs."""
+    """Prepare the process of a command: bind it to a core, and give its session priority over other programs."""
     if core is not None and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {core})
     if is_ahead:
         os.setpriority(os.PRIO_PROCESS, 0, HIGHEST)
-        with suppress(FileNotFoundError):  # without automatic groups, priorities of single processes count
+        with suppress(FileNotFoundError):  # if the kernel has no autogroups, the priority of the process counts
             Path("/proc/self/autogroup").write_text(str(HIGHEST))
 
 
@@ -44,10 +44,10 @@ def cost(
     before: Callable[[], None] | None = None,
     timeout_s: float = 600.0,
 ) -> Cost:
-    """Run a command to its end with its output in a file; `before` is called in its process first.
+    """Run a command to its end, and write its output to a file; the command's process calls `before` at its start.
 
     Raises:
-        SystemExit: the command failed; the message has the end of its output.
+        SystemExit: the command failed; the message contains the end of its output.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     cpu_s, begun_s = _cpu_s(), time.perf_counter()
@@ -76,7 +76,7 @@ def _cpu_s() -> float:
 
 
 def _reap_orphans(session: int) -> None:
-    """Wait for the processes that the command left behind, of its own session."""
+    """Wait for the processes of the command's session that the command left behind, for at most 10 s."""
     until_s = time.monotonic() + 10.0
     while time.monotonic() < until_s:
         try:

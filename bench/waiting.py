@@ -1,8 +1,8 @@
 """Measures what the daemon of a schedule costs while it waits: CPU time, scaled to a day, and memory.
 
-Run with `python -m nox -s bench`, or with `python -m bench.waiting --minutes 10` for longer. It starts a schedule of a
-week with a start each half hour, once without a terminal and once on one, both at the same time, and lets them wait.
-It prints a table, and fails if the daemon without a terminal exceeds its limits.
+Run with `python -m nox -s bench`, or with `python -m bench.waiting --minutes 10` to measure for longer. The benchmark
+starts two schedules, each of a week with a start every half hour, and lets both wait at the same time: one without a
+terminal, and one on a terminal. It prints a table, and fails if the daemon without a terminal exceeds its limits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 DAY_S = 86_400.0
 LIMIT_CPU_S, LIMIT_MB = 1.0, 60.0
-# The daemon imports its modules, and sleeps for the first time.
+# In this time, the daemon imports its modules and begins to wait.
 SETTLE_S = 10.0
 
 
@@ -50,7 +50,10 @@ def wait_until_waiting(process: subprocess.Popen[bytes]) -> None:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time of a process with one thread, which /proc/<pid>/stat has only in hundredths of a second."""
+    """Return the CPU time of a single-threaded process, in seconds.
+
+    /proc/<pid>/stat would give this time only in hundredths of a second.
+    """
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Generates the reference pages from the schema, the records, the rules, the features of backends and the commands.
+"""Generates the reference pages from the schema, the records, the warnings, the rules, the backends and the commands.
 
 Run `python docs/generate.py` to update the pages. A test fails if a page is stale.
 """
@@ -156,7 +156,7 @@ def warnings() -> str:
     return "\n".join(
         [
             "# Warnings\n",
-            "A warning is a reason not to trust a number. It appears in the record, in the column `warnings` of the "
+            "A warning is a reason to doubt a number. Warnings appear in the record, in the column `warnings` of the "
             "row (as `code: message`), and in the output of `lem results show`. The codes are stable across "
             "versions.\n",
             "| code | meaning | remedy |",
@@ -191,7 +191,7 @@ Each rule has a scope:
 
 
 def rules() -> str:
-    """Return the page on the rules for refusing experiments and warning about them."""
+    """Return the page on the rules by which experiments are refused or warned about."""
     return "\n".join(
         [
             "# Rules\n",
@@ -204,11 +204,11 @@ def rules() -> str:
     )
 
 
-def _rules_table(catalogue: dict[str, Rule]) -> str:
+def _rules_table(catalog: dict[str, Rule]) -> str:
     rows = [
         f'| <a id="{code}"></a>`{code}` | {rule.severity} | {rule.scope} '
         f"| {_cell(rule.meaning)} | {_cell(rule.remedy)} |"
-        for code, rule in catalogue.items()
+        for code, rule in catalog.items()
     ]
     return "\n".join(["| code | severity | scope | problem | remedy |", "|---|---|---|---|---|", *rows]) + "\n"
 
@@ -216,8 +216,8 @@ def _rules_table(catalogue: dict[str, Rule]) -> str:
 # ------------------------------------------------------------------ what each backend can do
 ANSWERS = """\
 The tables show which features each backend would accept on a machine with eight modern NVIDIA GPUs and all packages
-installed, and how each feature was tested. If your machine lacks something that an experiment needs, `lem` reports this
-before the run.
+installed, and how each feature was tested. If your machine lacks something that an experiment needs, `lem` reports what
+is missing before the run.
 
 | answer | meaning |
 |---|---|
@@ -235,7 +235,7 @@ All of these tests run on a CPU; no feature has been tested on a GPU.
 
 
 def support_matrix() -> str:
-    """Return the page on the features of each backend and on their tests."""
+    """Return the page on which features each backend has, and how each feature is tested."""
     parts = ["# What each backend can do\n", ANSWERS]
     for group, members in FEATURES.items():
         parts += [f"## {group}\n", _support_table(members)]

@@ -1,9 +1,9 @@
 """Records a terminal session, and takes a picture of a report, for the first page of the docs and the README.
 
-Run `python docs/record.py` after a change to what these commands print. It runs the commands of the first comparison,
-shortened, on the simulated backend in a temporary folder, writes what the terminal showed to docs/assets/session.svg,
-and opens the campaign's report in Chromium to take docs/assets/report.png. The times and energies are simulated, as the
-pages that show the pictures say; everything else is a real run.
+Run `python docs/record.py` after the output of the recorded commands has changed. The script runs the session in a
+temporary folder on the simulated backend, and writes what the terminal showed to docs/assets/session.svg. It then opens
+the campaign's report in Chromium, and saves the picture as docs/assets/report.png. The times and energies are
+simulated, as the pages that show the pictures state; everything else comes from a real run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ backend: {{name: simulated, sleep: false, decode_s_per_token: {step_s}, noise: 0
 energy: {{name: simulated, power_w: 250}}
 """
 ARMS = {"one": ARM.format(batch=1, step_s=0.01), "eight": ARM.format(batch=8, step_s=0.03)}
-# Each command, and from which lines on its output is shown; of a campaign, also the line at the end of each cell.
+# Each command, and the beginning of the first line of its output that is shown. The lines that report the end of a
+# campaign's cell are shown in any case.
 SESSION = (
     ("lem config validate one.yaml eight.yaml", ""),
     ("lem campaign one.yaml eight.yaml --campaign-name batches --cycles 5 --yes", "Campaign batches: 10 of 10"),
@@ -43,7 +44,7 @@ TYPING_S, LINE_S, CELL_S = 1.2, 0.08, 0.5
 
 
 def shown(command: str, folder: Path) -> list[str]:
-    """Run a command in a terminal and return the lines that it left there, without colours."""
+    """Run a command in a terminal; return the lines that remain on the screen, without colors."""
     parent, child = pty.openpty()
     env = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm", "NO_COLOR": "1"}
     process = subprocess.Popen(command, shell=True, cwd=folder, stdin=child, stdout=child, stderr=child, env=env)
@@ -55,7 +56,7 @@ def shown(command: str, folder: Path) -> list[str]:
     if process.wait() != 0:
         raise SystemExit(f"`{command}` failed:\n{output.decode()}")
     lines = CONTROL.sub("", output.decode()).replace("\r\n", "\n").split("\n")
-    # A carriage return lets a line overwrite itself: what is left is the last version.
+    # After a carriage return, the next text overwrites the line, so only the last version remains.
     return [line.split("\r")[-1].rstrip() for line in lines if line.strip()]
 
 
@@ -67,7 +68,7 @@ def _read(terminal: int) -> bytes:
 
 
 def recorded(folder: Path) -> list[tuple[bool, str]]:
-    """Run the session; return its lines, each with whether it is a command that is typed."""
+    """Run the session; return its lines, each with a flag that is true if the line is a typed command."""
     lines: list[tuple[bool, str]] = []
     for command, beginning in SESSION:
         lines.append((True, command))
@@ -79,15 +80,15 @@ def recorded(folder: Path) -> list[tuple[bool, str]]:
 
 
 def drawing(lines: list[tuple[bool, str]]) -> str:
-    """Return an SVG in which the lines appear one after another, and then stay."""
+    """Return an SVG in which the lines appear one after another and then stay visible."""
     wrapped = [(typed, part) for typed, line in lines for part in _wrapped(line)]
     width, height = COLUMNS * CHARACTER_PX + 2 * MARGIN_PX, len(wrapped) * LINE_PX + TITLE_PX + 2 * MARGIN_PX
     at_s, times = 0.0, []
     for typed, text in wrapped:
         at_s += TYPING_S if typed else CELL_S if CELL_ENDED in text else LINE_S
         times.append(at_s)
-    colours = ("#ff5f57", "#febc2e", "#28c840")
-    dots = (f'<circle cx="{20 + 20 * i}" cy="18" r="6" fill="{colour}"/>' for i, colour in enumerate(colours))
+    colors = ("#ff5f57", "#febc2e", "#28c840")
+    dots = (f'<circle cx="{20 + 20 * i}" cy="18" r="6" fill="{color}"/>' for i, color in enumerate(colors))
     texts = []
     for number, ((typed, text), begin_s) in enumerate(zip(wrapped, times, strict=True)):
         y = TITLE_PX + MARGIN_PX + (number + 0.7) * LINE_PX
@@ -118,7 +119,7 @@ def photograph(page: Path, picture: Path) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit("there is no Chromium; install it, for example with: apt-get install chromium")
-    # What lies between the answer and the charts, and the temporary folder's name, are left out.
+    # Hide the parts between the answer and the charts, and the name of the temporary folder.
     shown = page.with_name("shown.html")
     style = "<style>#trust, #experiments, header .quiet { display: none }</style>"
     shown.write_text(page.read_text(encoding="utf-8").replace("</head>", f"{style}</head>", 1), encoding="utf-8")

@@ -38,23 +38,23 @@ os.environ.pop("LLM_ENERGY_RESULTS_DIR", None)
 os.environ["LEM_STATE_DIR"] = tempfile.mkdtemp(prefix="lem-tests-state-")
 atexit.register(shutil.rmtree, os.environ["LEM_STATE_DIR"], ignore_errors=True)
 # If a script starts pytest in the background, this process ignores Ctrl-C; under nohup, it ignores SIGHUP. The commands
-# that it starts would inherit this.
+# that the tests start would inherit this behavior.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests run side by side, so OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Composing and importing create many objects that stay, in a process that already holds torch's. With the default
-# thresholds, looking for cycles among them would take a twentieth of the time of the tests.
+# Composing configurations and importing modules create many long-lived objects, in addition to those of torch. With the
+# default thresholds, searching all of them for reference cycles would take 5 % of the tests' time.
 gc.set_threshold(100_000, 50, 100)
-# Examples are the same each time and slow machines do not fail tests, so the outcome depends only on the commit.
+# Property tests use the same examples each time and have no deadline, so their outcome depends only on the commit.
 # `--hypothesis-profile=search` looks for new examples.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same")
 
-# A report property with this name is printed at the end, whichever process ran the test.
+# The value of a test's property with this name is printed at the end, whichever process ran the test.
 SUMMARY = "summary"
 
 
@@ -105,7 +105,7 @@ def lem(tmp_path, monkeypatch, capfd):
         handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        signal.signal(signal.SIGINT, handler)  # a command ignores it at its end
+        signal.signal(signal.SIGINT, handler)  # at its end, a command ignores SIGINT
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return Finished(int(stop.value.code or 0), out, err)
@@ -121,7 +121,7 @@ def lem(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Let the worker of a single process be this one, which saves the second that a new one takes to start."""
+    """Run the worker of a single-process experiment in this process, because starting a new one takes a second."""
 
     def launch(directory: ExperimentDir, attempt: int, _host: Host, report: Report) -> None:
         Attempt(directory, attempt).run(report)
@@ -153,7 +153,7 @@ def raw_record(results: Path, rank: int = 0, cycle: int = 1, attempt: int = 1) -
 
 
 def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start `lem …` in a new session, as a terminal would: signals to its group reach no other process."""
+    """Start `lem …` in a new session, as a terminal would, so that signals to its group reach no other process."""
     return subprocess.Popen(
         [sys.executable, "-m", "lem", *arguments],
         cwd=cwd,
@@ -167,7 +167,7 @@ def begin(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
-    """Return the first line of stderr that begins with this text."""
+    """Read stderr up to the first line that begins with a text; return this line."""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(beginning):
@@ -176,7 +176,7 @@ def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the running workers of a command, without the launcher that starts several."""
+    """Return the running workers of a command, but not the launcher that starts several workers."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -198,7 +198,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """Mount a file system of 16 MB; skips where that is not allowed."""
+    """Mount a file system of 16 MB; skip the test where mounting is not allowed."""
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting a file system is not allowed here")
@@ -209,7 +209,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path, but_for_pages: int = 0) -> Path:
-    """Fill a file system but for some pages."""
+    """Fill a file system except for some pages of 4 KiB; return the file that fills it."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -229,7 +229,8 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_that_ends(tiny_folder, tmp_path_factory):
-    # Random weights rarely choose the one end token among 4096; with 400 end tokens about half of the outputs end.
+    # A model with random weights rarely chooses the one end token among 4096 tokens. With 400 end tokens, about half of
+    # the outputs end.
     folder = tmp_path_factory.mktemp("tiny") / "that-ends"
     shutil.copytree(tiny_folder, folder)
     file = folder / "generation_config.json"

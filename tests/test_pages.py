@@ -130,4 +130,4 @@ def test_a_dataset_of_your_own_works(tmp_path):
     (tmp_path / "conf" / "dataset" / "questions.yaml").write_text(blocks(page, "yaml")[0])
     output = sh("".join(blocks(page, "bash")), tmp_path)
     assert "4 read from data/questions.csv, column question, 1 of them empty and dropped" in output
-    assert "Questions of our users (yours)" in output
+    assert "Our users' questions (yours)" in output

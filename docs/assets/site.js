@@ -1,4 +1,4 @@
-// The theme leaves the search dialogue without a name, and boxes that scroll out of reach of the keyboard.
+// The theme gives the search dialog no accessible name, and boxes that scroll cannot be reached with the keyboard.
 addEventListener("load", () => {
   const name = (selector, label) => document.querySelectorAll(selector).forEach((each) => each.setAttribute("aria-label", label));
   name(".md-search[role=dialog]", "Search");

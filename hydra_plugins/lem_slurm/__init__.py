@@ -1,8 +1,8 @@
-"""The class behind `hydra/launcher=slurm`; Hydra accepts only launchers from this namespace package.
+"""The class behind `hydra/launcher=slurm`; Hydra accepts launchers only from this namespace package.
 
-Unlike the plugin that it extends, it pickles nothing and waits for nothing: it composes the configuration and
-gives it to the task, in this process. The task submits all cells (`lem.studies.slurm`), and the records of the
-experiments say how they ended.
+Unlike the plugin that it extends, this launcher pickles nothing and waits for nothing. It composes each cell's
+configuration and passes it to the task, in this process. The task submits all cells (`lem.studies.slurm`), and the
+records of the experiments state how they ended.
 """
 
 from __future__ import annotations
