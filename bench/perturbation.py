@@ -1,5 +1,4 @@
-"""Compares `lem experiment` with a script that calls the engine directly (bench/bare.py), to show what lem
-changes.
+"""Compares `lem experiment` with a script that calls the engine directly, bench/bare.py, to show what lem changes.
 
 Run with `python -m bench.perturbation`. Each pair runs both in fresh processes with the same model, prompts, settings
 and number of threads. Each ratio is the geometric mean over the pairs, with its 95 % interval (Student's t on the
