@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -95,14 +95,14 @@ class Run:
 
 
 # ------------------------------------------------------------------ inputs
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, sizes: Mapping[str, int] = SIZES | HEADS) -> None:
     """Create the model in a folder, with the tokenizer of the built-in model and random weights."""
     model = folder / "model"
     model.mkdir()
     for file in tiny.path().glob("*.json"):
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | SIZES | HEADS))
+    (model / "config.json").write_text(json.dumps(config | dict(sizes)))
     subprocess.run([sys.executable, "-c", MODEL, str(model)], check=True, capture_output=True)
 
 
