@@ -85,7 +85,7 @@ def _bare(python: str, size: int, folder: Path) -> list[str]:
     content = {
         "model": str(tiny.path()), "batch_size": size, "prompts": _prompts(size), "max_input_tokens": INPUT_TOKENS,
         "max_output_tokens": OUTPUT_TOKENS, "min_output_tokens": OUTPUT_TOKENS, "warmup_prompts": 0,
-        "starts_with": None,
+        "starts_with": None, "engine": "generate",
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(content))
     return [python, str(BARE), str(folder / "job.json")]

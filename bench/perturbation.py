@@ -1,17 +1,20 @@
-"""Compares `lem experiment` with a script that calls transformers directly (bench/bare.py), to show what lem changes.
+"""Compares `lem experiment` with a script that calls the engine directly, bench/bare.py, to show what lem changes.
 
-Run with `python -m bench.perturbation` on an otherwise idle machine. In each pair, both run in fresh processes with the
-same model, prompts, settings and number of threads; the order alternates from pair to pair. Each ratio is the geometric
-mean over the pairs, with its 95 % interval (Student's t on the logarithms).
+Run with `python -m bench.perturbation`. Each pair runs both in fresh processes with the same model, prompts, settings
+and number of threads. Each ratio is the geometric mean over the pairs, with its 95 % interval (Student's t on the
+logarithms).
 
-- In the cases `batch 1` and `batch 8`, the measured windows are compared, without a meter: output tokens per second,
-  and output tokens per second of the process's CPU time.
-- In the cases `job, batch 1` and `job, batch 8`, whole commands with 10 prompts and the default meter are compared: the
-  CPU time of all processes, and the wall time. lem's times include two idle phases and the warm-up.
+- The windows: in the cases `batch 1`, `batch 8`, `continuous` and `vllm`, the measured windows are compared, without a
+  meter: output tokens per second, and output tokens per second of the process's CPU time. Both windows run at the same
+  time on one core, and the kernel switches between them every few milliseconds, so whatever changes the speed of the
+  machine changes both alike. With `--in-turn`, they run one after the other instead, and the order alternates from pair
+  to pair.
+- The jobs: in the cases `job, batch 1` and `job, batch 8`, whole commands with 10 prompts and the default meter are
+  compared, one after the other in alternating order: the CPU time of all processes, and the wall time. lem's times
+  include two idle phases and the warm-up.
 
-`--together` runs the two windows of a pair at the same time. The machine's load then affects both in the same way, so
-CPU times can be compared on a busy machine, but wall times mean less. Options after `--` are added to the command line
-of lem, so that causes can be excluded one at a time.
+The case `vllm` needs a Python environment with vLLM, which `--vllm-python` names; it is left out otherwise. Options
+after `--` are added to the command line of lem, so that causes can be excluded one at a time.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +55,31 @@ AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1])).save_p
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: the prompts, the batch size, the lengths in tokens, and whether it is a whole job."""
+    """What is compared: the prompts, the batch size, the lengths in tokens, the engine, and whether to time jobs."""
 
     prompts: int
     batch_size: int
     input_tokens: int
     output_tokens: int
     is_job: bool = False
+    engine: str = "generate"
 
 
 CASES = {
     "batch 1": Case(60, 1, 32, 32),
     "batch 8": Case(160, 8, 32, 32),
+    "continuous": Case(160, 8, 32, 32, engine="generate_batch"),
+    "vllm": Case(320, 8, 32, 32, engine="vllm"),
     "job, batch 1": Case(10, 1, 512, 128, is_job=True),
     "job, batch 8": Case(10, 8, 512, 128, is_job=True),
+}
+# What both sides pass to vLLM, and lem's options for each engine.
+ENGINE_ARGUMENTS = {"max_model_len": 128, "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+OPTIONS = {
+    "generate": ["backend.device=cpu"],
+    "generate_batch": ["backend.device=cpu", "batching.strategy=continuous"],
+    "vllm": ["backend=vllm", "batching.strategy=continuous"]
+    + [f"backend.{name}={json.dumps(value)}" for name, value in ENGINE_ARGUMENTS.items()],
 }
 
 
@@ -79,14 +95,14 @@ class Run:
 
 
 # ------------------------------------------------------------------ inputs
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, sizes: Mapping[str, int] = SIZES | HEADS) -> None:
     """Create the model in a folder, with the tokenizer of the built-in model and random weights."""
     model = folder / "model"
     model.mkdir()
     for file in tiny.path().glob("*.json"):
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | SIZES | HEADS))
+    (model / "config.json").write_text(json.dumps(config | dict(sizes)))
     subprocess.run([sys.executable, "-c", MODEL, str(model)], check=True, capture_output=True)
 
 
@@ -135,14 +151,14 @@ def _cpu_s(usage: resource.struct_rusage) -> float:
 class Lem(Side):
     """`lem experiment`, with results in the side's folder."""
 
-    def begin(self, case: Case, folder: Path, threads: int, extra: Sequence[str]) -> None:
+    def begin(self, case: Case, folder: Path, python: str, threads: int, extra: Sequence[str]) -> None:
         """Start the experiment."""
         prompts = self.folder / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts(case.prompts)))
         options = [f"batching.batch_size={case.batch_size}", f"max_input_tokens={case.input_tokens}"]
-        options += [f"max_output_tokens={case.output_tokens}", "backend.device=cpu"]
+        options += [f"max_output_tokens={case.output_tokens}", *OPTIONS[case.engine]]
         options += [] if case.is_job else ["energy=none", f"warmup.prompts={case.batch_size * 5}"]
-        command = [sys.executable, "-m", "lem", "experiment", "-m", str(folder / "model"), "-p", "prompts.jsonl"]
+        command = [python, "-m", "lem", "experiment", "-m", str(folder / "model"), "-p", "prompts.jsonl"]
         self.start([*command, *options, "--yes", "--fresh", *extra], threads)
 
     def result(self) -> Run:
@@ -158,9 +174,11 @@ class Lem(Side):
 class Bare(Side):
     """The script without lem."""
 
-    def begin(self, case: Case, folder: Path, threads: int, starts_with: str | None) -> None:
+    def begin(self, case: Case, folder: Path, python: str, threads: int, starts_with: str | None) -> None:
         """Start the script; its window begins when a file matches `starts_with`."""
         job = {
+            "engine": case.engine,
+            "engine_args": ENGINE_ARGUMENTS,
             "model": str(folder / "model"),
             "prompts": texts(case.prompts),
             "batch_size": case.batch_size,
@@ -171,7 +189,7 @@ class Bare(Side):
             "starts_with": starts_with,
         }
         (self.folder / "job.json").write_text(json.dumps(job))
-        self.start([sys.executable, str(BARE), "job.json"], threads)
+        self.start([python, str(BARE), "job.json"], threads)
 
     def result(self) -> Run:
         """Wait for the script and parse its output."""
@@ -181,26 +199,42 @@ class Bare(Side):
 
 def pair(case: Case, folder: Path, number: int, options: argparse.Namespace) -> tuple[Run, Run]:
     """Run lem and the script once each; return their runs in this order."""
+    python = options.vllm_python if case.engine == "vllm" else sys.executable
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         lem, bare = Lem(Path(scratch) / "lem"), Bare(Path(scratch) / "bare")
-        if options.together:
-            lem.begin(case, folder, options.threads, options.extra)
-            # lem creates its journal just before the warm-up.
-            bare.begin(case, folder, options.threads, str(lem.folder / "results/raw/*/journal_*"))
+        begin_lem = partial(lem.begin, case, folder, python, options.threads, options.extra)
+        begin_bare = partial(bare.begin, case, folder, python, options.threads)
+        if not case.is_job and not options.in_turn:
+            with on_one_core():
+                begin_lem()
+                # lem creates its journal just before the warm-up.
+                begin_bare(str(lem.folder / "results/raw/*/journal_*"))
             return lem.result(), bare.result()
-        runs: dict[str, Run] = {}
-        for name in ("lem", "bare") if number % 2 else ("bare", "lem"):
-            if name == "lem":
-                lem.begin(case, folder, options.threads, options.extra)
-            else:
-                bare.begin(case, folder, options.threads, None)
-            runs[name] = lem.result() if name == "lem" else bare.result()
-        return runs["lem"], runs["bare"]
+        if number % 2:
+            begin_lem()
+            measured = lem.result()
+            begin_bare(None)
+            return measured, bare.result()
+        begin_bare(None)
+        expected = bare.result()
+        begin_lem()
+        return lem.result(), expected
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let all processes that are started in this context share one core for good."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 # ------------------------------------------------------------------ comparing
 def ratios_of(case: Case, lem: Run, bare: Run) -> dict[str, float]:
-    """Return the ratios of lem to the script; those of a window compare rates, and those of a job compare costs."""
+    """Return the ratios of lem to the script; those of a window are rates, and those of a job are costs."""
     if case.is_job:
         return {
             "CPU time of the job": lem.command_cpu_s / bare.command_cpu_s,
@@ -213,7 +247,7 @@ def ratios_of(case: Case, lem: Run, bare: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The geometric mean of a ratio over the pairs, with its 95 % interval (None with a single pair)."""
+    """The geometric mean of a ratio over the pairs, with its 95 % interval; no interval with a single pair."""
 
     pairs: int
     mean: float
@@ -228,7 +262,7 @@ class Ratio:
 
 
 def ratio_of(name: str, runs: Sequence[tuple[Run, Run]], case: Case) -> Ratio:
-    """Combine one ratio over the pairs; the medians are those of the quantity that the ratio compares."""
+    """Combine one ratio over the pairs; the medians are those of the quantity itself."""
     found = summarise([math.log(ratios_of(case, lem, bare)[name]) for lem, bare in runs])
     assert found.mean is not None
     low, high = (None if each is None else math.exp(each) for each in (found.ci95_low, found.ci95_high))
@@ -263,16 +297,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=list(CASES), help="a case to run (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default: 1)")
     parser.add_argument("--prompts", type=int, help="the number of prompts, if not that of the case")
-    parser.add_argument("--together", action="store_true", help="run both windows of a pair at the same time")
+    parser.add_argument("--in-turn", action="store_true", help="run the windows of a pair one after the other")
+    parser.add_argument("--vllm-python", help="the Python interpreter of an environment with lem and vLLM")
     parser.add_argument("--json", type=Path, help="a file for all runs and ratios")
     parser.add_argument("extra", nargs="*", help="more arguments for lem experiment, after --")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run the pairs, taking the cases in turn, and print the table; return 1 if a goal is clearly missed."""
+    """Run the pairs, taking the cases in turn, and print the table; return 1 if an interval excludes its goal."""
     options = parsed()
-    cases = {name: CASES[name] for name in options.case or CASES}
+    cases = {name: CASES[name] for name in options.case or CASES if name != "vllm" or options.vllm_python}
     if options.prompts:
         cases = {name: Case(**asdict(case) | {"prompts": options.prompts}) for name, case in cases.items()}
     runs: dict[str, list[tuple[Run, Run]]] = {name: [] for name in cases}
@@ -294,7 +329,7 @@ def main() -> int:
 
 
 def is_exceeded(case: Case, ratio: Ratio) -> bool:
-    """Return whether the whole interval of a ratio lies on the wrong side of the goal."""
+    """Return whether the interval of a ratio lies on the wrong side of the goal."""
     if ratio.low is None or ratio.high is None:
         return False
     return ratio.low > JOB_LIMIT if case.is_job else ratio.high < WINDOW_LIMIT
