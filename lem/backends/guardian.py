@@ -20,7 +20,7 @@ import time
 # How long the command may take to end on its own before it is killed.
 GRACE_S = 2.0
 POLL_S = 0.05
-# As in shells, the exit code of a command that was ended by a signal is this plus the signal's number.
+# As in shells, the exit code of a command that was ended by a signal is this value plus the signal's number.
 KILLED = 128
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Constants from <sys/prctl.h>.
