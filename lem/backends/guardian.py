@@ -1,10 +1,11 @@
 """Runs a command and ends all of the command's descendants, even if the process that requested the command is killed.
 
-This module is a program, `guardian.py COMMAND…`. It is run by its path, so that it needs only the standard library. The
-command's family consists of all processes that the command has started, including those in other sessions. It also
-includes orphans, because the kernel makes the guardian their parent. The guardian ends the family in three cases: its
-own stdin is closed (because the process at the other end closed the pipe or died), it receives a termination signal, or
-the command's first process ends. It exits with the command's exit code. This module knows nothing about servers.
+This module is a program, `guardian.py COMMAND…`. lem runs it by its path instead of importing it, so that it needs only
+the standard library. The command's family consists of all processes that the command has started, including those in
+other sessions. It also includes orphans, because the kernel makes the guardian their parent. The guardian ends the
+family in three cases: the guardian's own stdin is closed (because the process at the other end closed the pipe or
+died), the guardian receives a termination signal, or the command's first process ends. The guardian exits with the
+command's exit code. This module knows nothing about servers.
 """
 
 from __future__ import annotations

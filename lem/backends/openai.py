@@ -44,7 +44,7 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
-        # Why the metered GPUs may not be those that the server runs on.
+        # A reason why the server may run on other GPUs than those that are metered; None if there is no such reason.
         self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
@@ -264,11 +264,11 @@ class Openai(Backend):
             found.append(warning("server_gpus_unknown", self._doubt))
         found += weights_warnings(model.name, model.random_weights)
         if session is not None and not self._is_reset and counters.get("prefix_cache_hit_tokens") != 0:
-            text = "the server cannot be made to drop prefixes cached during the warm-up or for other clients."
+            text = "lem could not make the server drop the prefixes that it cached in the warm-up or for other clients."
             found.append(warning("prefix_cache_kept", text))
         found += [] if session is None else self._about(session)
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
-        # After a failed request, the comparison is impossible: how many tokens the server generated for it is unknown.
+        # This comparison is impossible after a failed request, because the number of its tokens is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(
                 warning("server_shared", f"the server generated {others:.0f} tokens for other clients in the window.")

@@ -252,7 +252,7 @@ class Reply:
 
 
 def redirection(location: str) -> str:
-    """Return a sentence that says where a response redirects to, and what to do about it."""
+    """Return a message that names the address to which a response redirects, and the remedy."""
     target = printable(location)[:200] or "an unknown address"
     return f"the server redirects to {target}; set backend.url to the final address."
 

@@ -1,7 +1,7 @@
 """A client that sends many concurrent requests to one server's completions endpoint, and times the tokens.
 
 The client runs in its own thread, so that tokens are timed correctly while the caller does something else. All events
-in one read from the network count as arriving together. `lem.backends.openai_answer` interprets the bytes. This module
+in one network read count as having arrived together. `lem.backends.openai_answer` interprets the bytes. This module
 knows nothing about prompt texts or experiments.
 """
 
@@ -83,7 +83,7 @@ class Client:
         Args:
             address: scheme, host, port and the path before /v1, without a trailing slash.
             key: the API key, sent as a bearer token and never written anywhere.
-            timeout_s: the longest time in seconds that the server may be silent within an answer.
+            timeout_s: how long the server may be silent during an answer, in seconds.
             largest: the maximum size of a plausible answer in bytes.
             most_events: the maximum number of events with output in a plausible answer.
             by_text: whether tokens are counted from the text, so that the server need not count them.
@@ -352,7 +352,7 @@ class _StampedSocket(socket.socket):
 
 
 def _as_counter_ns(stamp_ns: int) -> int | None:
-    """Return a recent reading of the wall clock as a reading of `time.perf_counter_ns`.
+    """Convert a recent reading of the wall clock to a reading of `time.perf_counter_ns`.
 
     Both clocks run at the same speed. The result is None if the wall clock has been set since the reading.
     """
@@ -507,7 +507,7 @@ async def _connected(host: str, port: int) -> _StampedSocket:
 
 
 def _end_searches_for(package: str) -> None:
-    """Have imports of an optional package fail at once if it is not installed.
+    """Make imports of an optional package fail at once if the package is not installed.
 
     httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing.
     It would search all of its folders each time, which takes most of the time that sending a request takes.

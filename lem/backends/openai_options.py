@@ -44,7 +44,7 @@ OF_LEM = {
     **dict.fromkeys(("stream", "stream_options"), "streaming.enabled"),
     **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem, to the model's end tokens"),
     "return_token_ids": "lem, which counts the ids",
-    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
+    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem, which requests one output for each prompt"),
 }
 # Decoder options for which OpenAI's protocol has no field.
 OF_VLLM = ("top_k", "min_p", "repetition_penalty")
@@ -280,7 +280,7 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
     path = "backend.command"
     if options.command is None:
         if changed(options, "start_timeout_s"):
-            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", "lem starts no server.")
+            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", "lem does not start a server.")
         return
     try:
         parts = shlex.split(options.command)
@@ -308,7 +308,7 @@ def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
     }
     for path, (placeholder, is_set) in to_fill_in.items():
         if is_set and not _has(options, placeholder):
-            fact = f"only {{{placeholder}}} in backend.command would pass this option to the server."
+            fact = f"this option reaches the server only if backend.command contains {{{placeholder}}}."
             yield Objection("server_not_told", path, fact)
     in_no_request = {
         "adapter": (

@@ -40,9 +40,9 @@ from lem.workload.traffic import Arrivals, Arrived
 READY_POLL_S = 0.5
 # The timeout of requests other than completions. It is short, because these requests may be sent during a shutdown.
 ASIDE_S = 2.0
-# How long a busy server may put off the test request.
+# How long a busy server may delay the test request.
 TRIAL_PATIENCE_S = 30.0
-# How long to wait for the processes of a server that no longer answers to end.
+# If a server no longer answers, how long to wait for the end of its processes.
 ENDING_PATIENCE_S = 4.0
 # The time within which the kernel closes all sockets of a process that was killed.
 CLOSING_S = 0.2

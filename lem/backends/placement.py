@@ -22,7 +22,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
     output projection) goes to the same device.
 
     Raises:
-        RunError: the model does not declare its unsplittable modules, or its parts are too few or differ too much.
+        RunError: the model does not declare its unsplittable modules, or its parts are too few or of too unequal sizes.
     """
     whole = frozenset(model._no_split_modules or ())
     if not whole:
@@ -49,7 +49,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts that are placed whole, in the model's order: unsplittable modules and, outside them, leaves."""
+    """Yield the parts to place, in the model's order: unsplittable and childless modules, and tensors outside these."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module

@@ -46,7 +46,7 @@ from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
 from lem.workload.weights import Fit, summary
 
-# peft's message when it initialises missing matrices of an adapter itself.
+# peft's message when it initializes missing matrices of an adapter itself.
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
 # The fields in which the output of a forward pass can hold the cache.
@@ -267,7 +267,7 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
 # ------------------------------------------------------------------ loading
 @dataclass(frozen=True)
 class Loaded:
-    """A model that can generate.
+    """A loaded model, with what it needs to generate.
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
     `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
@@ -314,7 +314,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     required, shown = devices[-1].index + 1, torch.cuda.device_count()
     if required > shown:
         raise RunError(
-            f"GPUs that CUDA shows this process: {shown}, needed: {required}. "
+            f"This process needs {required} GPUs, but CUDA shows it only {shown}. "
             "Note that CUDA shows a process only the first of several MIG instances."
         )
     torch.cuda.set_device(devices[0])
@@ -584,7 +584,7 @@ class Static:
 
 
 class _TokenClock:
-    """Receives tokens from `generate`, one for each prompt of the batch, and records the times.
+    """Records when `generate` delivers tokens; in each step, these are one token for each prompt of the batch.
 
     `generate` reads the tokens back from the device to pass them on, so each step waits for its tokens.
     """

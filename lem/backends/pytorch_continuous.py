@@ -124,7 +124,7 @@ class Continuous(Session[_Request]):
         if is_too_old():
             raise RunError(f"Continuous batching needs transformers {'.'.join(map(str, OLDEST))} or newer.")
         if not getattr(type(model), "_supports_attention_backend", False):
-            raise RunError(f"{type(model).__name__} has no replaceable attention; use static batching.")
+            raise RunError(f"transformers cannot replace the attention of {type(model).__name__}; use static batching.")
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
@@ -203,7 +203,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing: the cache keeps the size that it is allocated with, so there is no largest size to forget."""
+        """Do nothing: the size of this cache is fixed when it is allocated, so there is no largest size to forget."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""

@@ -179,7 +179,9 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
         yield Objection(code, "backend.attn_implementation", fact)
     if cache != "dynamic":
         yield Objection(
-            code, "backend.cache_implementation", f"continuous batching uses a paged cache; it cannot use {cache}."
+            code,
+            "backend.cache_implementation",
+            f"continuous batching uses a paged cache, so this option must be dynamic, not {cache}.",
         )
     if options.torch_compile:
         fact = "every step of continuous batching has a different shape and would be recompiled."
@@ -246,7 +248,7 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
         yield Objection("missing_quantizer", "model", f"weights quantized with {method} run only on a GPU.")
     folder = model.folder
     if not config and folder is not None and (integers := weights.of_integers(folder)):
-        fact = f"{model.name} has integers as weights ({summary(integers)}), but its config.json names no quantization."
+        fact = f"{model.name} stores weights as integers ({summary(integers)}), but config.json names no quantization."
         yield Objection("weights_unscaled", "model", fact)
 
 

@@ -1,4 +1,4 @@
-"""The code shared by backends whose engine accepts prompts while other prompts are running.
+"""The code shared by backends whose engines accept prompts while other prompts are running.
 
 This module knows nothing about any particular engine. Each backend defines how its engine loads a model, takes a
 prompt, works, and is interrupted.

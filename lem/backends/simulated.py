@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, up to its own duration, so that work is not rushed after an interruption."""
+        """Record how late the work ended, limited to its duration, so that no work is rushed after an interruption."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 

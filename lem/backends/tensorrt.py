@@ -350,7 +350,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for requests to finish; if none does for a while, check that the engine is alive."""
+        """Wait for requests to finish; if none finishes for a while, check that the engine is alive."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:

@@ -24,7 +24,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that the follower handles; `result` is the engine's future, None before the request is submitted."""
+    """A request that the follower handles; `result` is the engine's future, or None before the request is submitted."""
 
     key: int = 0
     last_ns: int = 0

@@ -101,7 +101,7 @@ class Vllm(SessionBackend["VllmSession"]):
         if strangers:
             metered = ", ".join(gpu.uuid for gpu in self._own_gpus)
             raise RunError(
-                f"vLLM computes on {', '.join(strangers)}, but {metered} is metered. "
+                f"vLLM computes on {', '.join(strangers)}, but lem meters {metered}. "
                 "Set CUDA_VISIBLE_DEVICES to the GPUs to use."
             )
 

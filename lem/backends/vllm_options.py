@@ -259,7 +259,8 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
 def raised_temperature(decoder: Decoder) -> Iterator[Objection]:
     """Object to a temperature so low that vLLM would raise it."""
     if decoder.do_sample and decoder.temperature < LOWEST_TEMPERATURE:
-        yield Objection("temperature_raised", "decoder.temperature", f"vLLM raises this to {LOWEST_TEMPERATURE:g}.")
+        fact = f"vLLM raises this temperature to {LOWEST_TEMPERATURE:g}."
+        yield Objection("temperature_raised", "decoder.temperature", fact)
 
 
 def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:

@@ -103,7 +103,7 @@ def read_carbon_trace(path: str) -> CarbonTrace:
     """Read a trace.
 
     Raises:
-        BadInput: the trace cannot be read, or has too few values or a wrong line, whose number is then given.
+        BadInput: the trace cannot be read, has too few values, or has an invalid line; the message gives its number.
     """
     content, text = _content(path)
     rows = csv.reader(io.StringIO(text))
@@ -181,7 +181,7 @@ def _intensity(text: str) -> float:
 
 
 def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
-    """Raise `ValueError` unless a time follows the previous time at the distance of the first two times."""
+    """Raise `ValueError` unless a time is as long after the previous one as the second time is after the first."""
     if not before_s:
         return
     step_s = time_s - before_s[-1]

@@ -79,7 +79,7 @@ class Tick(NamedTuple):
 
     @property
     def is_late(self) -> bool:
-        """Whether the readings are so far apart that this process must have been suspended between them."""
+        """Whether the readings are so far apart that this process was evidently not running between them."""
         return 2 * self.within_ns > self.calls_ns + 3 * POLL_S * NS_PER_S
 
 
@@ -106,7 +106,7 @@ class Counter:
 
     # -------------------------------------------------------------- reading
     def poll(self) -> Tick | None:
-        """Read the counter and return the tick since the previous reading, or None if the counter has not advanced."""
+        """Read the counter; return the tick since the previous reading, or None if there was none or reading failed."""
         asked_ns = time.perf_counter_ns()
         try:
             value_mj = self._read_mj()

@@ -54,7 +54,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return each device's energy in joules up to its last sample; omit a device without a sample at the start."""
+        """Return each device's energy in joules up to its last sample, if it was also sampled before the start."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:

@@ -20,7 +20,7 @@ COMMAND_S = 30.0
 IDS_AT_ONCE = 500
 # Slurm's default for MaxArraySize.
 MAX_ARRAY_SIZE = 1001
-# The states of a job that is over, unless it is requeued.
+# The states of a job that has ended, unless it is requeued.
 OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
      "TIMEOUT")
@@ -65,7 +65,7 @@ class Unreachable(Exception):
 
 
 def queue(ids: Sequence[str]) -> dict[str, Queued]:
-    """Return the jobs, by id, that Slurm's controller still knows; the id of an array's task is `123_4`.
+    """Return, by id, those of the jobs that Slurm's controller still knows; the id of an array's task is like `123_4`.
 
     Arrays are queried as a whole, so that one query is enough for thousands of tasks.
 
@@ -92,7 +92,7 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
 
 
 def submitted_from(folder: Path) -> list[str]:
-    """Return the ids of this user's jobs and arrays whose batch file is in a directory and that the controller knows.
+    """Return the ids of the jobs and arrays of this user that the controller knows, with a batch file in a directory.
 
     Raises:
         Unreachable: the controller does not respond.
@@ -277,7 +277,7 @@ def max_array_size() -> int:
 
 
 def requeue_this_job() -> str | None:
-    """Put the job to which this process belongs back into the queue; return why that failed, or None if it did not."""
+    """Put the job to which this process belongs back into the queue; return why that failed, or None on success."""
     # SLURM_JOB_ID is not used: in one task of an array, it is the id of the whole array.
     code, _, error = _run("scontrol", "requeue", own_job_id() or "")
     return None if not code else " ".join(error.split()) or f"scontrol ended with exit code {code}"

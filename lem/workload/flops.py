@@ -51,10 +51,10 @@ class Attention:
 class Architecture:
     """The dimensions that determine a decoder's FLOPs.
 
-    `body_weights` is the number of matrix weights that every token passes through; in a mixture of experts, only the
-    experts to which a token is routed count. `head_weights` is the number of weights in the output projection, which is
-    computed only where a token is chosen. `attention` has one entry for each group of layers that attend equally far
-    back.
+    `body_weights` is the number of matrix weights that every token passes through; in a mixture of experts, this
+    includes only the experts to which a token is routed. `head_weights` is the number of weights in the output
+    projection, which is computed only where a token is chosen. `attention` has one entry for each group of layers that
+    attend equally far back.
     """
 
     body_weights: int

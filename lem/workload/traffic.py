@@ -176,7 +176,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, as many requests then arrive."""
+        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, others then take their places."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
