@@ -13,7 +13,7 @@ __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend without importing the engine, which only `start` imports."""
+    """Return the class of a backend. The engine is not imported: only `Backend.start` does that."""
     from importlib import import_module
 
     module, class_name = {

@@ -26,8 +26,8 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# Values that only some backends report. The names stand for, in this order: `Generation.token_ids`, `model_info`,
-# `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
+# Names of the values that only some backends report. In this order, they stand for `Generation.token_ids`,
+# `model_info`, `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -49,7 +49,7 @@ class Generation:
     prompts are present from the start (`Backend.generate`). `start_ns` is when the engine began working on the request.
     If that is unknown (`start_is_known` is False), `start_ns` is when the engine was given the request or had room for
     it, whichever was later. `prefill_end_ns` is when the logits of the first token were ready, or None if the engine
-    does not report it. `chunks` holds the times of the tokens if the experiment enables streaming. `error` says why the
+    does not report this time. `chunks` holds the times of the tokens if streaming is enabled. `error` says why the
     request failed, and is None if it succeeded. A failed request has no tokens, and its `finish_reason` is error.
     """
 
@@ -86,7 +86,7 @@ class Begun:
 
 
 def needed(loaded: T | None) -> T:
-    """Return `loaded`, which `Backend.load` sets, after asserting that it is not None."""
+    """Return a value that `Backend.load` sets, after asserting that it has been set."""
     assert loaded is not None, "load must be called first"
     return loaded
 
@@ -94,11 +94,11 @@ def needed(loaded: T | None) -> T:
 class Backend(ABC):
     """The interface to one engine in the worker process.
 
-    The contract, checked for each backend by `tests/backends/test_backends.py`: `start` and then `load` are called
-    first, once each. `generate` yields one output for every prompt, and can be called again. The same seed gives the
-    same tokens, even if a resumed run leaves out batches that are already finished. Counts include neither padding nor
-    anything after the end token. If the engine fails or refuses something, the method that called it raises `RunError`
-    with a message that names the engine and the reason.
+    `tests/backends/test_backends.py` checks this contract for each backend: First, `start` is called once, and then
+    `load` once. `generate` yields one output for every prompt, and can be called again. The same seed gives the same
+    tokens, even if a resumed run skips batches that are already finished. Counts include neither padding nor anything
+    after the end token. If the engine fails or rejects a call, the calling method raises `RunError` with a message that
+    names the engine and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message if a key is not an option but is, or once was, an argument of the engine; otherwise None."""
+        """Return a message about a key that is not an option but is, or was, an argument of the engine; else None."""
         return None
 
     @classmethod
@@ -153,7 +153,7 @@ class Backend(ABC):
         return False
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many of a window's requests may fail; 0 by default, because a failure stops most engines."""
+        """Return how many of a window's requests may fail; 0 by default, because one failure stops most engines."""
         return 0
 
     def server_pids(self) -> Sequence[int]:
@@ -161,7 +161,7 @@ class Backend(ABC):
         return ()
 
     def start(self) -> None:
-        """Import the engine, so that no phase includes the time that the import takes."""
+        """Import the engine before the first phase, so that no phase includes the time of the import."""
 
     @abstractmethod
     def load(self) -> None:

@@ -1,7 +1,7 @@
 """Wraps prompts in a model's chat template, and checks that the result contains the prompt.
 
-Some templates expect a message's content as text, others as a list of parts. Given the wrong form, a template can drop
-the content without an error, and every prompt would become the same few tokens.
+Some templates expect a message's content as text, others as a list of parts. Given the wrong form, a template may drop
+the content without an error, which turns every prompt into the same few tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROBE = "Which of the 7 seas is the deepest?"
 
 
 def rendered(tokenizer: Any, text: str) -> str:
-    """Return a prompt wrapped as the first turn of a conversation, followed by the opening of the answer.
+    """Return a prompt wrapped as the first turn of a conversation, followed by the text that opens the model's answer.
 
     Raises:
         RunError: the template fails, or its result does not contain the prompt.

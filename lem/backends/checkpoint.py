@@ -1,7 +1,7 @@
 """The parts of a model other than its weights: tokenizer, end tokens, sizes, and an adapter's files.
 
-All of this is read through transformers, or as transformers would, so it is the same for every engine that runs the
-model. This module knows nothing about engines.
+These parts are read by transformers, or in the way that transformers reads them, so they are the same for every engine
+that runs the model. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Checkpoint:
         """Return the sizes that determine the FLOPs, including those of an adapter.
 
         Args:
-            adapter_weights: how many of the adapter's weights are in the model's body, and how many at its output
+            adapter_weights: how many of the adapter's weights belong to the model's body, and how many to its output
                 projection.
 
         Raises:
             UnknownArchitecture: the sizes cannot be determined; the message is the reason.
         """
         if self.hollow is None:
-            raise UnknownArchitecture("transformers does not know the model, or the engine uses another config for it")
+            raise UnknownArchitecture("transformers does not know the model, or the engine uses a different config")
         return architecture_of(self.hollow).with_adapter(*adapter_weights)
 
 
@@ -141,7 +141,7 @@ def encode(
     *,
     vocabulary: int | None = None,
 ) -> list[Encoded]:
-    """Tokenize each text separately, with the model's own special tokens, and cut it to `max_input_tokens`.
+    """Tokenize each text separately, with the model's own special tokens, and keep at most `max_input_tokens` tokens.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -167,7 +167,7 @@ def encode(
 
 
 def _check_vocabulary(encoded: Sequence[Encoded], vocabulary: int) -> None:
-    """Refuse tokens without an embedding, which would make the model fail."""
+    """Reject tokens without an embedding, which would make the model fail."""
     for prompt in encoded:
         largest = max(prompt.token_ids)
         if largest >= vocabulary:
@@ -187,15 +187,15 @@ def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 def without_torch(*, trusted: bool) -> tuple[str, ...]:
     """Return the libraries to hide from transformers in a process that only loads a tokenizer.
 
-    transformers imports torch if it is installed, which takes seconds. Its tokenizers do not need torch, but a model's
-    own code may.
+    transformers imports torch if torch is installed, which takes seconds. The tokenizers of transformers do not need
+    torch, but a model's own code, which runs only if it is `trusted`, may need it.
     """
     return () if trusted else ("torch",)
 
 
 def tokenizer_of(path: str, **source: Any) -> Any:
     """Load a tokenizer as transformers does; `source` has the arguments that `source_of` returns."""
-    # Without this variable, transformers prints on import that there is no torch.
+    # Without this variable, transformers prints a notice on import if torch is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -204,7 +204,7 @@ def tokenizer_of(path: str, **source: Any) -> Any:
 
 
 def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
-    """Return each prompt as the model receives it: its tokens, and the text that they decode to. Loads no weights.
+    """Return each prompt as the model receives it: its tokens, and the text to which they decode. Loads no weights.
 
     A tokenizer that only transformers can load is loaded in a process of its own.
 
@@ -232,7 +232,10 @@ def _sent_by(tokenizer: Any, experiment: Experiment, texts: Sequence[str]) -> li
 
 
 def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output_tokens: int) -> None:
-    """Refuse, before anything is measured, prompts that are empty or too long for the model with their outputs."""
+    """Reject empty prompts, and prompts that together with their outputs are too long for the model.
+
+    This happens before anything is measured.
+    """
     if not encoded:
         return
     empty = next((p for p in encoded if not p.token_ids), None)
@@ -271,7 +274,7 @@ def adapter_rank(folder: Path) -> int:
 
 
 def adapter_weights(folder: Path) -> tuple[int, int]:
-    """Return how many of an adapter's weights are in the model's body, and how many at its output projection."""
+    """Return how many of an adapter's weights belong to the model's body, and how many to its output projection."""
     from safetensors import safe_open
 
     of_body = of_head = 0

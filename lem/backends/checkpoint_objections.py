@@ -1,7 +1,7 @@
 """Objections to a model's files (weights, tokenizer and chat template), found before loading.
 
-The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested. What
-needs transformers runs in a process of its own.
+The checks look at config.json, indexes and headers. The tokenizer is loaded only if a chat template is requested.
+Checks that need transformers run in a process of their own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 def values(model: Model) -> Iterator[Objection]:
     """Object to values in config.json whose types transformers rejects.
 
-    The values are first compared with the types in transformers' source code, which is fast. Only if a value has a
-    different type is transformers asked, which takes seconds, whether it really rejects the value.
+    The values are first compared with the types in transformers' source code, which is fast. If a value has a different
+    type, transformers loads the file, to find out whether it really rejects the value; that takes seconds.
     """
     parts = [model.config] if model.text_config is model.config else [model.config, model.text_config]
     for part in parts:
@@ -44,7 +44,7 @@ def values(model: Model) -> Iterator[Objection]:
 
 
 def _is_of_type(value: Any, annotation: str) -> bool:
-    """Return whether a value from a JSON file evidently has the type; the elements of containers are not checked."""
+    """Return whether a JSON value evidently has the annotated type; the elements of containers are not checked."""
     plain = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
     kinds = [kind.strip() for kind in annotation.split("|")]
     if "Any" in kinds or type(value) in (plain.get(kind) for kind in kinds):
@@ -67,7 +67,7 @@ def _rejection(path: str, revision: str | None) -> str:
 def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool = False) -> Iterator[Objection]:
     """Object to weights that are missing or damaged, or that do not fit the model described in config.json.
 
-    With `of_any_name`, weights may be in files of any name, because some engines read those.
+    If `of_any_name` is True, the weights may be in files of any name, because some engines read such files.
     """
     folder = None if model is None else model.folder
     if model is None or folder is None:
@@ -106,7 +106,7 @@ def _none(model: Model, folder: Path, of_any_name: bool) -> Iterator[Objection]:
 
 # ------------------------------------------------------------------ tokenizer
 def tokenizer(model: Model) -> Iterator[Objection]:
-    """Yield an objection if the tokenizer is missing, or has tokens for which the model has no embedding."""
+    """Object to a tokenizer that is missing, is a Git LFS pointer, or has tokens without an embedding in the model."""
     folder = model.folder
     if folder is None:
         return
@@ -175,7 +175,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
 
 
 def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
-    """Return when each file of a local model was last changed, so that a result can be kept until then."""
+    """Return when each file of a local model last changed, so that results are cached only until a file changes."""
     files = sorted(Path(model.path).glob("*")) if model.is_local else []
     return tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
 
@@ -184,13 +184,13 @@ def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
 def _faults_of_template(
     name: str, path: str, revision: str | None, trusted: bool, rows: Any, _stamps: tuple[tuple[str, int], ...]
 ) -> list[tuple[str, str]]:
-    """Return the faults of a chat template, as codes and facts; kept, because a study's cells often share the model."""
+    """Return the faults of a chat template, as codes and facts; cached, because a study's cells often share a model."""
     hidden = without_torch(trusted=trusted)
     return apart.call_without(hidden, "transformers", _faults_seen, name, path, revision, trusted, rows)
 
 
 def _faults_seen(name: str, path: str, revision: str | None, trusted: bool, rows: Any) -> list[tuple[str, str]]:
-    """Return the faults of a chat template that show when the tokenizer is loaded in this process."""
+    """Return the faults of a chat template, found by loading the tokenizer in this process."""
     loaded = tokenizer_of(path, revision=revision, trust_remote_code=trusted)
     templates = getattr(loaded, "chat_template", None)
     if not templates:

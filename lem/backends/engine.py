@@ -17,7 +17,7 @@ from lem.workload.weights import Fit, summary
 
 # Maximum length of a reason, in characters.
 LONGEST_REASON = 400
-# A smaller offset between two clocks is treated as zero: it is due only to the time between the two readings.
+# A smaller offset between two clocks counts as zero, because the time between the two readings explains it.
 SAME_CLOCK_NS = 1_000_000
 
 
@@ -41,7 +41,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn an error in the block into a one-line `RunError`: `beginning`, the reason, and what `hint` returns."""
+    """Turn an error in the block into a `RunError` in one line: `beginning`, the reason, and what `hint` returns."""
     try:
         yield
     except Interrupted:
@@ -52,7 +52,7 @@ def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: 
 
 @dataclass(frozen=True)
 class MemoryHint:
-    """The remedy for out-of-memory errors, which are recognised by certain words in their messages."""
+    """The remedy for out-of-memory errors, which are recognized by certain words in their messages."""
 
     words: Sequence[str]
     remedy: str
@@ -111,14 +111,14 @@ def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
 def fit_warnings(name: str, fit: Fit) -> Iterator[CodedWarning]:
     """Warn about weights that the checkpoint lacks and about weights that the model does not use."""
     if fit.missing:
-        text = f"{name} lacks weights, which were initialised at random: {summary(fit.missing)}."
+        text = f"{name} lacks weights, which were initialized at random: {summary(fit.missing)}."
         yield warning("random_weights", text)
     if fit.unexpected:
         yield warning("unused_weights", f"{name} has weights that the model does not use: {summary(fit.unexpected)}.")
 
 
 def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarning]:
-    """Warn if the engine did less work (cache hits) or more work (preemptions) than the tokens suggest."""
+    """Warn if the engine did less work (cache hits) or more work (preemptions) than the token counts suggest."""
     counters = counters or {}
     if hits := counters.get("prefix_cache_hit_tokens"):
         share = hits / counters["prefix_cache_queried_tokens"]

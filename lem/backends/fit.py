@@ -1,9 +1,9 @@
 """Checks that a checkpoint has the tensors that transformers needs for its model.
 
-If a checkpoint lacks weights, transformers initialises them at random. Before the run, transformers' own loading code
-therefore compares the names and shapes in the files' headers with those of a model without values. When the real
-weights are loaded, the loader reports the same comparison. Importing transformers takes seconds, so the comparison runs
-in a process of its own, and is skipped for checkpoints that are evidently complete.
+If a checkpoint lacks weights, transformers initializes them at random. Before the run, transformers' own loading code
+therefore compares the names and shapes in the files' headers with those of a model without values. The loader reports
+the same comparison when it loads the real weights. Importing transformers takes seconds, so the comparison runs in a
+process of its own, and is skipped for checkpoints that are evidently complete.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return the result of `_loaded_without_values`, cached for a study's many cells; `stamps` change when files do."""
+    """Return the result of `_loaded_without_values`, cached for a study's cells until a file changes."""
     return apart.call("transformers", _loaded_without_values, path, revision, Path(stamps[0][0]).parent)
 
 
 def _loaded_without_values(path: str, revision: str | None, folder: Path) -> Fit | None:
-    """Return the `Fit` that transformers' loader reports if it loads a checkpoint's tensors without their values."""
+    """Return the `Fit` that transformers' loader reports after loading a checkpoint's tensors without their values."""
     import torch
     import transformers
 
@@ -155,7 +155,7 @@ def _loaded_without_values(path: str, revision: str | None, folder: Path) -> Fit
 
 
 def _hollow(folder: Path) -> dict[str, Any]:
-    """Return the tensors of a checkpoint without their values; of a torch archive, only the list of tensors is read."""
+    """Return the tensors of a checkpoint without values; of a torch archive, only the list of tensors is read."""
     import torch
 
     archives = weights.archives(folder)

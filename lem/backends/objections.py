@@ -94,7 +94,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
 
 
 def positions_of(model: Model) -> int | None:
-    """Return the model's number of positions, from its config or its type's defaults; None if neither gives it."""
+    """Return the model's number of positions, from its config or its type's defaults; None if neither states it."""
     config = model.text_config
     named = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
     if named:
@@ -105,7 +105,7 @@ def positions_of(model: Model) -> int | None:
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype used on a GPU: the requested dtype, or else the checkpoint's; None if its config names none."""
+    """Return the dtype used on a GPU: the requested one or, for `auto`, the one in the model's config, if any."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
@@ -131,7 +131,10 @@ def without_method(speculation: Any, method: str) -> Iterator[Objection]:
 
 
 def set_by_lem(path: str, owner: str) -> Objection:
-    """Return an objection to an engine argument that lem sets; `owner` is the option that sets it, or lem's reason."""
+    """Return an objection to an engine argument that lem sets.
+
+    `owner` completes the sentence "this argument is set by …": an option, or "lem" and a reason.
+    """
     return Objection("engine_arg_of_lem", path, f"this argument is set by {owner}.")
 
 
@@ -163,11 +166,11 @@ class EngineArguments:
         owner: Callable[[str, Any], str | None],
         more: Callable[[str, str, Any], Iterator[Objection]],
     ) -> Iterator[Objection]:
-        """Object to arguments that lem sets itself, that were dropped, or that the installed version lacks.
+        """Object to arguments that lem sets, that the engine has dropped, or that the installed version lacks.
 
         Args:
             given: the arguments, by name.
-            owner: a function that returns which option sets an argument in lem, or None if none does.
+            owner: a function that returns what sets an argument (see `set_by_lem`), or None if nothing does.
             more: a function that yields further objections to an argument, given its path, name and value.
         """
         known = self.source.arguments()
@@ -183,12 +186,12 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a message about a key that is no option of the backend; None if it is no engine argument either.
+        """Return a message about a key that is not an option of the backend; None if it is no engine argument either.
 
         Args:
             name: the key.
-            owner: the option that sets the argument in lem, or None if none does.
-            known: known arguments of the engine, used if the engine is not installed.
+            owner: what sets this argument (see `set_by_lem`), or None if nothing does.
+            known: the engine's arguments as far as lem knows them, for when the engine is not installed.
         """
         if dropped := self._dropped(name):
             return dropped

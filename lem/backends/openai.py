@@ -1,8 +1,8 @@
 """The backend for servers that speak OpenAI's protocol, whether lem starts the server or it is already running.
 
-Prompts are sent as token ids to the completions endpoint, so that tokenizer, end tokens and seeds are the same for
-every backend. The client measures times, from sending a request to the arrival of its tokens. A server does not report
-when it began a request, when prefill ended, or how much GPU memory it uses, so these values are None.
+By default, prompts are sent to the completions endpoint as token ids, so that the tokenizer, end tokens and seeds are
+the same for every backend. The client measures the times from sending a request to the arrival of its tokens. A server
+does not report when it began a request, when prefill ended, or how much GPU memory it uses, so these values are None.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
-        # Why the metered GPUs may not be those that the server runs on.
+        # A reason why the server may run on other GPUs than those that are metered; None if there is no such reason.
         self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
         self._loaded: Loaded | None = None
         self._session: OpenaiSession | None = None
-        # At the last `forget`: the server's counters, and whether it emptied its prefix cache.
+        # At the last `forget`: the server's counters, and whether the server emptied its prefix cache.
         self._totals_before: Mapping[str, float] = {}
         self._is_reset: bool | None = None
         # The counters since `forget`, once requested, and the peak memory when the server's processes were last seen.
@@ -74,11 +74,11 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and why it may use other GPUs; None if it uses exactly these.
+        """Return the GPUs to meter for a running server, and a reason to doubt that it uses exactly these (or None).
 
-        They are the GPUs on which the driver lists the server's processes, even GPUs that CUDA_VISIBLE_DEVICES hides
-        from lem alone. If the driver lists none, they are all visible GPUs. If the user has named GPUs, they are
-        exactly these.
+        If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
+        processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists none, lem
+        meters all visible GPUs.
         """
         pids = {process.pid for process in self._processes()}
         hidden = [gpu for gpu in installed() if gpu.uuid not in {each.uuid for each in visible}]
@@ -103,7 +103,7 @@ class Openai(Backend):
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many requests may fail: `backend.max_errors` or, if it is below 1, that share of the requests."""
+        """Return how many requests may fail: `backend.max_errors`, a share of all requests if it is below 1."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
@@ -113,7 +113,7 @@ class Openai(Backend):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import the client, and determine the server's address."""
+        """Import the HTTP client, and determine the server's address."""
         from lem.backends import openai_session  # noqa: F401
 
         try:
@@ -145,7 +145,7 @@ class Openai(Backend):
         return prompts
 
     def forget(self) -> None:
-        """Have the server empty its prefix cache, if it supports that, and reset the counters."""
+        """Have the server empty its prefix cache, if it can, and reset the counters."""
         loaded = needed(self._loaded)
         self._is_reset, self._totals_before = loaded.reset_prefix_cache(), loaded.totals()
         self._session = self._counters = None
@@ -171,7 +171,7 @@ class Openai(Backend):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the server's own counters since `forget`; None if it has none that lem recognises."""
+        """Return the server's own counters since `forget`; None if it has none that lem recognizes."""
         session = self._session
         if session is not None and self._counters is None and not session.is_broken:
             now = needed(self._loaded).totals()
@@ -249,7 +249,7 @@ class Openai(Backend):
         return "ids" if loaded.sends_ids else "the server's usage"
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model, determined without weights by the pytorch backend's method."""
+        """Return the sizes of the model, determined by the pytorch backend's method from the model's config."""
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
@@ -264,11 +264,11 @@ class Openai(Backend):
             found.append(warning("server_gpus_unknown", self._doubt))
         found += weights_warnings(model.name, model.random_weights)
         if session is not None and not self._is_reset and counters.get("prefix_cache_hit_tokens") != 0:
-            text = "the server cannot be made to drop prefixes cached during the warm-up or for other clients."
+            text = "lem could not make the server drop the prefixes that it cached in the warm-up or for other clients."
             found.append(warning("prefix_cache_kept", text))
         found += [] if session is None else self._about(session)
         others = 0 if session is None else counters.get("generation_tokens", 0) - session.output_tokens
-        # After a failed request, the comparison is impossible: how many tokens the server generated for it is unknown.
+        # This comparison is impossible after a failed request, because the number of its tokens is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(
                 warning("server_shared", f"the server generated {others:.0f} tokens for other clients in the window.")
@@ -281,11 +281,11 @@ class Openai(Backend):
             text = "the server reports no token counts; output tokens were counted by tokenizing the text again."
             yield warning("tokens_by_tokenizer", text)
         if session.retries:
-            text = f"the server was busy, and requests were sent again {session.retries} times after Retry-After."
+            text = f"the server was busy: lem sent requests again {session.retries} times, as Retry-After asked."
             yield warning("requests_retried", text)
         if session.ignores_stream:
             text = "the server answered in one piece although it was asked to stream, so token times are null."
             yield warning("stream_ignored", text)
         if not session.tokens_are_timed:
-            text = "the server's events have no token counts; tokens are spread evenly from first to last event."
+            text = "the server's events have no token counts; tokens are spread evenly between first and last event."
             yield warning("tokens_not_timed", text)

@@ -34,7 +34,7 @@ LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # a \r at the very end may be half 
 LINE_ENDS = (b"\n", b"\r")
 EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")
 LONGEST_FIELD = max(map(len, EVENT_FIELDS))
-# Limits in bytes: a larger event is refused, and only this much of an error's text is read.
+# Limits in bytes: a larger event is rejected, and only this much of an error's text is read.
 LARGEST_EVENT, LARGEST_ERROR = 8 * 2**20, 64 * 2**10
 TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.DOTALL | re.IGNORECASE)
 HTML = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
@@ -56,9 +56,10 @@ class Refused(RunError):
 
 
 class Part(NamedTuple):
-    """An event of an answer, and the network read that completed the event.
+    """An event of an answer.
 
-    `tokens` is None if the event has no token count.
+    `read` and `at_ns` are the number and the time of the network read that completed the event. `tokens` is None if the
+    event has no token count. `is_last` says whether the event has a finish reason.
     """
 
     read: int
@@ -96,8 +97,8 @@ class Answer:
         """Return the chunks of tokens in order of arrival (none unless streamed), and whether their times are exact.
 
         Args:
-            output_tokens: the number of output tokens. If the events do not show how many tokens each has, the result
-                is two chunks: the first token and the rest.
+            output_tokens: the number of output tokens. If the number of tokens in each event is unknown, the result is
+                two chunks: the first token and the rest.
         """
         known = _tokens_of_events(self.parts, output_tokens)
         if known is None:
@@ -113,7 +114,8 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
     """Return the events that carry tokens and the number of tokens in each; None if that is unknown.
 
     Each event with text has at least one token, so if there are as many events as tokens, each has exactly one. An
-    event without text may carry a token too: the end token, which comes with the finish reason, or half a character.
+    event without text may also carry a token: the end token, which comes with the finish reason, or a token that holds
+    only a part of a character.
     """
     counted = [(part, part.tokens) for part in parts if part.tokens]
     if all(part.tokens is not None for part in parts if part.has_text) and sum(n for _, n in counted) == output_tokens:
@@ -175,7 +177,7 @@ class Reply:
 
     @property
     def is_enough(self) -> bool:
-        """Whether enough of an error's text has arrived, so that the rest need not be read."""
+        """Whether so much of an error's text has arrived that the rest need not be read."""
         return self._status != OK and self._content is not None and len(self._content) >= LARGEST_ERROR
 
     @property
@@ -189,7 +191,7 @@ class Reply:
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from the network read with the number `read`, which may be passed in several pieces.
+        """Add bytes; `read` is the number of their network read, whose bytes may be passed in several pieces.
 
         Raises:
             Refused: the server sent an error, or more data than a completion can have.
@@ -201,13 +203,13 @@ class Reply:
         elif self._transcript is not None:
             self._transcript.take(data, read, at_ns)
             if self.events > self._most_events:
-                raise Refused(f"it sent more than {self._most_events} events with output, and would not stop.")
+                raise Refused(f"the server sent more than {self._most_events} events with output and did not stop.")
         else:
             self._head += data
             self._tell_apart(read, at_ns)
 
     def _tell_apart(self, read: int, at_ns: int, *, at_end: bool = False) -> None:
-        """Decide by the first bytes whether this is a stream of events or a single JSON object."""
+        """Decide from the first bytes whether the response is a stream of events or a single JSON object."""
         if len(self._head) < len(BOM) and BOM.startswith(self._head) and not at_end:
             return
         head = self._head = self._head.removeprefix(BOM).lstrip()
@@ -250,8 +252,9 @@ class Reply:
 
 
 def redirection(location: str) -> str:
-    """Return a sentence that says where a response redirects to, and what to do about it."""
-    return f"it redirects to {printable(location)[:200] or 'an unknown address'}; set backend.url to the final address."
+    """Return a message that names the address to which a response redirects, and the remedy."""
+    target = printable(location)[:200] or "an unknown address"
+    return f"the server redirects to {target}; set backend.url to the final address."
 
 
 def waiting_s(retry_after: str) -> float | None:
@@ -304,7 +307,7 @@ class Unpacking:
             data = self._inflated(data)
         self._taken += len(data)
         if self._taken > self._largest:
-            raise Refused(f"it sent more than {self._largest // 2**20} MiB, more than any plausible answer.")
+            raise Refused(f"the server sent more than {self._largest // 2**20} MiB, more than any plausible answer.")
         return data
 
     def _begin(self, head: bytes) -> None:
@@ -316,7 +319,8 @@ class Unpacking:
         elif self._names and not head.lstrip().startswith(PLAIN):
             names = printable(", ".join(self._names))[:40]
             raise Refused(
-                f"its response is compressed ({names}), although lem does not ask for that; turn compression off."
+                f"the response is compressed ({names}), although lem did not ask for that; turn off the server's "
+                "compression."
             )
 
     def _inflated(self, data: bytes) -> bytes:
@@ -331,13 +335,13 @@ class Unpacking:
                         break
                     self._inflating = zlib.decompressobj(zlib.MAX_WBITS | 16)
         except zlib.error as error:
-            raise Refused(f"its compressed response is damaged ({error}).") from None
+            raise Refused(f"the compressed response is damaged ({error}).") from None
         return found
 
 
 # ------------------------------------------------------------------ events
 class Event(NamedTuple):
-    """A server-sent event, and the network read that completed its last line of data."""
+    """A server-sent event; `read` and `at_ns` tell which network read completed its last line of data, and when."""
 
     name: bytes
     data: bytes
@@ -346,7 +350,10 @@ class Event(NamedTuple):
 
 
 class Events:
-    """Parses server-sent events from bytes that may be split anywhere; accepts events that no blank line separates."""
+    """Parses server-sent events from bytes that may be split anywhere.
+
+    Events that are not separated by a blank line are accepted too.
+    """
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -372,7 +379,7 @@ class Events:
         return found
 
     def close(self, read: int, at_ns: int) -> list[Event]:
-        """Return the last event, if only its final line end or blank line is missing."""
+        """Return the last event, if it is complete except for its final line end or blank line."""
         line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
         found = list(self._line(line, read, at_ns)) if line else []
         is_whole = self._data and (self._name == b"error" or _is_whole(self._data))
@@ -401,7 +408,7 @@ class Events:
 
     def _check_size(self) -> None:
         if len(self._rest) + self._size > LARGEST_EVENT:
-            raise Refused(f"it sent an event of more than {LARGEST_EVENT // 2**20} MiB.")
+            raise Refused(f"the server sent an event of more than {LARGEST_EVENT // 2**20} MiB.")
 
 
 def _is_whole(data: Sequence[bytes]) -> bool:
@@ -438,7 +445,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes from the network read with the number `read`, which may be passed in several pieces.
+        """Add bytes; `read` is the number of their network read, whose bytes may be passed in several pieces.
 
         Raises:
             Refused: the server sent an error.
@@ -479,7 +486,7 @@ class Transcript:
         self.events += has_news
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
-        """Return the number of an event's tokens, from their ids or else from the usage so far; None without either.
+        """Return an event's number of tokens, from their ids or else from the usage so far; None if it has neither.
 
         A usage of 0 after some output is ignored.
         """
@@ -495,7 +502,7 @@ class Transcript:
     def _add(self, usage: Usage) -> None:
         before = self._usage.output or 0
         if usage.output is not None and usage.output < before:
-            raise Refused(f"its token counts contradict each other: first {before}, then {usage.output}.")
+            raise Refused(f"the server's token counts contradict each other: first {before}, then {usage.output}.")
         self._usage = Usage(usage.output, usage.input or self._usage.input)
         self._usage_is_last, self._text_is_later = True, False
 
@@ -535,14 +542,15 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if the count is too low for the text, as with servers that count each event separately.
+        """Raise `Refused` if the count is too low for the text, as it is if a server counts each event separately.
 
         Each event with text has at least one token, except for text that was held back until the end.
         """
         with_text = sum(part.has_text for part in self._parts)
         if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:
             raise Refused(
-                f"it sent text in {with_text} events but counted {output_tokens} output tokens; {COUNT_BY_TOKENIZER}"
+                f"the server sent text in {with_text} events but counted {output_tokens} output tokens; "
+                f"{COUNT_BY_TOKENIZER}"
             )
 
     def _check_end(self, has_ids: bool, *, is_whole: bool) -> None:
@@ -576,10 +584,11 @@ def _whole_answer(content: bytes, sent_ns: int, ended_ns: int, *, by_text: bool)
     return Answer(sent_ns, ended_ns, reason, output_tokens, token_ids, usage.input or None, text)
 
 
-NO_COMPLETION = "it sent no completion (no choices)."
+NO_COMPLETION = "the server sent no completion (no choices)."
 COUNT_BY_TOKENIZER = "set backend.count=tokenizer to count tokens with the model's tokenizer."
 NOT_COUNTED = (
-    f"it sends neither the ids nor the number of the output tokens (usage.completion_tokens); {COUNT_BY_TOKENIZER}"
+    "the server sends neither the ids nor the number of the output tokens (usage.completion_tokens); "
+    f"{COUNT_BY_TOKENIZER}"
 )
 
 
@@ -592,7 +601,7 @@ def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, 
     if token_ids is None:
         return usage.output, None
     if usage.output is not None and usage.output != len(token_ids):
-        raise Refused(f"it sent {len(token_ids)} token ids but counted {usage.output} output tokens.")
+        raise Refused(f"the server sent {len(token_ids)} token ids but counted {usage.output} output tokens.")
     return len(token_ids), tuple(token_ids)
 
 
@@ -607,7 +616,7 @@ def checked(data: bytes) -> dict[str, Any]:
     if content is None:
         page = data[:LARGEST_ERROR].decode(errors="replace")
         what = reason_in(data) if HTML.match(page) else f"something other than a JSON object: {_shown(data)}."
-        raise Refused(f"it sent {what}")
+        raise Refused(f"the server sent {what}")
     is_error = content.get("error") or content.get("object") == "error"
     if is_error or ("choices" not in content and (content.get("detail") or content.get("message"))):
         raise Refused(reason_in(data))
@@ -630,7 +639,7 @@ def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the choices of a completion; lem always asks for a single one."""
     found = content.get("choices") or []
     if not isinstance(found, list) or not all(isinstance(choice, dict) for choice in found):
-        raise Refused("its choices are not those of a completion.")
+        raise Refused("the response's choices are not those of a completion.")
     return [choice for choice in found if not choice.get("index")]
 
 
@@ -648,7 +657,7 @@ def ids_in(choice: dict[str, Any]) -> list[int] | None:
     if ids is None:
         return None
     if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-        raise Refused("its token_ids are not a list of numbers.")
+        raise Refused("the response's token_ids are not a list of numbers.")
     return ids
 
 
@@ -678,7 +687,7 @@ def _count(value: Any) -> int | None:
 
 
 def reason_in(content: bytes) -> str:
-    """Extract the error text from a response body, whichever format the server uses; of HTML, take only the title."""
+    """Return the error text in a response body, whichever format the server uses; of HTML, only the title."""
     text = content[:LARGEST_ERROR].decode(errors="replace")
     if HTML.match(text):
         title = TITLE.search(text)

@@ -1,7 +1,7 @@
 """A client that sends many concurrent requests to one server's completions endpoint, and times the tokens.
 
 The client runs in its own thread, so that tokens are timed correctly while the caller does something else. All events
-in one read from the network count as arriving together. `lem.backends.openai_answer` interprets the bytes. This module
+in one network read count as having arrived together. `lem.backends.openai_answer` interprets the bytes. This module
 knows nothing about prompt texts or experiments.
 """
 
@@ -37,20 +37,20 @@ T = TypeVar("T")
 CONNECT_S = 10.0
 # Servers close idle connections after 5 s or more, and a connection that is being closed must not be reused.
 KEEP_ALIVE_S = 2.0
-# A server that closes its response after the last event does so within this time.
+# How long to wait for the end of a response after its last event.
 ENDING_S = 0.25
-# The minimum waiting time before a request is sent again to a busy server.
+# The minimum waiting time before a request is sent to a busy server again.
 LEAST_RETRY_S = 0.25
 # The maximum size in bytes of a response that is not a completion, such as a list of models.
 LARGEST_PAGE = 16 * 2**20
 # How late asyncio's timer may be.
 TIMER_NS = 1_000_000
-# Linux's socket option for time stamps of received data, which the module socket does not name, and their format.
+# Linux's socket option for timestamps of received data, which Python's `socket` does not name, and their format.
 SO_TIMESTAMPNS = 35
 TIMESPEC = struct.Struct("@ll")
-# Two clocks are read together up to this often, until that takes less than this time in nanoseconds.
+# Two clocks are read together until both readings take less than CLOCK_NS, but at most CLOCK_TRIES times.
 CLOCK_TRIES, CLOCK_NS = 3, 5_000
-# Data that waited longer than this to be read has not been stamped correctly: the wall clock has been set.
+# If data seems to have waited longer than this to be read, the wall clock was set in the meantime.
 OLDEST_NS = 60 * NS_PER_S
 SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})? +(\S+)", re.MULTILINE)
 
@@ -83,7 +83,7 @@ class Client:
         Args:
             address: scheme, host, port and the path before /v1, without a trailing slash.
             key: the API key, sent as a bearer token and never written anywhere.
-            timeout_s: the longest time in seconds that the server may be silent within an answer.
+            timeout_s: how long the server may be silent during an answer, in seconds.
             largest: the maximum size of a plausible answer in bytes.
             most_events: the maximum number of events with output in a plausible answer.
             by_text: whether tokens are counted from the text, so that the server need not count them.
@@ -95,8 +95,8 @@ class Client:
             self._headers["authorization"] = f"Bearer {key}"
         self._done: queue.SimpleQueue[tuple[int, Answer | Failure | Exception]] = queue.SimpleQueue()
         self._running: set[asyncio.Task[None]] = set()
-        # How often all requests have been cancelled; answers to requests sent before the last cancellation are dropped.
-        self._cancelled = 0
+        # How often all requests have been canceled; answers to requests sent before the last cancellation are dropped.
+        self._cancellations = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client", daemon=True)
         self._pool: Any = None
@@ -120,7 +120,7 @@ class Client:
         )
 
     def fetch(self, path: str, *, method: str = "GET", timeout_s: float = CONNECT_S) -> tuple[int, str]:
-        """Send a request other than a completion (such as for the list of models); return the status and the text.
+        """Send a request other than a completion, such as one for the list of models; return the status and the text.
 
         Raises:
             ServerGone: nothing is listening, or the response does not arrive in time.
@@ -136,7 +136,7 @@ class Client:
             at_ns: when to send the request, as a reading of `time.perf_counter_ns`; None means now.
             patience_s: how long to wait in total if the server is busy and says when to send the request again.
         """
-        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, patience_s, self._cancelled)
+        self._loop.call_soon_threadsafe(self._begin, number, body, at_ns, patience_s, self._cancellations)
 
     def next_done(self) -> tuple[int, Answer | Failure]:
         """Wait until a request ends, and return its number and its answer or failure."""
@@ -177,25 +177,25 @@ class Client:
 
     # -------------------------------------------------------------- in the client's thread
     def _begin(self, number: int, body: bytes, at_ns: int | None, patience_s: float, epoch: int) -> None:
-        if epoch != self._cancelled:  # an answer triggered this request just before all requests were cancelled
+        if epoch != self._cancellations:  # an answer triggered this request just before all requests were canceled
             return
         task = self._loop.create_task(self._answer(number, body, at_ns, patience_s))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     async def _answer(self, number: int, body: bytes, at_ns: int | None, patience_s: float) -> None:
-        epoch = self._cancelled
+        epoch = self._cancellations
         try:
             while at_ns is not None and (left_ns := at_ns - time.perf_counter_ns()) > 0:
-                # asyncio's timer may be a millisecond late, so the last millisecond is spent asking for the time.
+                # asyncio's timer may be a millisecond late, so the last millisecond is spent polling the clock.
                 await asyncio.sleep(max(0, left_ns - TIMER_NS) / NS_PER_S)
             answer = await self._insist(body, patience_s)
-            if epoch == self._cancelled:
+            if epoch == self._cancellations:
                 self.on_answer(answer)
             done: Answer | Failure | Exception = answer
         except Exception as error:
             done = error
-        if epoch == self._cancelled:
+        if epoch == self._cancellations:
             self._done.put((number, done))
 
     async def _insist(self, body: bytes, patience_s: float) -> Answer | Failure:
@@ -213,7 +213,7 @@ class Client:
                 await asyncio.sleep(wait_s)
 
     async def _cancel(self) -> None:
-        self._cancelled += 1
+        self._cancellations += 1
         running = list(self._running)
         for task in running:
             task.cancel()
@@ -237,7 +237,10 @@ class Client:
                 return status, text.decode("utf-8-sig", errors="replace")
 
     async def _complete(self, body: bytes, sent_ns: int | None) -> Answer:
-        """Send a request and read the answer; it counts as sent at `sent_ns` or, without that, when it is written."""
+        """Send a request and read the answer.
+
+        The request counts as sent at `sent_ns` or, if that is None, at the time when it is written.
+        """
         reply: Reply | None = None
         with self._failing_as_gone(self._timeout_s):
             try:
@@ -292,7 +295,7 @@ class Client:
 
 
 def _despite_the_end(reply: Reply) -> Answer | None:
-    """Return the answer in a response that was cut off after all of its tokens; None if some may be missing."""
+    """Return the answer in a response that was cut off after all of its tokens; None if tokens may be missing."""
     try:
         return reply.answer(is_whole=False)
     except ServerGone:
@@ -306,7 +309,7 @@ def _limits(timeout_s: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The data of one network read, or the part of it that has not been passed on yet."""
+    """The data of one network read, or the part of this data that has not been passed on yet."""
 
     read: int
     at_ns: int
@@ -314,16 +317,16 @@ class _Piece:
 
 
 class _StampedSocket(socket.socket):
-    """A socket that knows when the data that was last read had reached this machine, by the kernel's time stamps.
+    """A socket that knows, from the kernel's timestamps, when the data of the last read reached this machine.
 
-    asyncio reads with `recv` and, under TLS, with `recv_into`. The time of a read may be much later than the arrival
-    if this process was busy or had no processor.
+    asyncio reads with `recv` or, under TLS, with `recv_into`. A read may come much later than the arrival of its data
+    if this process was busy or was not scheduled.
     """
 
     arrived_ns: int | None = None
 
     def stamp(self) -> None:
-        """Have the kernel stamp what arrives; except on Linux, `arrived_ns` remains None."""
+        """Have the kernel timestamp arriving data; on systems other than Linux, `arrived_ns` remains None."""
         if sys.platform != "linux":
             return
         with suppress(OSError):
@@ -349,7 +352,7 @@ class _StampedSocket(socket.socket):
 
 
 def _as_counter_ns(stamp_ns: int) -> int | None:
-    """Return a recent reading of the wall clock as a reading of `time.perf_counter_ns`.
+    """Convert a recent reading of the wall clock to a reading of `time.perf_counter_ns`.
 
     Both clocks run at the same speed. The result is None if the wall clock has been set since the reading.
     """
@@ -504,10 +507,10 @@ async def _connected(host: str, port: int) -> _StampedSocket:
 
 
 def _end_searches_for(package: str) -> None:
-    """Have imports of an optional package fail at once if it is not installed.
+    """Make imports of an optional package fail at once if the package is not installed.
 
-    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing,
-    and would search all of its folders again each time, which takes most of the time of sending a request.
+    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing.
+    It would search all of its folders each time, which takes most of the time that sending a request takes.
     """
     if find_spec(package) is None:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")  # this does not match JSON, which has quotes
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Request fields that lem sets, and the option or reason that sets each.
+# Request fields that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
     "model": "backend.model_name",
     "prompt": "dataset",
@@ -43,8 +43,8 @@ OF_LEM = {
     "seed": "seed",
     **dict.fromkeys(("stream", "stream_options"), "streaming.enabled"),
     **dict.fromkeys(("ignore_eos", "stop_token_ids"), "lem, to the model's end tokens"),
-    "return_token_ids": "lem, which counts tokens by their ids",
-    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem: one output for each prompt"),
+    "return_token_ids": "lem, which counts the ids",
+    **dict.fromkeys(("n", "best_of", "echo", "use_beam_search"), "lem, which requests one output for each prompt"),
 }
 # Decoder options for which OpenAI's protocol has no field.
 OF_VLLM = ("top_k", "min_p", "repetition_penalty")
@@ -80,10 +80,10 @@ class Address:
 
 
 def address_of(options: OpenaiBackend) -> Address:
-    """Return the server's address; if no url is set, the port is None, because it has yet to be chosen.
+    """Return the server's address; if no URL is set, the port is None, because it has yet to be chosen.
 
     Raises:
-        ConfigError: the url is not a server's address; the message says why.
+        ConfigError: the URL is not a server's address; the message says why.
     """
     if options.url is None:
         return Address("http", HERE, None)
@@ -95,7 +95,7 @@ def address_of(options: OpenaiBackend) -> Address:
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
         raise ConfigError("it is not the URL of a server.")
     if parts.username or parts.password:
-        raise ConfigError("it contains a user name or a password, but the address is written into every record.")
+        raise ConfigError("it contains a user name or password, but the address is written to every record.")
     if parts.query or parts.fragment:
         raise ConfigError("it contains more than a path after the host.")
     path = parts.path.rstrip("/").removesuffix("/completions").removesuffix("/v1")
@@ -159,7 +159,7 @@ def _has(options: OpenaiBackend, placeholder: str) -> bool:
 
 # ------------------------------------------------------------------ requests
 def as_text(tokenizer: Any, prompt: Encoded) -> str:
-    """Return text that the server, which adds special tokens, will turn into exactly the prompt's tokens.
+    """Return a text that the server, which adds special tokens itself, will turn into exactly the prompt's tokens.
 
     Raises:
         RunError: no text produces exactly the prompt's tokens.
@@ -194,7 +194,7 @@ def request_body(
         end_tokens: the model's end tokens.
         model_name: the model's name on the server.
         text: the prompt as text, to be sent instead of the token ids; None to send the ids.
-        count_by_usage: whether to ask for the number of tokens with each event, because the server sends no ids.
+        count_by_usage: whether each event should state the number of tokens so far, because the server sends no ids.
     """
     options = _options(experiment)
     asks_vllm = options.dialect == "vllm"
@@ -207,11 +207,11 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return all sampling fields, as in the vllm backend, because a server may otherwise use its model's defaults."""
+    """Return all sampling fields, as in the vllm backend; for missing fields, a server may use the model's defaults."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]
-    # Every server that knows this field takes -1 to mean all tokens.
+    # Every server that knows this field understands -1 as all tokens.
     return fields | ({"top_k": -1} if fields["top_k"] == 0 else {})
 
 
@@ -272,7 +272,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for a while, because a grid may ask thousands of times."""
+    """Return whether a server accepts connections; cached for a while, because a grid may have thousands of cells."""
     return answers(host, port, REACH_S)
 
 
@@ -280,7 +280,7 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
     path = "backend.command"
     if options.command is None:
         if changed(options, "start_timeout_s"):
-            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", "lem starts no server.")
+            yield without_effect("no_effect_start_limit", "backend.start_timeout_s", "lem does not start a server.")
         return
     try:
         parts = shlex.split(options.command)
@@ -308,7 +308,7 @@ def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
     }
     for path, (placeholder, is_set) in to_fill_in.items():
         if is_set and not _has(options, placeholder):
-            fact = f"only {{{placeholder}}} in backend.command would pass this option to the server."
+            fact = f"this option reaches the server only if backend.command contains {{{placeholder}}}."
             yield Objection("server_not_told", path, fact)
     in_no_request = {
         "adapter": (
@@ -320,7 +320,7 @@ def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
     }
     for path, (is_set, instead) in in_no_request.items():
         if is_set:
-            yield Objection("server_not_told", path, f"requests have no field for it{instead}.")
+            yield Objection("server_not_told", path, f"requests have no field for this option{instead}.")
 
 
 def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
@@ -330,7 +330,7 @@ def _not_in_dialect(experiment: Experiment) -> Iterator[Objection]:
         return
     paths = [f"decoder.{name}" for name in changed(decoder, *OF_VLLM)]
     for path in [*paths, *(["min_output_tokens"] if experiment.min_output_tokens else [])]:
-        fact = "OpenAI's protocol has no field for it, but backend.dialect=vllm does."
+        fact = "OpenAI's protocol has no field for this option, but backend.dialect=vllm has one."
         yield Objection("server_not_told", path, fact)
 
 
@@ -343,7 +343,7 @@ def _processes(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to a batching strategy other than continuous if requests are sent as they arrive."""
+    """Object to options for batches if requests are sent as they arrive."""
     if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
         return
     if experiment.batching != Batching():
@@ -362,7 +362,7 @@ def _key(options: OpenaiBackend) -> Iterator[Objection]:
     for name in ("url", "command", "extra_body"):
         text = str(getattr(options, name))
         if (key and key in text) or (name == "command" and KEY_ARGUMENT.search(text)):
-            fact = "it contains an API key, but configurations are written to files that people publish."
+            fact = "it contains an API key, but the configuration is written to files that may be published."
             yield Objection("api_key_in_config", f"backend.{name}", fact)
     if changed(options, "api_key_env") and not key:
         fact = f"the environment variable {options.api_key_env} is not set."

@@ -2,7 +2,7 @@
 
 The server is either started for the run or already running. This module also queries the server's models, version and
 counters, and has the server drop its prefix cache. It is imported only when the backend starts, because the HTTP client
-takes a while to import.
+takes a while to load.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from lem.workload.models import Model
 from lem.workload.traffic import Arrivals, Arrived
 
 READY_POLL_S = 0.5
-# The timeout of requests other than completions; it is short, because they may be sent while the run is being stopped.
+# The timeout of requests other than completions. It is short, because these requests may be sent during a shutdown.
 ASIDE_S = 2.0
-# How long a busy server may put off the test request.
+# How long a busy server may delay the test request.
 TRIAL_PATIENCE_S = 30.0
-# How long to wait for the processes of a server that no longer answers to end.
+# If a server no longer answers, how long to wait for the end of its processes.
 ENDING_PATIENCE_S = 4.0
-# The kernel closes all sockets of a process that was killed within this time.
+# The time within which the kernel closes all sockets of a process that was killed.
 CLOSING_S = 0.2
 # Paths that make servers drop cached prefixes: vLLM in its development mode, and SGLang.
 RESETS = ("/reset_prefix_cache", "/flush_cache")
@@ -60,12 +60,12 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
     "length": "length", "max_tokens": "length", "max_length": "length",
 }  # fmt: skip
-# HTTP statuses with which servers that have no list of models answer the request for it.
+# The HTTP statuses with which servers without a list of models answer a request for this list.
 NO_SUCH_PATH = (404, 405, 501)
 # The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26
-# The maximum number of an answer's events with output: for each token (a proxy may split its text over several events),
-# and in addition to these.
+# The maximum number of an answer's events with output: for each token (a proxy may split a token's text over several
+# events), and in addition to these.
 MOST_EVENTS_PER_TOKEN, MOST_EVENTS_BESIDE = 16, 1000
 # The maximum length in characters of a value that a server reports about itself.
 LONGEST_TOLD = 200
@@ -82,10 +82,10 @@ HINT = (
 class Loaded:
     """A server that is ready, and its model.
 
-    `server` is None if the server was already running. `card` is the server's entry for the model. `sends_ids` says
-    whether the server sends the ids of output tokens; if not, the token counts are those that the server reports or, if
-    the user asks for that, those of the tokenizer. `texts` holds the text of each prompt that is sent as text, keyed by
-    the prompt's tokens.
+    `server` is None if the server was already running. `card` is the model's entry in the server's list of models.
+    `sends_ids` says whether the server sends the ids of output tokens. If not, output tokens are counted by the server
+    or, with `backend.count=tokenizer`, by the tokenizer. `texts` holds the text of each prompt that is sent as text,
+    keyed by the prompt's tokens.
     """
 
     checkpoint: Checkpoint
@@ -106,18 +106,18 @@ class Loaded:
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
     def told(self, name: str) -> str | None:
-        """Return a value of the server's entry for the model as printable text; None if the entry lacks it."""
+        """Return a value in the model's entry as printable text; None if the entry lacks the value."""
         value = self.card.get(name)
         return printable(str(value))[:LONGEST_TOLD] if value else None
 
     def totals(self) -> dict[str, float]:
-        """Return the server's counters since its start; empty if it has no counters that lem recognises."""
+        """Return the server's counters since its start; empty if it has no counters that lem recognizes."""
         status, text = _ask_aside(self.client, "/metrics")
         found = samples(text) if status == 200 else {}
         return {name: found[f"{full}_total"] for full, name in COUNTERS.items() if f"{full}_total" in found}
 
     def reset_prefix_cache(self) -> bool:
-        """Have the server drop cached prefixes; return whether it did."""
+        """Have the server drop its cached prefixes, and return whether it did."""
         for path in RESETS:
             for _ in range(RESET_TRIES):
                 status, text = _ask_aside(self.client, path, "POST")
@@ -143,7 +143,7 @@ class Loaded:
         ).encode()
 
     def text_of(self, prompt: Encoded) -> str:
-        """Return a prompt as text, or raise RunError if no text produces exactly its tokens."""
+        """Return a prompt as text; raise RunError if no text produces exactly the prompt's tokens."""
         if prompt.token_ids not in self.texts:
             self.texts[prompt.token_ids] = as_text(self.checkpoint.tokenizer, prompt)
         return self.texts[prompt.token_ids]
@@ -156,7 +156,7 @@ class Loaded:
         """
         if isinstance(answer, Failure):
             if isinstance(answer.error, ServerGone) and self.server is not None:
-                # A server takes a while to end, and whatever ended it may be about to end this process too.
+                # A server takes a while to end, and whatever is ending the server may soon end this process, too.
                 end = self.server.how_it_ended(0.0 if self._is_listening() else ENDING_PATIENCE_S)
                 if end is not None:
                     raise RunError(f"{answer.error} {end}")
@@ -166,9 +166,9 @@ class Loaded:
         return None
 
     def _is_listening(self) -> bool:
-        """Return whether the server accepts connections, and still does so a moment later.
+        """Return whether the server accepts connections, both now and a moment later.
 
-        When a process is killed, its connections may be closed before the socket on which it listens.
+        When a server is killed, its connections may be closed before the socket on which it listens.
         """
         host, port = self.address.host, self.address.port or 0
         if not answers(host, port, ASIDE_S):
@@ -184,13 +184,13 @@ class Loaded:
         """
         if answer.input_tokens not in (None, len(prompt.token_ids)):
             raise RunError(
-                f"The server counts {answer.input_tokens} input tokens for prompt {prompt.index}, but "
+                f"The server counted {answer.input_tokens} input tokens for prompt {prompt.index}, but "
                 f"{len(prompt.token_ids)} were sent: the server adds or drops tokens."
             )
         least, most = experiment.min_output_tokens, experiment.max_output_tokens
         reason = None if answer.finish_reason is None else FINISH_REASONS[answer.finish_reason]
         if _options(experiment).count == "tokenizer":
-            # The end token has no text.
+            # The end token has no text, so it is added to the count.
             in_text = len(self.checkpoint.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
             reason = reason or ("length" if in_text >= most else "stop")
             return replace(answer, output_tokens=in_text + (reason == "stop"), token_ids=None, finish_reason=reason)
@@ -239,7 +239,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
     models = _wait_for_models(client, server, address, options)
     card = _choose(models, experiment, read.model, address)
     loaded = Loaded(read, address, client, server, card, _version(client), sends_ids=True)
-    # A single token shows how the server counts, and that it accepts requests of this form.
+    # A request for a single token shows how the server counts, and whether it accepts requests of this form.
     short = replace(experiment, max_output_tokens=1, min_output_tokens=0)
     (prompt,) = encode(read.tokenizer, [TRIAL_TEXT], short, None)
     client.send(0, loaded.body(prompt, short), patience_s=min(options.timeout_s, TRIAL_PATIENCE_S))
@@ -249,15 +249,15 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
         is_kind = isinstance(answer, Failure) and _is_refusal_of_its_kind(answer)
         raise RunError(f"The first request failed: {reason}{f' {HINT}' if is_kind else ''}")
     answer = loaded.counted(prompt, answer, short)
-    _favour_the_client(ending)
+    _favor_the_client(ending)
     return replace(loaded, sends_ids=answer.token_ids is not None)
 
 
-def _favour_the_client(ending: ExitStack) -> None:
-    """Keep the rest of this process from delaying the thread that times the tokens, until `ending` is closed.
+def _favor_the_client(ending: ExitStack) -> None:
+    """Keep the rest of this process from delaying the client's thread, which times the tokens, until `ending` closes.
 
-    Without this, that thread waits up to 5 ms for the main thread to release the interpreter, and a search for garbage
-    among the objects of the libraries loaded so far stops it for longer.
+    Otherwise, the client's thread waits up to 5 ms for the main thread to release the interpreter, and even longer
+    while the garbage collector searches the objects of all libraries loaded so far.
     """
     ending.callback(sys.setswitchinterval, sys.getswitchinterval())
     sys.setswitchinterval(SWITCH_S)
@@ -267,7 +267,7 @@ def _favour_the_client(ending: ExitStack) -> None:
 
 
 def _is_refusal_of_its_kind(failure: Failure) -> bool:
-    """Return whether a server rejected the form of a request, rather than being busy."""
+    """Return whether the server rejected the form of a request; False if it failed for another reason, such as load."""
     return isinstance(failure.error, Refused) and failure.error.status in REFUSED_KINDS
 
 
@@ -290,7 +290,7 @@ def _server(experiment: Experiment, model: Model, address: Address, gpus: Sequen
 def _wait_for_models(
     client: Client, server: Server | None, address: Address, options: OpenaiBackend
 ) -> list[dict[str, Any]]:
-    """Return the server's list of models, after waiting for the server if it was just started.
+    """Return the server's list of models, after waiting for the server to be ready if lem has just started it.
 
     A server without a readable list is assumed to serve `backend.model_name`.
     """
@@ -325,7 +325,7 @@ def _wait_for_models(
 
 
 def _models_in(text: str) -> list[dict[str, Any]]:
-    """Extract the models from a server's list, whichever format it has; empty if the list cannot be read."""
+    """Return the models in a server's list, whichever format it has; empty if the list cannot be read."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -345,7 +345,7 @@ def _raise_unreadable() -> NoReturn:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the entry for `backend.model_name`; if that is null, the only entry or the one with the model's name."""
+    """Return the entry for `backend.model_name`; if that is null, the only entry or the one named like the model."""
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:
@@ -371,7 +371,7 @@ def _version(client: Client) -> str | None:
 
 
 def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str]:
-    """Send a request other than a completion; return the status and the text, or 0 and "" without a response."""
+    """Send a request other than a completion; return the status and the text, or 0 and "" if there is no response."""
     try:
         return client.fetch(path, method=method, timeout_s=ASIDE_S)
     except RunError:
@@ -382,10 +382,10 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 class OpenaiSession:
     """The requests of one window, from the first prompts after `Backend.forget`.
 
-    `is_broken` is set if the server did not answer the last request or answered it wrongly; the server's counters are
-    then not queried. `output_tokens` is the number of tokens in the answers so far, `failed` is the number of failed
-    requests, and `retries` says how often requests were sent again. `tokens_are_timed` says whether the times of tokens
-    are exact. `ignores_stream` says whether an answer was sent in one piece although streaming was requested.
+    `is_broken` is True if the server did not answer the last request or gave an invalid answer; lem then does not query
+    the server's counters. `output_tokens` is the number of tokens in the answers so far, `failed` is the number of
+    failed requests, and `retries` is how often requests were sent again. `tokens_are_timed` says whether the times of
+    tokens are exact. `ignores_stream` says whether an answer came in one piece although streaming was requested.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
@@ -415,7 +415,7 @@ class OpenaiSession:
             yield [replace(done, batch=number)]
 
     def under_way(self) -> list[Begun]:
-        """Return the unanswered requests, timed from sending, because the server does not report which of them wait."""
+        """Return the unanswered requests and when each was sent; which of them the server has begun is unknown."""
         now_ns = time.perf_counter_ns()
         waiting = list(self._waiting.values())  # a copy, because the client's thread adds requests
         return [Begun(each.request.index, each.at_ns) for each in waiting if each.at_ns <= now_ns]
@@ -431,7 +431,7 @@ class OpenaiSession:
         return [done[number] for number in range(len(prompts))]
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
-        """Yield each request as it finishes; further requests are sent in the background meanwhile."""
+        """Yield each request as it finishes, while the client sends further requests in the background."""
         numbers = itertools.count()
         waiting: dict[int, Arrived[Encoded]] = {}
         self._waiting = waiting
@@ -445,7 +445,7 @@ class OpenaiSession:
                 self._client.send(number, body, each.at_ns, patience_s=self._patience_s)
 
         def take_the_place(answer: Answer | Failure) -> None:
-            """Send the request that an answer makes room for; called only in the client's thread, like `send`."""
+            """Send the next request after an answer; like `send`, called only in the client's thread."""
             arrivals.finished(1, answer.ended_ns)
             send()
 

@@ -1,7 +1,7 @@
 """Places one model on several devices: spreads its layers over GPUs, or splits each layer over processes.
 
-Both plans are based on the model's config and the sizes of its weights, so a model on the meta device is enough;
-transformers carries out the plan. This module does not consider the memory or the speed of a GPU.
+Both kinds of plans need only the model's config and the sizes of its weights, so a model on the meta device is enough.
+transformers carries out the plans. This module does not consider the memory or the speed of a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
     output projection) goes to the same device.
 
     Raises:
-        RunError: the model does not declare its unsplittable modules, or its parts are too few or too unequal.
+        RunError: the model does not declare its unsplittable modules, or its parts are too few or of too unequal sizes.
     """
     whole = frozenset(model._no_split_modules or ())
     if not whole:
@@ -49,7 +49,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts that must stay whole, in model order: unsplittable modules, and leaf modules outside them."""
+    """Yield the parts to place, in the model's order: unsplittable and childless modules, and tensors outside these."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module

@@ -1,8 +1,8 @@
 """Loads tokenizers without transformers, which takes seconds to import, if transformers would use them unchanged.
 
 transformers uses tokenizer.json unchanged if the model's other files name neither a special tokenizer class nor any
-token that tokenizer.json lacks. Any file, option or model type that might change the tokenizer makes `load` return
-None. A test compares these tokenizers with those of transformers.
+token that tokenizer.json lacks. If any file, option or model type might change the tokenizer, `load` returns None. A
+test compares these tokenizers with those of transformers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 NAMED = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SEVERAL = frozenset({"additional_special_tokens", "extra_special_tokens"})
-# In larger vocabularies, transformers looks for a fault of Mistral's tokenizers and corrects it.
+# If the vocabulary is larger, transformers looks for a fault of Mistral's tokenizers and corrects it.
 LARGEST_VOCABULARY = 100_000
 
 
 class PlainTokenizer:
-    """A tokenizer with the methods of transformers' tokenizers that are needed for prompts without a template."""
+    """A tokenizer with those methods of transformers' tokenizers that prompts without a chat template need."""
 
     def __init__(self, tokenizer: Any) -> None:
         tokenizer.no_truncation()
@@ -85,7 +85,7 @@ def _is_complete(folder: Path, content: Mapping[str, Any], config: Mapping[str, 
 
 
 def _special(named: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the special tokens that a file names, and anything unknown, which tokenizer.json then does not contain."""
+    """Yield the special tokens that a file names, and any values of unknown meaning, so that `_is_complete` fails."""
     for key, value in named.items():
         if key in SEVERAL:
             yield from value.values() if isinstance(value, dict) else value or ()

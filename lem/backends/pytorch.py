@@ -46,7 +46,7 @@ from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
 from lem.workload.weights import Fit, summary
 
-# peft's message when it initialises missing matrices of an adapter itself.
+# peft's message when it initializes missing matrices of an adapter itself.
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
 # The fields in which the output of a forward pass can hold the cache.
@@ -75,7 +75,7 @@ class Pytorch(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return True unless the CPU is requested or no GPU is visible."""
+        """Return whether a GPU is visible and the CPU is not requested."""
         assert isinstance(experiment.backend, PytorchBackend)
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
@@ -84,15 +84,15 @@ class Pytorch(Backend):
         import torch
 
         if self._is_on_cuda(torch):
-            # The GPUs are taken in the order of CUDA_VISIBLE_DEVICES, because asking CUDA would open its context before
-            # idle power is measured. `load` checks that CUDA agrees.
+            # CUDA is not asked, because that would open its context before idle power is measured. Instead, the GPUs
+            # are taken in the order of CUDA_VISIBLE_DEVICES, and `load` checks that CUDA uses the same order.
             self._metered = host.gpus[: gpus_needed(self._experiment)]
         return self._metered
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
         """Import torch and transformers, including the parts needed for loading and generating."""
-        with paused_collector():  # it would take a tenth of the time
+        with paused_collector():  # the collector would take a tenth of the import's time
             import torch  # noqa: F401
             import transformers
             from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
@@ -118,7 +118,7 @@ class Pytorch(Backend):
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
 
     def _own_devices(self, torch: Any) -> list[Any]:
-        """Return this process's devices from among those that CUDA shows."""
+        """Return the devices that this process uses, of those that CUDA shows."""
         if not self._is_on_cuda(torch):
             return [torch.device("cpu")]
         if strategy_of(self._experiment) == "pipeline_parallel":
@@ -148,7 +148,7 @@ class Pytorch(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that finish together, or continuously."""
+        """Run the prompts in batches that each finish together, or with continuous batching."""
         yield from self._running.generate(prompts)
 
     @property
@@ -171,7 +171,7 @@ class Pytorch(Backend):
         self._running.noticed = Noticed()
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests of continuous batching; without it, none, because a batch finishes as a whole."""
+        """Return the running requests if batching is continuous, else none, because a batch finishes as a whole."""
         return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
@@ -181,7 +181,7 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- reporting
     def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocator's peak and the size of the largest cache; the process's peak cannot be reset."""
+        """Reset the CUDA allocators' peaks and the size of the largest cache; a process's peak cannot be reset."""
         self._running.forget_cache()
         for device in needed(self._loaded).gpus:
             import torch
@@ -189,7 +189,7 @@ class Pytorch(Backend):
             torch.cuda.reset_peak_memory_stats(device)
 
     def peak_memory(self) -> Memory:
-        """Return the CUDA allocator's peaks since the reset, summed over the GPUs; on the CPU, the process's peak."""
+        """Return the CUDA allocators' peaks since the reset, summed over the GPUs; on the CPU, the process's peak."""
         gpus, of_cache = needed(self._loaded).gpus, self._running.kv_cache_bytes()
         if not gpus:
             return Memory(peak_memory_bytes(), "process, since its start", of_cache)
@@ -260,14 +260,14 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
     if noticed.not_finite:
         yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or NaN.")
     if noticed.padded:
-        text = f"{noticed.padded} requests were padded in their batch, but the model does not mask padding."
+        text = f"{noticed.padded} requests were padded in their batches, but the model does not mask padding."
         yield warning("padding_changed_tokens", text)
 
 
 # ------------------------------------------------------------------ loading
 @dataclass(frozen=True)
 class Loaded:
-    """A model that can generate.
+    """A loaded model, with what it needs to generate.
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
     `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
@@ -299,7 +299,7 @@ class Loaded:
 
 
 def strategy_of(experiment: Experiment) -> str:
-    """Return the parallelism strategy, which is `none` for a degree of 1."""
+    """Return the strategy of parallelism; if the degree is 1, the result is always `none`."""
     return experiment.parallelism.strategy if experiment.parallelism.degree > 1 else "none"
 
 
@@ -307,14 +307,14 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
     """Check that the GPUs in use are the metered GPUs, and make the first of them CUDA's current device.
 
     Raises:
-        RunError: CUDA shows too few GPUs, or different ones because it numbers GPUs in its own order.
+        RunError: CUDA shows too few GPUs, or different ones because CUDA numbers GPUs in its own order.
     """
     if devices[0].type != "cuda":
         return
     required, shown = devices[-1].index + 1, torch.cuda.device_count()
     if required > shown:
         raise RunError(
-            f"GPUs that CUDA shows this process: {shown}, needed: {required}. "
+            f"This process needs {required} GPUs, but CUDA shows it only {shown}. "
             "Note that CUDA shows a process only the first of several MIG instances."
         )
     torch.cuda.set_device(devices[0])
@@ -323,7 +323,7 @@ def check_devices(torch: Any, devices: Sequence[Any], metered: Sequence[Gpu]) ->
         if not expected.is_divided and uuid not in expected.uuid:
             raise RunError(
                 f"CUDA's GPU {device.index} is {uuid}, but the driver's is {expected.uuid}. "
-                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that lem meters the GPU that computes."
+                "Set CUDA_DEVICE_ORDER=PCI_BUS_ID, so that lem meters the GPU that runs the model."
             )
 
 
@@ -348,8 +348,8 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
     model, fit = _load_weights(torch, transformers, experiment, found, devices)
     if fit.missing and not forced:
         raise RunError(
-            f"{found.name} lacks weights, which transformers has initialised at random: {summary(fit.missing)}. "
-            "Choose a complete checkpoint of a causal language model, or run it anyway with --force."
+            f"{found.name} lacks weights, which transformers has initialized at random: {summary(fit.missing)}. "
+            "Choose a complete checkpoint of a causal language model, or use --force to run this one anyway."
         )
     ends = end_tokens(model.generation_config, tokenizer)
     pad = _padding_token(tokenizer, model.get_input_embeddings().num_embeddings)
@@ -362,7 +362,7 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
 
 
 def _padding_token(tokenizer: Any, embeddings: int) -> int:
-    """Return a token to pad with; any token with an embedding will do, because padding is masked out and cut off."""
+    """Return a token for padding; any token with an embedding will do, because padding is masked out and cut off."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(each) for each in candidates if each is not None and each < embeddings), 0)
 
@@ -448,7 +448,7 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
         num_beams=1,
         use_cache=cache != "none",
         cache_implementation="static" if cache == "static" else None,
-        # With a static cache, transformers would compile by default; here, torch_compile alone decides.
+        # With a static cache, transformers would compile by default. In lem, only torch_compile decides this.
         disable_compile=True,
         **(sampling if decoder.do_sample else {}),
         **special,
@@ -473,7 +473,7 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Record when a batch's first forward pass (its prefill) is done; costs one synchronisation per batch."""
+        """Record when a batch's first forward pass (its prefill) is done, by synchronizing once per batch."""
         # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
         self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
@@ -486,7 +486,7 @@ class Static:
         self._cache_bytes: int | None = None
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the final size in bytes of the largest batch's cache, summed over processes that share the model."""
+        """Return the final size of the largest batch's cache in bytes, summed over processes that share the model."""
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
@@ -504,7 +504,7 @@ class Static:
         self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
 
     def settings(self) -> dict[str, str]:
-        """Return an empty mapping, because this mode has no settings beyond the backend's own."""
+        """Return an empty mapping: static batching has no settings in addition to the backend's own."""
         return {}
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
@@ -516,7 +516,7 @@ class Static:
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
             self._prefill_end_ns = None
-            # Seeded by batch, so that a resumed run continues with the same tokens.
+            # Each batch has its own seed, so that a resumed run continues with the same tokens.
             torch.manual_seed(self._experiment.seed + members[0].index)
             clock = _TokenClock() if self._experiment.streaming.enabled else None
             start_ns = time.perf_counter_ns()
@@ -567,7 +567,7 @@ class Static:
         return new
 
     def _logits_processors(self, padding: list[int]) -> Any:
-        """Return processors that ban n-grams in each row's own text; transformers' option would include padding."""
+        """Return processors that ban repeated n-grams in each row; transformers' own option would include padding."""
         import transformers
 
         size = self._experiment.decoder.no_repeat_ngram_size
@@ -584,7 +584,7 @@ class Static:
 
 
 class _TokenClock:
-    """Receives tokens from `generate`, one for each prompt of the batch, and records the times.
+    """Records when `generate` delivers tokens; in each step, these are one token for each prompt of the batch.
 
     `generate` reads the tokens back from the device to pass them on, so each step waits for its tokens.
     """

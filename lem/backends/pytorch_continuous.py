@@ -1,11 +1,11 @@
 """transformers' continuous batching, driven step by step in the worker's main thread.
 
-transformers runs its own loop in another thread, which hides errors, cannot be interrupted, and delivers tokens late.
-Instead, this module asks the engine's processor for one step after another. The processor is given requests as slots
-become free, so a step has at most `batch_size` requests, and the cache has room for exactly `batch_size` requests of
-the maximum length. The processor cannot set some options for each request: sampling with a seed for each prompt, and
-penalties and bans that look at the whole text. This module applies these options itself, with transformers' own logits
-processors. It knows nothing about devices or files.
+The loop that comes with transformers runs in another thread, which hides errors, cannot be interrupted, and delivers
+tokens late. Instead, this module has the engine's processor take one step after another. It gives the processor a new
+request whenever a slot is free, so a step has at most `batch_size` requests, and the cache has room for exactly
+`batch_size` requests of the maximum length. The processor cannot set some options per request: sampling with a seed for
+each prompt, and penalties and bans that depend on the whole text. This module applies these options itself, with
+transformers' own logits processors. It knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ OLDEST = (5, 19)
 # The number of tokens in a page of the cache. Flash attention reads pages of 256; other kernels read token by token.
 PAGE, FLASH_PAGE = 16, 256
 # The number of input tokens that a step can process in addition to one token per running request. Without flash
-# attention, a mask is allocated with a row for each of these tokens and a column for each token in the cache.
+# attention, the mask has a row for each of these input tokens and a column for each token in the cache.
 STEP_TOKENS, FLASH_STEP_TOKENS = 512, 8192
-# Spare pages, because a model with several kinds of layers allocates its cache in units larger than a page.
+# The number of spare pages: a model with several kinds of layers allocates its cache in units larger than a page.
 SPARE_PAGES = 4
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
-# Models with replaceable attention that fail or produce different tokens with the paged cache (transformers 5.23).
+# Models whose attention can be replaced, but which fail or give different tokens with the paged cache, and why
+# (transformers 5.23).
 _CACHE_NOT_PASSED_ON = "does not pass the paged cache on to its attention"
 _OTHER_SIZES = "has keys and values whose sizes contradict its configuration"
 UNPAGED = {
@@ -58,7 +59,7 @@ def is_too_old() -> bool:
 
 
 def can_run(model_type: str) -> bool | None:
-    """Return whether transformers can replace a model type's attention by a paged one; None if the type is unknown."""
+    """Return whether transformers can replace a model type's attention with a paged one; None if that is unknown."""
     source = transformers_source.modeling(model_type)
     return None if source is None else "_supports_attention_backend = True" in source
 
@@ -72,7 +73,8 @@ def unpaged(config: Mapping[str, Any]) -> str | None:
     kind = str(config.get("model_type"))
     if config.get("kv_lora_rank"):
         return (
-            "the paged cache has one width for keys and values, but in multi-head latent attention their widths differ."
+            "the paged cache has one width for keys and values, but multi-head latent attention has a different width "
+            "for each."
         )
     if reason := UNPAGED.get(kind):
         return f"a {kind} model {reason}."
@@ -92,7 +94,7 @@ class _Room:
 
 @dataclass
 class _Request(Request):
-    """A request with its name in the engine, the logits processors for its text, and its random number generator."""
+    """A request with its name in the engine, the logits processors for its text, and a random number generator."""
 
     name: str = ""
     own_rules: Any = None
@@ -122,14 +124,14 @@ class Continuous(Session[_Request]):
         if is_too_old():
             raise RunError(f"Continuous batching needs transformers {'.'.join(map(str, OLDEST))} or newer.")
         if not getattr(type(model), "_supports_attention_backend", False):
-            raise RunError(f"{type(model).__name__} has no replaceable attention; use static batching.")
+            raise RunError(f"transformers cannot replace the attention of {type(model).__name__}; use static batching.")
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:
         """Allocate the cache for the prompts, unless they fit into the existing cache.
 
         Raises:
-            RunError: the memory does not suffice, or the model has layers that cannot be cached in pages.
+            RunError: there is too little memory, or the model has layers that cannot be cached in pages.
         """
         longest_prompt = max((len(p.token_ids) for p in prompts), default=0)
         wanted = _Room(longest_prompt + self.experiment.max_output_tokens, longest_prompt)
@@ -201,7 +203,7 @@ class Continuous(Session[_Request]):
         return None if self._manager is None else int(self._manager.batch_processor.cache.cache_tensor.nbytes)
 
     def forget_cache(self) -> None:
-        """Do nothing: there is no largest size to forget, because this cache's size is fixed when it is allocated."""
+        """Do nothing: the size of this cache is fixed when it is allocated, so there is no largest size to forget."""
 
     def settings(self) -> dict[str, str]:
         """Return the engine's settings that affect the measurements."""
@@ -228,7 +230,7 @@ class Continuous(Session[_Request]):
         return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a request under a new name, because a warm-up may repeat prompts."""
+        """Give the engine a request under a new name instead of `key`, because a warm-up may repeat prompts."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
         request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)
@@ -259,7 +261,7 @@ class Continuous(Session[_Request]):
     def _generation(self, output: Any, request: _Request) -> Generation:
         tokens, index = tuple(output.generated_tokens), request.prompt.index
         if output.error is not None:
-            raise RunError(f"transformers failed on prompt {index}: {output.error}.")
+            raise RunError(f"transformers failed for prompt {index}: {output.error}.")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
             raise RunError(f"transformers ran out of cache space, so it preempted and recomputed prompt {index}.")
@@ -288,7 +290,7 @@ class Continuous(Session[_Request]):
         )
 
     def _own_rules(self, prompt: Encoded) -> Any:
-        """Return the logits processors that look at a request's own text, in the order that `generate` uses."""
+        """Return the logits processors that depend on a request's own text, in the order that `generate` uses."""
         import transformers
 
         wanted, decoder = self.experiment, self.experiment.decoder
@@ -324,7 +326,7 @@ class Continuous(Session[_Request]):
         return rules
 
     def _generator(self, prompt: Encoded) -> Any:
-        """Return a random number generator for a prompt, so that its tokens do not depend on other requests."""
+        """Return a random number generator for one prompt, so that its tokens do not depend on other prompts."""
         if not self.experiment.decoder.do_sample:
             return None
         import torch
@@ -352,7 +354,7 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Adjusts the scores so that transformers' loop, which takes the most likely token, takes the right token.
+    """Changes the scores so that the engine, which always takes the most likely token, takes the chosen token.
 
     This class replaces transformers' own logits processor.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Noticed:
-    """How many requests since `Backend.forget` had logits that are not finite, and how many had unmasked padding."""
+    """How many requests since `Backend.forget` had infinite or NaN logits, and how many had unmasked padding."""
 
     not_finite: int = 0
     padded: int = 0
@@ -17,7 +17,7 @@ class Noticed:
 class LastLogits:
     """The logits of a model's latest forward pass.
 
-    A NaN stays in the key/value cache of its request, so checking once, when the request has finished, is enough.
+    A NaN stays in the key/value cache of its request, so one check after the request has finished is enough.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +35,7 @@ class LastLogits:
         logits, self._logits = self._logits, None
         if logits is None:
             return 0
-        # The maximum of a row is NaN if any of its values is; unlike comparing all values, this needs no extra memory.
+        # The maximum of a row is NaN if any value is NaN. Unlike a check of all values, this needs no extra memory.
         largest = logits.amax(dim=-1)
         largest = largest[:, -1] if largest.ndim == 2 and largest.shape[0] > 1 else largest
         return int((~largest.isfinite()).sum())

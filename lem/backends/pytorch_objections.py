@@ -1,8 +1,8 @@
 """Objections to an experiment on the pytorch backend, found before anything heavy is loaded.
 
-The checks look at the options, the host, and the model's config.json and headers; they load no weights. They start a
-process that imports transformers only if a model is to be split over processes, or if its files do not evidently
-contain all weights.
+The checks look at the options, the host, the model's config.json and the headers of its files; they load no weights.
+They start a process that imports transformers only if a model is to be split over processes, or if it is not evident
+that its files contain all weights.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
 def _tensor_parallel(
     experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
 ) -> Iterator[Objection]:
-    """Object if, according to the model's config, transformers cannot split the model over the processes."""
+    """Object if transformers cannot split the model over the processes, judging by its config and the visible GPUs."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return
@@ -109,7 +109,7 @@ def _tensor_parallel(
 
 
 def _why_unsplittable(path: str, revision: str | None, trusted: bool, degree: int) -> str | None:
-    """Return why transformers cannot split a model over processes; None if it can, or does not know the model."""
+    """Return why transformers cannot split a model over processes; None if it can or if that is unknown."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -146,7 +146,7 @@ def _attention(
     if not host.has(package):
         yield Objection("missing_package", path, f"{kernel} needs the package {package}.")
     if not used:
-        yield Objection("attention_needs_gpu", path, f"{kernel} runs on NVIDIA GPUs only.")
+        yield Objection("attention_needs_gpu", path, f"{kernel} runs only on NVIDIA GPUs.")
     elif old := _older_than(ATTENTION_CAPABILITY[kernel], used):
         fact = f"{kernel} needs compute capability {_dotted(ATTENTION_CAPABILITY[kernel])}; {old} is too old."
         yield Objection("attention_unsupported", path, fact)
@@ -179,7 +179,9 @@ def _continuous(experiment: Experiment, options: PytorchBackend, model: Model | 
         yield Objection(code, "backend.attn_implementation", fact)
     if cache != "dynamic":
         yield Objection(
-            code, "backend.cache_implementation", f"continuous batching uses a paged cache, not a {cache} one."
+            code,
+            "backend.cache_implementation",
+            f"continuous batching uses a paged cache, so this option must be dynamic, not {cache}.",
         )
     if options.torch_compile:
         fact = "every step of continuous batching has a different shape and would be recompiled."
@@ -246,7 +248,7 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
         yield Objection("missing_quantizer", "model", f"weights quantized with {method} run only on a GPU.")
     folder = model.folder
     if not config and folder is not None and (integers := weights.of_integers(folder)):
-        fact = f"{model.name} has integers as weights ({summary(integers)}), but its config.json names no quantization."
+        fact = f"{model.name} stores weights as integers ({summary(integers)}), but config.json names no quantization."
         yield Objection("weights_unscaled", "model", fact)
 
 

@@ -1,6 +1,6 @@
-"""A server that is started for a run and stopped after it: its command, its log and its processes.
+"""A server that is started for a run and stopped afterward: its command, its log and its processes.
 
-The guardian, a process between this one and the server, ends all of the server's processes; it outlives this process
+The guardian, a process between lem and the server, ends all of the server's processes. It lives longer than both lem
 and the server. This module knows nothing about the server's protocol or its requests.
 """
 
@@ -132,12 +132,11 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 def environment(shown_gpus: str | None) -> dict[str, str]:
     """Return the environment for a server: this process's environment without the variables that launchers set.
 
-    It makes only `shown_gpus` visible to the server; if `shown_gpus` is None, the visibility of GPUs is unchanged.
+    With it, the server sees only `shown_gpus`; if `shown_gpus` is None, the visibility of GPUs is unchanged.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
-    variables.pop(
-        "PYTHONSAFEPATH", None
-    )  # this variable is meant for lem's own processes; a user's server may import modules from its own directory
+    # This variable is meant for lem's own processes; a user's server may import modules from its own directory.
+    variables.pop("PYTHONSAFEPATH", None)
     if shown_gpus is not None:
         variables |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": shown_gpus}
     return variables

@@ -1,4 +1,4 @@
-"""The code shared by backends whose engine accepts prompts while other prompts are running.
+"""The code shared by backends whose engines accept prompts while other prompts are running.
 
 This module knows nothing about any particular engine. Each backend defines how its engine loads a model, takes a
 prompt, works, and is interrupted.
@@ -34,7 +34,7 @@ from lem.workload.traffic import Arrivals, as_places_become_free
 class Request:
     """A prompt given to the engine, and the tokens delivered so far; `chunks` is used only if tokens are timed.
 
-    `number` is the position of the prompt among those given to the engine in one run, counted from 0.
+    `number` is the position of the prompt, counted from 0, in the order in which prompts were given to the engine.
     """
 
     prompt: Encoded
@@ -77,7 +77,7 @@ class Session(ABC, Generic[R]):
         """Let the engine work, and return the outputs of the requests that have finished, by key.
 
         Finished requests are no longer in flight. The result may be empty. `next_ns` is the arrival time of the next
-        prompt, if known; the method returns by then.
+        prompt, or None if it is unknown; if the engine can be interrupted, the method returns by then.
         """
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Session(ABC, Generic[R]):
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
-        An engine with its own queue is assumed to run requests in the order in which it received them, one in each
+        An engine with a queue of its own is assumed to run requests in the order in which it received them, one in each
         slot, and to begin the next request as soon as a slot is free.
         """
         first = itertools.islice(self.running.values(), self.experiment.batching.batch_size)
@@ -120,7 +120,7 @@ class Session(ABC, Generic[R]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run and yield one batch after another or, with continuous batching, yield each output when it is finished."""
+        """Run one batch after another, and yield each batch (or each output, if batching is continuous) as it ends."""
         batching = self.experiment.batching
         for number, positions in enumerate(plan_batches([len(p.token_ids) for p in prompts], batching)):
             steps = self._run({position: prompts[position] for position in positions}, number)
@@ -147,8 +147,8 @@ class Session(ABC, Generic[R]):
     def serve(self, arrivals: Arrivals[Encoded], at_most: int = sys.maxsize) -> Iterator[Sequence[Generation]]:
         """Give the engine each prompt as it arrives, while others run, and yield the outputs that finish together.
 
-        An engine with its own queue is given every request on arrival; any other engine has at most `at_most` requests
-        in flight at a time.
+        An engine with a queue of its own is given every request on arrival. An engine without a queue is given at most
+        `at_most` requests at a time.
         """
         with self._in_use():
             steps = as_places_become_free(
@@ -182,7 +182,7 @@ class Loaded:
     """An engine with its model loaded.
 
     `lora` is the adapter in the form that requests use, or None. `adapter_weights` says how many of the adapter's
-    weights are in the model's body, and how many at its output projection. `positions` is the maximum length of a
+    weights belong to the model's body, and how many to its output projection. `positions` is the maximum length of a
     sequence (prompt and output together) in tokens, or None if there is no limit. `clock_offset_ns` is added to the
     engine's clock to get `time.perf_counter_ns`. `model` is None if nothing is known about the model. `settings` holds
     the engine's resolved settings that affect the measurements.
@@ -240,11 +240,11 @@ class SessionBackend(Backend, Generic[S]):
         return encode(loaded.checkpoint.tokenizer, texts, self._experiment, loaded.positions)
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run and yield one batch after another or, with continuous batching, yield each output when it is finished."""
+        """Run one batch after another, and yield each batch (or each output, if batching is continuous) as it ends."""
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Give the engine each prompt as it arrives; without continuous batching, run them batch by batch."""
+        """Give the engine each prompt as it arrives or, without continuous batching, run waiting prompts in batches."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._begun().serve(arrivals)
         else:
@@ -260,7 +260,7 @@ class SessionBackend(Backend, Generic[S]):
 
     @property
     def _is_broken(self) -> bool:
-        """Whether the engine failed or was stopped during its work, so that it may no longer answer."""
+        """Whether the engine failed or was stopped while working, so that it may no longer respond."""
         return self._session is not None and self._session.is_broken
 
     def model_info(self) -> ModelInfo | None:
@@ -281,7 +281,7 @@ class SessionBackend(Backend, Generic[S]):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model and its adapter, determined without weights by the pytorch backend's method."""
+        """Return the sizes of the model and its adapter, determined from files by the pytorch backend's method."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)
 

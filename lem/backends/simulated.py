@@ -1,9 +1,9 @@
 """An engine with exactly known times and tokens, for trying out grids and for tests. No model runs.
 
 A batch takes `prefill_s_per_token` for each input token and `decode_s_per_token` for each decode step. With continuous
-batching, each step first spends the prefill time of newly accepted prompts, while the other requests wait, and then
+batching, each step first takes the prefill time of the newly accepted prompts, while the other requests wait, and then
 decodes one token of each request. A prompt's tokens are its words. The seed and the prompt's position determine the
-length of the output. `Pace` makes these times vary by known amounts. If the engine does not sleep, the times pass on a
+length of the output. `Pace` makes the times vary by known amounts. If the engine does not sleep, time passes on a
 virtual clock.
 """
 
@@ -61,7 +61,7 @@ class Simulated(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether GPUs are to be metered, although nothing runs on them."""
+        """Return whether GPUs are to be metered, even though nothing runs on them."""
         assert isinstance(experiment.backend, SimulatedBackend)
         return experiment.backend.gpus > 0
 
@@ -86,7 +86,7 @@ class Simulated(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Sleep for the duration of each batch and yield its outputs; with continuous batching, do so step by step."""
+        """Sleep for the duration of each batch, or of each step of continuous batching, and then yield its outputs."""
         if self._experiment.batching.strategy == "continuous":
             yield from self._session.fill_places(prompts)
             return
@@ -134,7 +134,7 @@ class Simulated(Backend):
             yield from super().serve(arrivals, at_most)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests of continuous batching; without it, none, because a batch finishes as a whole."""
+        """Return the running requests if batching is continuous, else none, because a batch finishes as a whole."""
         return self._session.under_way()
 
     def peak_memory(self) -> Memory:
@@ -170,7 +170,7 @@ def _fail_at(prompt: Encoded, options: SimulatedBackend) -> None:
 class Pace:
     """How long work takes: the configured times, multiplied by factors that vary between cells and between requests.
 
-    A log-normal factor with median 1 leaves the ratio of geometric means, which a campaign estimates, unchanged.
+    The noise is log-normal with median 1, so it does not change the ratio of geometric means that a campaign estimates.
     """
 
     def __init__(self, options: SimulatedBackend, seed: int) -> None:
@@ -204,7 +204,7 @@ class Pace:
         return self._of_requests[index]
 
     def _noise(self, what: str, relative_sd: float) -> float:
-        # The sigma of a log-normal variable whose standard deviation is this share of its mean.
+        # The sigma of a log-normal variable whose standard deviation is `relative_sd` times its mean.
         sigma = math.sqrt(math.log1p(relative_sd**2))
         return random.Random(f"{self._seed}/{self._place}/{what}").lognormvariate(0, sigma)
 
@@ -223,8 +223,8 @@ def _carried_over(options: SimulatedBackend, cell: CampaignCell) -> float:
 class _Work:
     """Sleeps through consecutive stretches of simulated work.
 
-    It sleeps until points in time rather than for durations, and deducts late wake-ups from the next stretch. Otherwise
-    delays would accumulate, and the work would take too long.
+    It sleeps until a given time rather than for a given duration, and deducts the delay of a late wake-up from the next
+    stretch. Otherwise, delays would accumulate, and the work would take too long.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, up to a limit, so that the work after a long interruption is not rushed."""
+        """Record how late the work ended, limited to its duration, so that no work is rushed after an interruption."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 

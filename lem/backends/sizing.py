@@ -1,12 +1,12 @@
 """Finds the sizes that determine a model's FLOPs by running the model's text part without values.
 
-The text part is built on PyTorch's device `meta`, where tensors have shapes but no values. PyTorch's own counter counts
-the matrix products of a few short forward passes. In each layer, the cost that grows linearly with the number of tokens
-belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model family
-(low-rank projections, heads of several sizes, layers that share keys and values, shared experts) are thus taken from
-transformers' own code, and an image tower is never run. How far back a layer attends, as with a sliding window, is read
-from the config. If the costs of the passes do not follow this pattern, the sizes are unknown, and the exception gives
-the reason.
+The text part is built on PyTorch's device `meta`, where tensors have shapes but no values. PyTorch's own FLOP counter
+counts the matrix products of a few short forward passes. In each layer, the cost that grows linearly with the number of
+tokens belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model
+family (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) thus come from
+transformers' own code, and a model's image part is never run. How far back a layer attends (for example, within a
+sliding window) is read from the config. If the costs of the passes do not follow this pattern, the sizes are unknown,
+and the exception gives the reason.
 
 The module also measures the size of a cache by adding up its tensors. It knows nothing about engines.
 """
@@ -24,19 +24,19 @@ from lem.workload.flops import Architecture, Attention, UnknownArchitecture
 
 # The lengths of the forward passes; three are needed to separate constant, linear and quadratic parts.
 LENGTHS = (2, 3, 5)
-# The part of a pass's cost that does not depend on the pass's length may be at most this share of a token's cost.
+# The constant part of a pass's cost, which does not depend on its length, may be at most this share of a token's cost.
 CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # GPT-Neo's names for its kinds of layers.
 KINDS = {"global": FULL, "local": SLIDING}
-# Config keys about windows whose meaning is known; any other key about windows may limit how far back layers attend.
+# The config keys about windows whose meaning is known. Any other such key may limit how far back layers attend.
 WINDOWS = frozenset([
     "sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern",
 ])  # fmt: skip
-# Keys under which configs give the number of experts, and the number of experts that a token is routed to.
+# Keys under which configs give the number of experts, and the number of experts to which a token is routed.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
-# Config keys to remove, because transformers would act on them even though nothing is loaded here.
+# Config keys to remove: transformers would act on them, although no weights are loaded here.
 LOADING = ("quantization_config", "distributed_config", "device_map")
 
 
@@ -85,14 +85,14 @@ def _text_model(model: Any) -> Any:
     except Exception as error:  # the model's own code may fail on tensors without values
         raise UnknownArchitecture(f"the text model cannot be built without weights ({_brief(error)})") from error
     hollow.eval()
-    # With this implementation, the experts run without looking at values; models without experts reject the option.
+    # With this implementation, the experts need no values. Models without experts reject the option.
     with suppress(Exception):
         hollow.set_experts_implementation("batched_mm")
     return hollow
 
 
 def _check_nothing_else(hollow: Any, decoder: Any, head: Any) -> None:
-    """Refuse a model, such as BERT, with linear layers outside its transformer layers and output projection."""
+    """Reject a model, such as BERT, with linear layers outside its transformer layers and output projection."""
     import torch
 
     known = {*decoder.modules(), *head.modules()}
@@ -107,7 +107,7 @@ def _brief(error: Exception) -> str:
 
 
 def _adapter_weights(model: Any) -> tuple[int, int]:
-    """Return how many of a LoRA adapter's weights are in the model's body, and how many at its output projection."""
+    """Return how many of a LoRA adapter's weights belong to the model's body, and how many to its output projection."""
     of_body = of_head = 0
     for name, weight in model.named_parameters():
         if ".lora_" in name and weight.ndim == 2 and "embedding" not in name:
@@ -168,21 +168,21 @@ def _experts(decoder: Any) -> dict[str, Any]:
 
 
 def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
-    """Return the FLOPs per token spent on experts that the token is not routed to; some models run all experts.
+    """Return the FLOPs per token for experts to which the token is not routed; some models run all experts.
 
     Raises:
-        UnknownArchitecture: the cost matches neither the chosen experts nor all experts.
+        UnknownArchitecture: the cost is neither that of the chosen experts nor that of all experts.
     """
     tensors = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
     each = sum(int(p.numel()) // int(p.shape[0]) for p in tensors)
     if total is None or active is None or any(p.shape[0] != total for p in tensors):
-        raise UnknownArchitecture("it is unknown how many of the model's experts a token is routed to")
+        raise UnknownArchitecture("it is unknown to how many of the model's experts a token is routed")
     if cost == 2 * active * each:
         return Fraction(0)
     if cost == 2 * total * each:
         return Fraction(2 * (total - active) * each)
-    raise UnknownArchitecture("the work of the model's experts does not match the experts that a token is routed to")
+    raise UnknownArchitecture("the work of the model's experts does not match the number of experts per token")
 
 
 def _named(config: Any, names: Sequence[str]) -> int | None:
@@ -288,7 +288,7 @@ def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
 
 
 def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
-    """Return how far back a layer attends (None means without limit), and whether it does so in chunks.
+    """Return how many positions back a layer attends (None means no limit), and whether it attends in chunks.
 
     Raises:
         UnknownArchitecture: the config does not specify this in a known form.
@@ -312,7 +312,7 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
 
 
 def _unknown_windows(config: Any) -> list[str]:
-    """Return the keys of a config that may limit how far back layers attend but whose meaning is not known here."""
+    """Return the keys of a config that may limit how far back layers attend, but whose meaning is unknown."""
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     return [key for key, value in values.items() if "window" in key and value and key not in WINDOWS]
 
@@ -321,8 +321,8 @@ def _unknown_windows(config: Any) -> list[str]:
 def cache_bytes(cache: Any) -> int | None:
     """Return the size in bytes of a transformers cache; None if the cache contains no tensors.
 
-    Each storage is counted once and in full. A tensor may be a view of only a part of a storage, such as the last
-    tokens of a sequence, but it keeps the whole storage alive.
+    Each storage is counted once and in full. A tensor may be a view of only a part of a storage (such as the last
+    tokens of a sequence), but it keeps the whole storage in memory.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's LLM API with its PyTorch backend; the engine runs in other processes, and this process sends requests.
+"""TensorRT-LLM's LLM API with its PyTorch backend. The engine runs in other processes, and this process sends requests.
 
 Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
 of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This
@@ -43,19 +43,19 @@ from lem.workload.models import Model
 from lem.workload.tokens import Chunk, first_tokens
 
 ENVIRONMENT = {"TRTLLM_NO_USAGE_STATS": "1"}
-# The time between two checks whether the engine's processes are alive, while a session waits for requests.
+# How often a session that waits for requests checks whether the engine's processes are alive.
 CHECK_S = 1.0
 # An engine that sends nothing for this long is assumed to be dead. If tokens are not streamed, one second is added for
 # each output token, because no engine is slower than that.
 SILENCE_S = 600.0
-# How long the engine may take to release cancelled requests, to shut down, and to shut down after a failure.
+# How long the engine may take to release canceled requests, to shut down, and to shut down after a failure.
 CANCEL_S, ENDING_S, ENDING_BROKEN_S = 30.0, 30.0, 3.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "memory allocation", "kv cache", "kvcache", "free_gpu_memory_fraction"),
     "Set backend.kv_cache.free_gpu_memory_fraction, backend.kv_cache.max_tokens or backend.max_seq_len.",
 )
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
-# The resolved arguments that are recorded, and the fields that are recorded of arguments that are themselves configs.
+# The resolved arguments to record and, for arguments that are nested configs, the fields to record.
 SETTINGS = (
     "attn_backend", "dtype", "max_batch_size", "max_num_tokens", "max_seq_len", "tensor_parallel_size",
     "pipeline_parallel_size", "moe_expert_parallel_size", "enable_chunked_prefill", "disable_overlap_scheduler",
@@ -87,7 +87,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether a GPU is visible, because TensorRT-LLM cannot run without one."""
+        """Return whether a GPU is visible; without one, TensorRT-LLM cannot run."""
         return bool(host.gpus)
 
     @property
@@ -118,7 +118,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; refuse a prompt too long for one step if the engine cannot split prompts."""
+        """Tokenize each text separately; if the engine cannot split prompts, reject those too long for one step."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -148,7 +148,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         """Return the GPU memory in use, as reported by the driver; without GPUs, the peak memory of the processes.
 
         The peak cannot be queried, because the engine's allocator is in other processes. The memory in use is close to
-        it, because the cache is allocated when the model is loaded.
+        the peak, because the cache is allocated when the model is loaded.
         """
         if self._own_gpus:
             scope = (
@@ -232,9 +232,9 @@ class Llm:
 
 
 def _constructed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments for `LLM`, with the speculative configuration as an object of the class that it requires.
+    """Return the arguments for `LLM`, with the speculative configuration as an object of the right class.
 
-    The class of any other nested config follows from the argument's name, so these may remain mappings.
+    Other nested configs remain mappings, because `LLM` knows their classes from the arguments' names.
     """
     config = arguments.get("speculative_config")
     found = None if not isinstance(config, Mapping) else speculative_class(config)
@@ -264,7 +264,7 @@ def _pairs(name: str, asked: Any, used: Any) -> Iterator[tuple[str, Any, Any]]:
         yield "backend.cuda_graphs", asked is not None, used is not None
     elif not isinstance(asked, Mapping):
         yield name, asked, used
-    elif name != "speculative_config":  # the engine renames its fields, and accepts or refuses it as a whole
+    elif name != "speculative_config":  # the engine renames this config's fields, and accepts or rejects it as a whole
         for field, value in asked.items():
             yield f"{name}.{field}", value, getattr(used, field, None)
 
@@ -278,7 +278,7 @@ def _positions(model: Model, args: Any) -> int | None:
 def _model_info(
     args: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo | None:
-    """Describe the model from its checkpoint, as the engine reports nothing; None if transformers does not know it."""
+    """Describe the model by its checkpoint, as the engine reports nothing; None if transformers cannot build it."""
     if read.hollow is None:
         return None
     parameters = int(read.hollow.num_parameters()) + adapter_weights
@@ -350,7 +350,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for requests to finish; if none does for a while, check that the engine is alive."""
+        """Wait for requests to finish; if none finishes for a while, check that the engine is alive."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:
@@ -359,14 +359,14 @@ class TensorrtSession(Session[Followed]):
 
     def _finished(self, within_s: float) -> list[Followed]:
         """Wait for requests to finish, and return them; they are no longer in flight."""
-        # A request that was cancelled may have finished at the same time.
+        # A request that was canceled may have finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
             del self.running[request.key]
         return done
 
     def _check_engine(self) -> None:
-        """Raise an error if one of the engine's processes has died, or if the engine has been silent too long."""
+        """Raise an error if one of the engine's processes has died, or if the engine has been silent for too long."""
         if any(not processes.is_alive(process) for process in self._llm.processes):
             raise RunError("TensorRT-LLM failed during the run: one of its processes has died.")
         silent_s = (time.perf_counter_ns() - self._follower.heard_ns) / NS_PER_S
@@ -385,7 +385,7 @@ class TensorrtSession(Session[Followed]):
         index = request.prompt.index
         if request.error is not None:
             is_refused = request.result is None and isinstance(request.error, (ValueError, TypeError))
-            what = f"refuses prompt {index}" if is_refused else "failed during the run"
+            what = f"rejects prompt {index}" if is_refused else "failed during the run"
             hint = "" if is_refused else MEMORY_HINT(request.error)
             raise RunError(f"TensorRT-LLM {what}: {engine.reason_of(request.error)}{hint}") from request.error
         output = request.result.outputs[0]
@@ -421,7 +421,7 @@ class TensorrtSession(Session[Followed]):
     def _times(self, request: Followed) -> tuple[int | None, int | None]:
         """Return when the engine began a request and when it had the first token (`time.perf_counter_ns`).
 
-        A time is None if the engine does not report it, or if the engine did not have the request at that time.
+        A time is None if the engine does not report it, or reports a time before the request arrived or after it ended.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []

@@ -44,7 +44,7 @@ PARTS = {"kv_cache": "kv_cache_config", "scheduler": "scheduler_config", "specul
 # Names of arguments in earlier versions.
 FORMER_NAMES = {"speculative_model": "speculative_model_dir"}
 OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokenizer_init")
-# Arguments that lem sets, and the option or reason that sets each.
+# Arguments that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
     "model": "model",
     **dict.fromkeys(OWN_TOKENIZER, "model, because the model's own tokenizer is used"),
@@ -52,19 +52,20 @@ OF_LEM = {
     "trust_remote_code": "trust_remote_code",
     "dtype": "fp_precision",
     "max_batch_size": "batching.batch_size",
-    "max_beam_width": "decoder, which samples each output once",
+    "max_beam_width": "decoder, because lem samples each output once",
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "parallelism"),
     **dict.fromkeys(("enable_lora", "lora_config"), "adapter"),
     "generation_config": "decoder",
     "return_perf_metrics": "lem, which reads the times of requests",
     "backend": "lem, which uses the PyTorch backend",
-    "encode_only": "lem, which generates",
+    "encode_only": "lem, which generates text",
     "mpi_session": "lem",
 }
 # Arguments that name Python code that the engine loads and runs, and fields that do so within an argument.
 CODE = ("ray_worker_extension_cls",)
 CODE_INSIDE = ("connector_module",)
-# Arguments of earlier versions: OF_BUILDING built TensorRT engines; DROPPED maps all of them to what to use instead.
+# Arguments of earlier versions. Those in OF_BUILDING configured the building of TensorRT engines; DROPPED maps every
+# such argument to what to use instead.
 OF_BUILDING = (
     "build_config",
     "fast_build",
@@ -93,7 +94,7 @@ DROPPED = {
     "mixed_sampler": "requests in a batch may always have different sampling options",
 }
 ARGUMENTS = EngineArguments("TensorRT-LLM", "backend.extra_args", tensorrt_source, DROPPED)
-# The neutral values of sampling options; only other values need a sampler that supports the option.
+# The values at which sampling options are off. Any other value needs a sampler that supports the option.
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 # The only sampler of earlier versions that supports all sampling options.
 OLD_SAMPLER = "TRTLLMSampler"
@@ -159,13 +160,13 @@ def _translated(option: str, value: Any) -> Any:
 
 
 def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two sets of arguments, and the fields of nested configs in both; preflight refuses duplicate fields."""
+    """Merge two sets of arguments, including nested configs that are in both; preflight rejects duplicate fields."""
     both = {name: {**ours[name], **extra[name]} for name in ours if isinstance(extra.get(name), Mapping)}
     return {**ours, **extra, **both}
 
 
 def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Return the argument class of a drafting method, and the fields for it; None if the class is unknown."""
+    """Return the class of a drafting method's config, and the fields for the class; None if the class is unknown."""
     name = tensorrt_source.decoding_types().get(str(config.get("decoding_type")))
     if name is None:
         return None
@@ -175,7 +176,7 @@ def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] |
 
 
 def _known_as(field: str, known: Mapping[str, Any]) -> str:
-    """Return the name of a field in the installed version."""
+    """Return a field's name in the installed version, which may be an earlier name."""
     former = FORMER_NAMES.get(field, field)
     return former if former in known and field not in known else field
 
@@ -183,9 +184,9 @@ def _known_as(field: str, known: Mapping[str, Any]) -> str:
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
-    The engine accepts a single end token, which it suppresses for `min_tokens`; any other end tokens are passed as stop
-    words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is always set,
-    because earlier versions decode greedily if they are given only a temperature.
+    The engine accepts a single end token, which it suppresses until `min_tokens` is reached; any other end tokens are
+    passed as stop words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is
+    always set, because earlier versions decode greedily if only a temperature is given.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -208,7 +209,7 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
 
 
 def changed_sampling(experiment: Experiment) -> list[str]:
-    """Return the sampling options in use that some versions' samplers ignore."""
+    """Return the sampling options that are in use and that the samplers of some versions ignore."""
     decoder = experiment.decoder
     names = [name for name, neutral in NEUTRAL.items() if getattr(decoder, name) != neutral]
     return [name for name in names if decoder.do_sample or name != "min_p"]
@@ -243,7 +244,7 @@ def objections(experiment: Experiment, model: Model | None, host: Host) -> list[
 def _code(options: TensorrtBackend) -> Iterator[Objection]:
     """Object to arguments that name code to be run, because the configuration may come from someone else."""
     for path in code_arguments(options):
-        yield Objection("engine_arg_code", path, "it names Python code that TensorRT-LLM would load and run.")
+        yield Objection("engine_arg_code", path, "this option names Python code that TensorRT-LLM would load and run.")
 
 
 def code_arguments(options: TensorrtBackend) -> dict[str, Any]:
@@ -291,12 +292,15 @@ def _sampling(experiment: Experiment) -> Iterator[Objection]:
     read = tensorrt_source.sampling_options_read()
     for name, path, neutral in asked:
         if read and name not in read:
-            fact = f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores this option ({neutral:g} is off)."
+            fact = (
+                f"the sampler of TensorRT-LLM {tensorrt_source.version()} ignores this option "
+                f"({neutral:g} turns the option off)."
+            )
             yield Objection("sampler_ignores", path, fact)
 
 
 def _seeds(experiment: Experiment) -> Iterator[Objection]:
-    """Object to sampling that cannot be reproduced: only a request that runs alone has its own seed."""
+    """Object to sampling that cannot be reproduced, because requests that run together do not have their own seeds."""
     if not experiment.decoder.do_sample:
         return
     read = tensorrt_source.sampling_options_read()
@@ -329,14 +333,14 @@ def _speculation(experiment: Experiment) -> Iterator[Objection]:
         known = tensorrt_source.arguments(types[wanted.decoding_type])
         for field, value in vars(wanted).items():
             if field != "decoding_type" and value is not None and _known_as(field, known) not in known:
-                fact = f"{wanted.decoding_type} of TensorRT-LLM {tensorrt_source.version()} has no {field}."
+                fact = f"{wanted.decoding_type} has no option {field} in TensorRT-LLM {tensorrt_source.version()}."
                 yield Objection("unknown_engine_arg", f"backend.speculative.{field}", fact)
     else:
         path = "backend.speculative.decoding_type"
         yield from ARGUMENTS.unknown_value(path, wanted.decoding_type, sorted(types))
     drafts = wanted.decoding_type is not None or (options.extra_args or {}).get("speculative_config")
     if drafts and experiment.decoder.no_repeat_ngram_size:
-        fact = "TensorRT-LLM does not reliably ban n-grams while it drafts tokens."
+        fact = "TensorRT-LLM does not reliably ban n-grams while drafting tokens."
         yield Objection("speculation_ngram_ban", "decoder.no_repeat_ngram_size", fact)
 
 
@@ -357,10 +361,10 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
-    """Return the option that sets an argument in lem, or None if none does.
+    """Return what sets an argument in lem (see `set_by_lem`), or None if nothing does.
 
-    A nested config given as a mapping, such as `kv_cache_config`, is not set by any option: its fields are added to
-    lem's own.
+    No option sets a nested config, such as `kv_cache_config`, that is given as a mapping: its fields are added to those
+    that lem sets.
     """
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
@@ -371,7 +375,7 @@ def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
 
 
 def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to fields of a nested config that have their own option in lem or that do not exist in the config."""
+    """Object to fields of a nested config for which lem has an option, and to fields that the config does not have."""
     option = {argument: option for option, argument in PARTS.items()}.get(name)
     named = set(vars(getattr(options, option))) if option else set()
     if name == "speculative_config" and options.speculative.decoding_type is None:
@@ -414,7 +418,7 @@ def _parts(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def _cache(options: TensorrtBackend) -> Iterator[Objection]:
-    """Yield an objection if the prefix cache cannot be emptied between the warm-up and the window."""
+    """Object to a prefix cache that cannot be emptied between the warm-up and the window."""
     taken = tensorrt_source.generate_arguments()
     if taken and "cache_salt" not in taken and options.kv_cache.enable_block_reuse is not False:
         fact = f"TensorRT-LLM {tensorrt_source.version()} cannot drop the prefixes cached during the warm-up."

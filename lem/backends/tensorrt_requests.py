@@ -1,8 +1,9 @@
 """Submits requests to TensorRT-LLM, times their tokens, and waits until any request is finished.
 
 TensorRT-LLM answers each request through a future, which is an asyncio future if an event loop is running. In this
-module, a thread runs an event loop and follows all requests, so that tokens are timed on arrival even if the main
-thread is busy. The main thread sleeps until a request is finished. This module knows nothing about options or models.
+module, a separate thread runs an event loop and follows all requests, so that tokens are timed on arrival even if the
+main thread is busy. The main thread sleeps until a request is finished. This module knows nothing about options or
+models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CLOSING_S = 5.0
 
 @dataclass
 class Followed(Request):
-    """A request that the follower handles; `result` is the engine's future, None before the request is submitted."""
+    """A request that the follower handles; `result` is the engine's future, or None before the request is submitted."""
 
     key: int = 0
     last_ns: int = 0
@@ -37,7 +38,7 @@ class Follower:
     def __init__(self) -> None:
         self._finished: queue.SimpleQueue[Followed] = queue.SimpleQueue()
         self.heard_ns = time.perf_counter_ns()
-        """When the engine last delivered something or, if later, was given a request while it had no others."""
+        """When the engine last delivered tokens or, if later, last received a request while it had no others."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
@@ -81,7 +82,7 @@ class Follower:
         return done
 
     def abort(self, requests: Sequence[Followed]) -> None:
-        """Have the engine abort requests; each is reported as finished soon after."""
+        """Have the engine abort requests, each of which is then soon reported as finished."""
 
         def abort() -> None:
             for request in requests:

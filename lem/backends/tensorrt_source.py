@@ -1,7 +1,7 @@
 """The arguments and some of the values that the installed TensorRT-LLM accepts, read from its source code.
 
 Importing TensorRT-LLM takes many seconds and looks for GPUs, whereas parsing the files with its arguments takes 0.1 s.
-If the source has an unknown layout, the accepted arguments are unknown, and only the engine can refuse an argument.
+If the source has an unknown layout, the accepted arguments are unknown, and only the engine can reject an argument.
 This module knows nothing about experiments. It was written for `tensorrt_llm/llmapi/llm_args.py` of the 1.x series, at
 the commits named in docs/how-to/tensorrt.md.
 """
@@ -37,7 +37,7 @@ GENERATE = "generate_async"
 
 @dataclass(frozen=True)
 class Argument:
-    """A field of an argument class: its annotation, and its default, or None if the field is required."""
+    """A field of an argument class: its annotation and its default. `default` is None if the field is required."""
 
     annotation: ast.expr
     default: ast.expr | None
@@ -84,7 +84,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of an argument of `LLM` that is a nested config; None for a plain value or several classes."""
+    """Return the class of the nested config that an argument of `LLM` takes; None if it takes none, or several."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -127,7 +127,7 @@ def _values(annotation: ast.expr) -> Iterator[str]:
 
 
 def decoding_types() -> dict[str, str]:
-    """Return the drafting methods and the argument class of each; empty if unknown."""
+    """Return the drafting methods and the class of each method's config; empty if unknown."""
     found = {}
     for name, defined in _definitions().items():
         if isinstance(defined, ast.ClassDef) and SPECULATION in _bases(name):
@@ -146,7 +146,7 @@ def _bases(name: str) -> list[str]:
     return direct + [further for base in direct for further in _bases(base)]
 
 
-# ------------------------------------------------------------------ behaviour
+# ------------------------------------------------------------------ behavior
 def sampling_options_read() -> frozenset[str]:
     """Return the sampling options that the installed sampler reads; empty if unknown."""
     folder = _folder()
@@ -159,7 +159,7 @@ def sampling_options_in_config(package: Path) -> frozenset[str]:
 
 
 def sampling_options_kept(package: Path) -> frozenset[str]:
-    """Return the options that a request keeps as py_<option> and that a package's samplers read there."""
+    """Return the options that a request keeps as attributes py_<option> and that a package's samplers read."""
     read = {name for _, name in _attributes(package, SAMPLERS)}
     kept = _of_sampling_config(_attributes(package, REQUESTS))
     return frozenset(option for option in kept if f"{KEPT}{option}" in read)
@@ -171,7 +171,7 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return the attributes read in the files, each with its owner: `a.b.c` and `getattr(b, "c")` give (b, c)."""
+    """Return the attributes that the files read, each after its owner: `a.b.c` and `getattr(b, "c")` give (b, c)."""
     found = set()
     for file in [file for pattern in patterns for file in package.glob(pattern)]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):

@@ -1,7 +1,7 @@
 """The model families that the installed transformers supports, read from its source code.
 
 Importing transformers' models takes seconds, whereas parsing its tables takes about 20 ms. If the source has an unknown
-layout, nothing is known about the families, and any problem shows only when the model is loaded. This module knows
+layout, nothing is known about the families, and problems are found only when the model is loaded. This module knows
 nothing about experiments.
 """
 
@@ -42,7 +42,7 @@ def model_types() -> frozenset[str]:
 def takes_tokenizer_as_it_is(model_type: str) -> bool:
     """Return whether a tokenizer without a class of its own is loaded from tokenizer.json alone; False if unknown.
 
-    For some model types, transformers uses another class than the one that the model's files name.
+    For some model types, transformers uses a different class from the one that the model's files name.
     """
     exceptions = _names("tokenization_auto.py", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     classes = _expressions("tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")
@@ -52,12 +52,12 @@ def takes_tokenizer_as_it_is(model_type: str) -> bool:
 
 
 def modeling(model_type: str) -> str | None:
-    """Return the source code of a model type's modules; None if it has none."""
+    """Return the source code of a model type's layers (`modeling_….py`); None if it is not found."""
     return _source("modeling", model_type)
 
 
 def default(model_type: str, name: str) -> int | None:
-    """Return the default of an integer value in a model type's configuration; None if it cannot be determined."""
+    """Return an integer's default in a model type's configuration; None if the default cannot be determined."""
     text = _source("configuration", model_type) or ""
     values = {int(value) for value in re.findall(rf"\b{name}(?:: [\w\s|]+)? ?= ?(\d[\d_]*)\b", text)}
     return values.pop() if len(values) == 1 else None
@@ -114,7 +114,7 @@ def _table(file: str, name: str) -> dict[str, str]:
 
 @cache
 def _expressions(file: str, name: str) -> dict[str, str]:
-    """Return such a table with the source text of its values, which may be expressions."""
+    """Return a table like that of `_table`, with the source text of its values, which may be expressions."""
     value = _assigned(file, name)
     pairs = value.args[0] if isinstance(value, ast.Call) and value.args else None
     if not isinstance(pairs, ast.List):
@@ -155,7 +155,7 @@ def _text(file: str) -> str:
 
 
 def _pairs(node: ast.expr) -> dict[str, str]:
-    """Return the pairs of strings in a literal list; if a type has several classes, the first is used."""
+    """Return the pairs of strings in a literal list; if a model type has several classes, the first one counts."""
     try:
         pairs = ast.literal_eval(node)
         return {key: value if isinstance(value, str) else value[0] for key, value in pairs}

@@ -1,4 +1,4 @@
-"""vLLM's engine, driven step by step in this process; with several GPUs, the engine starts its own workers.
+"""vLLM's engine, run step by step in this process. With several GPUs, the engine starts its own workers.
 
 Prompts and outputs are passed as token ids, so that tokenizer, end tokens and seeds are the same for every backend.
 Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported only when
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 }
 # vLLM gives this variable precedence over the option, so the two must not be set together.
 CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
-# How long to wait for a signal after a failure, because Ctrl-C can reach the engine's processes before this process.
+# How long to wait for a signal after a failure: Ctrl-C may have reached the engine's processes before this process.
 INTERRUPTION_S = 1.0
 MEMORY_HINT = engine.MemoryHint(
     ("out of memory", "free memory", "available memory", "kv cache", "gpu_memory_utilization"),
@@ -101,7 +101,7 @@ class Vllm(SessionBackend["VllmSession"]):
         if strangers:
             metered = ", ".join(gpu.uuid for gpu in self._own_gpus)
             raise RunError(
-                f"vLLM computes on {', '.join(strangers)}, but {metered} is metered. "
+                f"vLLM computes on {', '.join(strangers)}, but lem meters {metered}. "
                 "Set CUDA_VISIBLE_DEVICES to the GPUs to use."
             )
 
@@ -132,7 +132,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's counters since `forget`; those of speculation are included only if speculation is on."""
+        """Return the engine's counters since `forget`, including those of speculative decoding only if it is on."""
         if self._session is None:
             return None
         now = totals(needed(self._loaded).engine)
@@ -230,8 +230,8 @@ def _load_adapter(llm: Any, folder: Path) -> tuple[Any, tuple[int, int]]:
 def _check_options(llm: Any, options: VllmBackend, attention: str) -> None:
     """Refuse to run if vLLM does not use the requested options.
 
-    Quantization is checked only for presence, because vLLM may choose faster kernels with other names for the same
-    weights.
+    For quantization, the method's name is not compared: vLLM may choose faster kernels with a different name for the
+    same weights.
     """
     for name, asked in given(options).items():
         used = attention if name == "attention_backend" else _resolved(llm, name)
@@ -257,7 +257,7 @@ def _model_info(
     the size of the dtype, and is None for quantized weights.
     """
     config, on_gpu = llm.vllm_config.model_config, not vllm_source.is_built_for_cpu()
-    # These are queried from the workers, which hold the weights.
+    # Only the workers, which hold the weights, know the number and size of the weights.
     count, size = (sum(each) for each in zip(*on_workers(llm, vllm_source.worker_weights), strict=True))
     known = None if read.hollow is None else read.hollow.num_parameters()
     if not on_gpu and (known is not None or config.quantization is not None):
@@ -337,7 +337,7 @@ class VllmSession(Session[Request]):
         try:
             loaded.engine.add_request(str(key), tokens, parameters, lora_request=loaded.lora)
         except ValueError as error:
-            raise RunError(f"vLLM refuses prompt {prompt.index}: {engine.reason_of(error)}") from error
+            raise RunError(f"vLLM rejects prompt {prompt.index}: {engine.reason_of(error)}") from error
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:

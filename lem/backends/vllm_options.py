@@ -37,14 +37,13 @@ RESOLVED = {
     "load_format": "load_config.load_format",
     "cpu_offload_gb": "offload_config.uva.cpu_offload_gb",
 }
-# Speculation methods: CODE_METHOD loads code, MODEL_NEEDED lists methods that need a draft model or head, NUMBER_NEEDED
-# lists methods for which no model's files give the number of drafted tokens, and NUMBER_BY_DEFAULT lists methods with a
-# default number.
+# Methods of speculative decoding. CODE_METHOD loads Python code. Those in MODEL_NEEDED need a draft model or head. For
+# those in NUMBER_NEEDED, no model's files give the number of drafted tokens; those in NUMBER_BY_DEFAULT have a default.
 CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
 NUMBER_BY_DEFAULT = ("suffix",)
-# Engine arguments that lem sets, and the option or reason that sets each.
+# Engine arguments that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(
@@ -81,7 +80,7 @@ CODE = (
 )
 # Fields that do so within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path", "inductor_passes")
-# Arguments, and fields within an argument, that take a name of vLLM's own or the dotted path of a class or function.
+# Arguments, and fields within an argument, that accept a name known to vLLM or the dotted path of a class or function.
 DOTTED = ("distributed_executor_backend",)
 DOTTED_INSIDE = ("backend",)
 # Arguments of earlier versions, and what to use instead.
@@ -167,7 +166,10 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 
 
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
-    """Return the requested dtype or, on a GPU, the checkpoint's: vLLM's default would convert float32 to 16 bits."""
+    """Return the dtype: the requested one or, for `auto`, the checkpoint's on a GPU and float32 on a CPU.
+
+    If a checkpoint is in float32, vLLM's own `auto` would convert it to 16 bits.
+    """
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
     return checkpoint_dtype(experiment, model) or "auto"
@@ -255,9 +257,10 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
 
 
 def raised_temperature(decoder: Decoder) -> Iterator[Objection]:
-    """Object to a temperature that vLLM would change."""
+    """Object to a temperature so low that vLLM would raise it."""
     if decoder.do_sample and decoder.temperature < LOWEST_TEMPERATURE:
-        yield Objection("temperature_raised", "decoder.temperature", f"vLLM raises this to {LOWEST_TEMPERATURE:g}.")
+        fact = f"vLLM raises this temperature to {LOWEST_TEMPERATURE:g}."
+        yield Objection("temperature_raised", "decoder.temperature", fact)
 
 
 def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
@@ -267,7 +270,7 @@ def _speculation(speculation: VllmSpeculation) -> Iterator[Objection]:
 
 
 def _incomplete(path: str, config: Mapping[str, Any]) -> Iterator[Objection]:
-    """Object to missing options that a speculation method needs and that a draft model's files cannot supply."""
+    """Object to missing options that a method of speculative decoding needs, and to an empty range of n-grams."""
     object_to = partial(Objection, "speculation_incomplete")
     method, model = config.get("method"), config.get("model")
     if model is None and method in MODEL_NEEDED:
@@ -316,7 +319,7 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return the option that sets an engine argument in lem, or None if none does."""
+    """Return what sets an engine argument in lem (see `set_by_lem`), or None if nothing does."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):
@@ -350,7 +353,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values that the installed version does not know, unless a plugin adds them, which cannot be checked."""
+    """Object to values that the installed version does not know, even though a plugin might add them."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:

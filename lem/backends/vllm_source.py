@@ -1,7 +1,7 @@
 """The arguments that the installed vLLM accepts, read from its source code, and functions to run in its workers.
 
 Importing vLLM takes ten seconds or more, whereas parsing the file with its arguments takes 40 ms. If the source has an
-unknown layout, the accepted arguments are unknown, and only the engine can refuse an argument. This module knows
+unknown layout, the accepted arguments are unknown, and only the engine can reject an argument. This module knows
 nothing about experiments.
 """
 
@@ -19,11 +19,11 @@ from typing import Any, Literal
 from lem.machine import host
 from lem.machine.host import peak_memory_bytes
 
-# Argument types that are checked.
+# The plain types of arguments that are checked.
 PLAIN = {"int": int, "float": float, "bool": bool, "str": str}
 # The class with the engine's arguments, and its file.
 ARGUMENTS = ("engine/arg_utils.py", "EngineArgs")
-# Argument types that are a choice of names, and the files that define them.
+# The arguments that accept one of several names, and the file and the type that define these names.
 CHOICES = {
     "kv_cache_dtype": ("config/cache.py", "CacheDType"),
     "attention_backend": ("v1/attention/backends/registry.py", "AttentionBackendEnum"),
@@ -46,7 +46,7 @@ COUNTERS = {
 
 # ------------------------------------------------------------------ source
 def is_built_for_cpu() -> bool:
-    """Return whether the installed vLLM is built without CUDA."""
+    """Return whether the installed vLLM was built without CUDA."""
     return host.is_built_for_cpu("vllm")
 
 
@@ -61,7 +61,7 @@ def arguments() -> frozenset[str]:
 
 
 def type_of(argument: str) -> tuple[str, Any] | None:
-    """Return an argument's type, in words and as a type; None if the type is not plain.
+    """Return an argument's type, as text and as a Python type; None if the type is not plain.
 
     Plain types are int, float, bool, str, a choice of strings, and unions of these, possibly with null. Types that are
     defined elsewhere are not looked up, because the engine may accept more values than they allow.
@@ -82,7 +82,7 @@ def _annotations() -> dict[str, ast.expr]:
 
 
 def _plain_members(annotation: ast.expr) -> Iterator[Any]:
-    """Yield the plain types that a type consists of, and None for any other part."""
+    """Yield the plain types of which a type consists, and None for each part that is not plain."""
     match annotation:
         case ast.BinOp(left, ast.BitOr(), right):
             yield from _plain_members(left)
@@ -149,7 +149,7 @@ def worker_weights(worker: Any) -> tuple[int, int]:
 
 
 def worker_gpu_uuid(_worker: Any) -> str:
-    """Return the UUID of the GPU that the worker computes on."""
+    """Return the UUID of the worker's GPU."""
     import torch
 
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -33,6 +33,6 @@ class AutoMeter(CombinedMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to a GPU power sampling rate if no GPU is used."""
+        """Object to a sampling rate for GPU power if no GPU is used."""
         if not uses_gpu and changed(energy, "power_hz"):
             yield without_effect("no_effect_without_gpu", "energy.power_hz", "the run uses no GPU.")

@@ -21,10 +21,10 @@ from lem.workload.clock import REAL, Clock
 class Meter(ABC):
     """Reads the energy of some components over windows.
 
-    The contract, checked for each meter by `tests/energy/test_energy.py`: `begin` and `end` alternate. `end` returns
-    one reading for each device that the meter watches, always in the same order. A reading that failed has
-    `energy_j=None` and a reason, never 0. Calls never overlap; `so_far` may be called from a different thread than the
-    other methods.
+    `tests/energy/test_energy.py` checks this contract for each meter: `begin` and `end` alternate. `end` returns one
+    reading for each device that the meter watches, always in the same order. A reading that failed has `energy_j=None`
+    and a reason, never 0. Calls never overlap, but `so_far` may be called from a different thread than the other
+    methods.
     """
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.
@@ -58,7 +58,7 @@ class Meter(ABC):
 
     @abstractmethod
     def mark(self) -> None:
-        """Fix the time at which the window ends, without waiting; `end` follows. A second call has no effect."""
+        """Set the time at which the window ends, without waiting; `end` follows. A second call has no effect."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
@@ -67,10 +67,10 @@ class Meter(ABC):
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the energy of the open window so far, or None if the meter cannot provide it.
 
-        The caller stores the result, so that a run that is killed keeps its energy. The method is called between
-        batches, inside the measured window. Therefore, it never waits for a sensor's next value and costs at most one
-        call to the driver for each device, usually well under a millisecond. It does not raise if a device is lost, and
-        it does not change the result of `end`.
+        The caller stores the result, so that the energy is not lost if the run is killed. The method is called between
+        batches, inside the measured window. Therefore, it never waits for a sensor's next value, and makes at most one
+        call to the driver for each device, which usually takes well under a millisecond. It does not raise an error if
+        a device is lost, and it does not change the result of `end`.
 
         There is a reading for each device that `end` reports, in the same order. A reading holds the energy at the
         sensor's last tick or sample, so the energy never decreases and never exceeds the final energy. Before the first
@@ -84,7 +84,7 @@ class Meter(ABC):
         return []
 
     def close(self) -> None:
-        """Release the sensors; the meter is not used afterwards."""
+        """Release the sensors; the meter is not used afterward."""
 
 
 class ImmediateMeter(Meter):
@@ -137,7 +137,7 @@ class CombinedMeter(Meter):
             meter.open()
 
     def settle(self) -> None:
-        """Settle all meters, the first one last, so that windows begin at the moment that the first meter waits for."""
+        """Settle all meters, the first one last, so that the window begins at the best moment for the first meter."""
         for meter in reversed(self._meters):
             meter.settle()
         self._is_settled = True
@@ -155,7 +155,7 @@ class CombinedMeter(Meter):
             meter.begin()
 
     def mark(self) -> None:
-        """Fix the time at which the window ends on all meters, starting with the first."""
+        """Set the time at which the window ends on all meters, starting with the first."""
         for meter in self._meters:
             meter.mark()
 

@@ -1,8 +1,8 @@
 """Carbon intensity, the factor that converts joules into grams of CO2e.
 
 If a trace of intensities is configured, the intensity is its mean over the measured window. Otherwise, it is the
-configured intensity or the mean for the configured country's electricity grid, from codecarbon's tables. Without any of
-them, CO2e is null: lem never assumes a country. This module knows nothing about meters.
+configured intensity or the mean for the configured country's electricity grid, from codecarbon's tables. If none of
+these is configured, CO2e is null: lem never assumes a country. This module knows nothing about meters.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ G_PER_KG = 1000.0
 class WindowEnergy:
     """When a measured window opened (in seconds since 1970), how long it was, and the energy of its parts.
 
-    `duration_s` is None if the window has only just opened. `energy_of` returns the energy between two moments, given
-    in seconds from the opening, or None if it is unknown.
+    `duration_s` is None if the window has only just opened. `energy_of` returns the energy between two moments, which
+    are given in seconds from the opening; it returns None if this energy is unknown.
     """
 
     opened_unix_s: float
@@ -36,7 +36,7 @@ class WindowEnergy:
 def carbon_of(energy: Energy, window: WindowEnergy | None) -> Carbon | None:
     """Return the carbon intensity of a window.
 
-    Returns None if none is configured, or if a carbon trace is configured but there is no window to apply it to.
+    The result is None if no intensity is configured, or if a carbon trace is configured but there is no window.
 
     Raises:
         ConfigError: the country is not in the tables.

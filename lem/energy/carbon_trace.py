@@ -2,7 +2,7 @@
 
 The file has the columns `time` (ISO 8601 with a UTC offset) and `g/kWh`; other columns are ignored. Each value applies
 from its time until the next one, and the last value applies for as long as the one before it. All times must be equally
-far apart, so that a missing line is noticed. This module knows nothing about meters or records.
+spaced, so that a missing line is noticed. This module knows nothing about meters or records.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lem.spec.paths import expanded
 
 TIME, INTENSITY = "time", "g/kWh"
 HEADER = f"The first line must be {TIME},{INTENSITY}."
-# The energy of a part of a window in joules, given the seconds from the window's opening at which the part begins and
-# ends; None if it is unknown.
+# Returns the energy in joules of a part of a window, or None if it is unknown. The arguments are the beginning and the
+# end of the part, in seconds from the window's opening.
 EnergyOf = Callable[[float, float], float | None]
 
 
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The mean intensity over a window, and whether it is weighted by energy; otherwise it is weighted by time."""
+    """The mean intensity over a window, and whether it is weighted by energy (otherwise, by time)."""
 
     intensity_g_per_kwh: float
     by_energy: bool
@@ -45,7 +45,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class CarbonTrace:
-    """A carbon intensity that changes at known times; `sha256` is the digest of its file."""
+    """A carbon intensity that changes at known times; `sha256` is the digest of the trace's file."""
 
     path: str
     sha256: str
@@ -100,7 +100,11 @@ class CarbonTrace:
 
 # ------------------------------------------------------------------ reading
 def read_carbon_trace(path: str) -> CarbonTrace:
-    """Read a trace; raises `BadInput`, with the number of the wrong line."""
+    """Read a trace.
+
+    Raises:
+        BadInput: the trace cannot be read, has too few values, or has an invalid line; the message gives its number.
+    """
     content, text = _content(path)
     rows = csv.reader(io.StringIO(text))
     columns = _columns(path, next(rows, []))
@@ -141,7 +145,7 @@ def _content(path: str) -> tuple[bytes, str]:
 def _columns(path: str, header: list[str]) -> tuple[int, int]:
     names = [name.strip() for name in header]
     if any(";" in name for name in names):
-        raise BadInput(f"{path}: its columns are separated by semicolons. Separate them with commas.")
+        raise BadInput(f"{path}: the columns are separated by semicolons. Separate them with commas.")
     for name in (TIME, INTENSITY):
         if names.count(name) != 1:
             problem = "has no column" if name not in names else "has several columns"
@@ -177,7 +181,7 @@ def _intensity(text: str) -> float:
 
 
 def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
-    """Raise `ValueError` unless a time is as far from the one before it as the earlier times are from each other."""
+    """Raise `ValueError` unless a time is as long after the previous one as the second time is after the first."""
     if not before_s:
         return
     step_s = time_s - before_s[-1]
@@ -192,5 +196,5 @@ def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
         what = "there is a gap" if step_s > usual_s else "the times are closer together than before"
         raise ValueError(
             f"{what}: the time is {step_s:g} s after that of line {lines[-1]}, but the first two times are {usual_s:g} "
-            "s apart. Make all times equally far apart."
+            "s apart. Space all times equally."
         )

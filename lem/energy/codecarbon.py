@@ -1,10 +1,10 @@
 """CPU and memory energy of the whole machine, as estimated or read by codecarbon.
 
 codecarbon reads RAPL if the kernel permits it. Otherwise, it derives the CPU's power from the CPU's load and rated
-power. For memory, it assumes a constant power per module. CPU energy without RAPL and all memory energy are labelled as
-estimates. The NVML meter reads the GPUs, and `lem.energy.carbon` computes CO2e; the carbon intensity that the tracker
-itself looks up is never used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are
-ignored as well, because they would change the numbers without leaving a trace in the record.
+power. For memory, it assumes a constant power per module. CPU energy without RAPL and all memory energy are labeled as
+estimates. GPUs are left to the NVML meter, and CO2e to `lem.energy.carbon`: the carbon intensity that the tracker looks
+up is never used. codecarbon's settings in `.codecarbon.config` files and CODECARBON_* variables are ignored, because
+they would change the numbers without being visible in the record.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CodecarbonMeter(ImmediateMeter):
             yield Objection("meter_broken", "energy", fact)
 
     def open(self) -> None:
-        """Create the tracker and run a throw-away task, so that no window includes the time for probing hardware."""
+        """Create the tracker and run a throwaway task, so that no window includes the time for probing hardware."""
         try:
             self._tracker = _offline_tracker()
             self._tracker.start_task("set-up")
@@ -123,7 +123,7 @@ class CodecarbonMeter(ImmediateMeter):
     def _reading(
         self, component: Component, energy_j: float | None, reason: str, source: Source, scope: Scope, method: str
     ) -> EnergyReading:
-        # The tracker hides its own errors; None, or exactly zero, means that nothing was read.
+        # The tracker hides its errors: a value of None or exactly 0 means that nothing was read.
         return EnergyReading(
             component=component,
             source=source,
@@ -184,8 +184,9 @@ def _offline_tracker() -> Any:
 def _without_settings() -> Iterator[None]:
     """Hide codecarbon's settings, in files and environment variables, from a tracker created within this context.
 
-    The settings are meant for other programs' trackers and can, for example, force the power of the CPU and the memory.
-    The function that reads the settings is replaced, because it fails without a home directory or on a damaged file.
+    The settings are meant for other programs' trackers and can, for example, override the power of the CPU and the
+    memory. The function that reads the settings is replaced rather than called, because it fails if there is no home
+    directory or if a file is damaged.
     """
     from codecarbon import emissions_tracker
 

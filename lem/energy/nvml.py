@@ -4,13 +4,13 @@ On Volta and newer, `nvmlDeviceGetTotalEnergyConsumption` counts millijoules sin
 advances in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), and a call takes 3 ms on an H100, sometimes
 15 ms. Each reading is therefore stored with the time of its call, and the counter's value at a window's edge is
 interpolated between the ticks on either side (`lem.energy.ticks`). A plain difference of two readings would be off by
-up to a tick at each edge. GPUs are read in parallel, because with eight calls in a row, the last GPU would be read long
+up to a tick at each edge. GPUs are read in parallel: if eight GPUs were read in turn, the last one would be read long
 after the first.
 
 Power is the instantaneous value if the driver reports it (field 186), otherwise the value of
 `nvmlDeviceGetPowerUsage`, which is a one-second average on Ampere and newer. If a GPU has no counter, its energy is the
 integral of the power trace. A MIG instance has neither counter nor power, so it gets the reading of the whole GPU. On a
-GH200, the driver's values are for the whole module. Readings are labelled accordingly. The meter opens no CUDA context.
+GH200, the driver's values are for the whole module. Readings are labeled accordingly. The meter opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 INSTANT_POWER_FIELD = 186  # NVML_FI_DEV_POWER_INSTANT
 J_PER_MJ = 1e-3
 MODULES = ("GH200",)
-# The driver updates its power values every 0.1 s, but sometimes the instantaneous value only every 0.2 s (H100,
+# The driver updates its power values every 0.1 s, but the instantaneous value sometimes only every 0.2 s (H100,
 # 2026-11-26).
 POWER_UPDATE_S = 0.2
-# Temperatures change slowly, and another call to the driver with each power sample would double the sampling's cost.
+# Temperatures change slowly, and a second call to the driver for each power sample would double the cost of sampling.
 TEMPERATURE_PERIOD_S = 1.0
 # Averaging time of nvmlDeviceGetPowerUsage (measured on an H100: the value rises for 1.0 s after a power step).
 POWER_AVERAGE_S = 1.0
@@ -82,7 +82,7 @@ class NvmlMeter(Meter):
             yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
-        """Initialise NVML, find the GPUs by UUID, measure the ticks of their counters, and start the power trace."""
+        """Initialize NVML, find the GPUs by UUID, measure the ticks of their counters, and start the power trace."""
         if not self._gpus:
             raise BadInput("energy=nvml needs a run that uses an NVIDIA GPU; use energy=auto instead.")
         import pynvml
@@ -92,7 +92,7 @@ class NvmlMeter(Meter):
             self._lib = pynvml
             self._devices = [Device(pynvml, gpu) for gpu in self._gpus]
         except pynvml.NVMLError as error:
-            raise BadInput(f"The NVIDIA driver is not responding ({error}); check the output of nvidia-smi.") from None
+            raise BadInput(f"The NVIDIA driver does not respond ({error}); check the output of nvidia-smi.") from None
         # Two threads per GPU, because in a short window the readings around its two edges overlap.
         self._pool = ThreadPoolExecutor(2 * len(self._devices), thread_name_prefix="nvml")
         _finish(self._on_each(lambda device: device.counter.learn()))
@@ -107,7 +107,7 @@ class NvmlMeter(Meter):
         self._is_settled = True
 
     def begin(self) -> None:
-        """Record the time, and have each counter read in the background: now, and after each of its next two ticks."""
+        """Record the time, and read each counter in the background: now, and after each of its next two ticks."""
         assert self._sampler is not None
         self.settle()
         self._is_settled, self._marked_ns, self._begun = False, None, None
@@ -119,7 +119,7 @@ class NvmlMeter(Meter):
         self._traced = RunningIntegral(self._sampler, seen, self._begun_ns)
 
     def mark(self) -> None:
-        """Record the time and the power, and have each counter read in the background until it has ticked twice."""
+        """Record the time and the power, and read each counter in the background until it has ticked twice."""
         assert self._sampler is not None
         if self._marked_ns is not None:
             return
@@ -189,7 +189,7 @@ class NvmlMeter(Meter):
         return [device.counter.at(at_ns) for device in self._devices]
 
     def _sample(self) -> Iterable[PowerSample]:
-        """Return the power of all GPUs now and, once a second, their temperatures, which are read afterwards."""
+        """Return the current power of all GPUs and, once a second, also their temperatures, which are read last."""
         samples = [(device, sample) for device in self._devices if (sample := device.sample()) is not None]
         if time.monotonic() < self._temperature_due_s:
             return [sample for _, sample in samples]
@@ -227,10 +227,11 @@ class NvmlMeter(Meter):
 class Sensors:
     """The sensors that the driver offers for a GPU, as the meter would use them.
 
-    `counter_problem` says why the energy counter cannot be read; None if it can be read. `tick_s` is the time from one
-    advance of the counter to the next; None without a counter or if the time cannot be determined. `power_w` is the
-    current power; None if it cannot be read, and `power_problem` then says why. `power_is_instant` is False if the
-    power is an average over the last second.
+    `counter_problem` says why the energy counter cannot be read, and is None if it can be read. `tick_s` is the time
+    from one advance of the counter to the next, or None if there is no counter or the time cannot be determined.
+    `power_w` is the current power, or None if it cannot be read; `power_problem` then says why. `power_is_instant` is
+    False if the power is an average over the last second. `covers_module` says whether the driver's values cover a
+    whole module, such as a GH200.
     """
 
     has_counter: bool
@@ -289,12 +290,12 @@ class Device:
 
     @property
     def scope(self) -> Any:
-        """`shared_device` if only a MIG instance of the GPU is in use, otherwise `device`."""
+        """The scope of readings: `shared_device` if only a MIG instance of the GPU is in use, otherwise `device`."""
         return "shared_device" if self.gpu.is_divided else "device"
 
     @property
     def component(self) -> Component:
-        """`module` if the driver's values cover more than the GPU (see zeus's NVIDIA device layer), otherwise `gpu`."""
+        """`module` if the driver's values cover the whole module (see zeus's NVIDIA device layer), otherwise `gpu`."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property
@@ -304,7 +305,7 @@ class Device:
 
     @property
     def power_reach_s(self) -> float:
-        """How far back a power value can reach: the time over which it is averaged, plus the driver's update period."""
+        """How far back in time a power value reaches: its averaging time plus the driver's update period."""
         return POWER_UPDATE_S if self._instant else POWER_AVERAGE_S + POWER_UPDATE_S
 
     def _energy_mj(self) -> int:
@@ -342,7 +343,7 @@ class Device:
         return power_w
 
     def sample(self) -> PowerSample | None:
-        """Return a sample of the power with the time in the middle of the call, or None if it cannot be read."""
+        """Return a sample of the power, timed at the middle of the call, or None if the power cannot be read."""
         asked_ns = time.perf_counter_ns()
         power_w = self.power_w()
         if power_w is None:

@@ -1,4 +1,4 @@
-"""Objections to the `energy` group: to options without effect, unknown countries and meters that cannot be used."""
+"""Objections to the `energy` group: options without effect, unknown countries, and meters that cannot be used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _carbon(energy: Energy) -> Iterator[Objection]:
     if energy.name == "none":
         for name in given:
             yield without_effect("no_effect_carbon", f"energy.{name}", "no energy is measured.")
-    used = given[-1] if given else None  # the later ones take precedence
+    used = given[-1] if given else None  # the last one takes precedence
     for name in given[:-1]:
         code = "no_effect_country" if name == "country_iso_code" else "no_effect_carbon_intensity"
         yield without_effect(code, f"energy.{name}", f"energy.{used} is used instead.")

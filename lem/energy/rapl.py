@@ -30,10 +30,10 @@ from lem.spec.rules import Objection
 
 POWERCAP_DIR = "/sys/class/powercap"
 UJ_PER_J = 1e6
-# No single package (or its memory) sustains this power. If the time between two readings is shorter than a counter
-# takes to reach its largest value at this power, the counter has wrapped around at most once.
+# No single package (or its memory) sustains this power. At this power, a counter takes a certain time to reach its
+# largest value. If two readings are less than that time apart, the counter has wrapped around at most once.
 MAX_POWER_W = 1000.0
-# Allowance for a power peak, or the kernel's own update of the counter, just before or after a reading.
+# An allowance for a power peak or an update of the counter by the kernel just before or after a reading.
 GAIN_SLACK_S = 1.0
 COUNTER_MAX = 2**32 - 1
 
@@ -101,7 +101,11 @@ class RaplMeter(ImmediateMeter):
             yield Objection("rapl_unreadable", "energy", fact)
 
     def open(self) -> None:
-        """Find the zones and start the thread that watches for wrap-arounds."""
+        """Find the zones, and start the thread that reads the counters so often that no wraparound is missed.
+
+        Raises:
+            BadInput: no package's counter can be read.
+        """
         zones = find_zones(self._powercap_dir)
         if fact := _why_unreadable(zones, self._powercap_dir):
             raise BadInput(Objection("rapl_unreadable", "energy", fact).message)
@@ -171,7 +175,7 @@ class _Counter:
         self._last_ns = self._clock_ns()
 
     def advance(self) -> None:
-        """Add the increase since the last reading; after a failure, the window has no energy."""
+        """Add the increase since the last reading; do nothing after a failure, because the energy is then unknown."""
         if self._failure is not None:
             return
         try:
@@ -183,10 +187,10 @@ class _Counter:
         gap_s = (now_ns - self._last_ns) / NS_PER_S
         gained_uj = increase_uj(self._last_uj, now_uj, self._range_uj)
         counter = f"the counter of {self._zone.label}"
-        # This happens if the process was suspended for a while.
+        # This happens if the process was suspended.
         if gap_s > self._range_uj / UJ_PER_J / MAX_POWER_W:
             self._failure = f"{counter} was not read for {gap_s:.0f} s and may have wrapped around unnoticed"
-        # A reset counter looks like a counter that wrapped around, but its increase exceeds what a package can use.
+        # A reset looks like a wraparound, but with an increase that is larger than a package's possible energy use.
         if gained_uj / UJ_PER_J > MAX_POWER_W * (gap_s + GAIN_SLACK_S):
             self._failure = f"{counter} was reset during the window (was the machine suspended?)"
         self._total_uj += gained_uj
@@ -215,8 +219,8 @@ class _Counter:
 def step_uj(range_uj: int) -> int:
     """Return a counter's step in µJ, derived from its largest value, which is 2^32 - 1 steps.
 
-    Real counters have steps of 15.3 or 61 µJ. A smaller range reveals nothing about the step, so the file's resolution
-    of 1 µJ is assumed.
+    Real counters have steps of 15.3 or 61 µJ. If the largest value is smaller than 2^32 - 1 µJ, it says nothing about
+    the step; the step is then assumed to be 1 µJ, the resolution of the file.
     """
     return max(1, round(range_uj / COUNTER_MAX))
 
@@ -286,12 +290,12 @@ def _why_unreadable(zones: tuple[Zone, ...], powercap_dir: str) -> str | None:
     packages = [zone for zone in zones if zone.component == "cpu"]
     if not packages:
         return (
-            f"this machine has no RAPL counters: {powercap_dir} has no package zone (virtual machines and containers "
-            "rarely have one)."
+            f"this machine has no RAPL counters: {powercap_dir} has no package zone (few virtual machines and "
+            "containers have one)."
         )
     if not any(_is_readable(zone) for zone in packages):
         return (
-            f"since CVE-2020-8694 the kernel lets only root read the RAPL counters in {powercap_dir}. To let everyone "
+            f"since CVE-2020-8694, the kernel lets only root read the RAPL counters in {powercap_dir}. To let everyone "
             f"read them until the next boot, run: sudo chmod a+r {powercap_dir}/intel-rapl:*/energy_uj."
         )
     return None

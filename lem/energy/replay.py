@@ -66,7 +66,7 @@ class ReplayMeter(ImmediateMeter):
         return self.so_far()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the integral up to now; takes about 50 µs, or more with thousands of samples in the window."""
+        """Return the integral up to now; this takes about 50 µs, or longer if the window has thousands of samples."""
         start_s = (self._begun_ns - self._opened_ns) / NS_PER_S
         end_s = (self.clock.now_ns() - self._opened_ns) / NS_PER_S
         return tuple(self._reading(component, trace, start_s, end_s) for component, trace in self._traces.items())
@@ -93,7 +93,10 @@ def _outside_reason(trace: Trace, start_s: float, end_s: float) -> str:
 
 
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
-    """Return the trapezoidal integral of power over [start_s, end_s] in joules, or None if the trace is too short."""
+    """Return the integral of power over [start_s, end_s] by the trapezoidal rule, in joules.
+
+    The result is None if the trace does not extend to both ends.
+    """
     t_s, power_w = trace
     if start_s < t_s[0] or end_s > t_s[-1]:
         return None
@@ -103,7 +106,11 @@ def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
 
 
 def read_trace(path: Path) -> dict[Component, Trace]:
-    """Read a trace, or raise `BadInput` with the file's path and the problem."""
+    """Read a trace: for each component, its times in seconds and its powers in watts.
+
+    Raises:
+        BadInput: the file is missing or invalid; the message has its path and the problem.
+    """
     try:
         samples = _samples(path)
     except FileNotFoundError:
@@ -126,7 +133,7 @@ def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         if any(";" in column for column in rows.fieldnames or ()):
-            raise ValueError("its columns are separated by semicolons; the separator must be a comma")
+            raise ValueError("the columns are separated by semicolons; separate them with commas")
         for row in rows:
             component = row.get("component") or "gpu"
             if component not in get_args(Component):

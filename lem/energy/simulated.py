@@ -1,6 +1,6 @@
 """A simulated meter: a constant power multiplied by the time that has passed on the run's clock.
 
-The meter reads no sensor, and its energy is labelled as simulated everywhere. It is meant for trying out campaigns, and
+The meter reads no sensor, and its energy is labeled as simulated everywhere. It is meant for trying out campaigns, and
 for tests in which the energy must be known exactly. It knows nothing about the simulated engine.
 """
 

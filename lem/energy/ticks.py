@@ -1,11 +1,13 @@
 """Reads an energy counter that advances in ticks, and estimates its value between ticks.
 
-The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If those readings
-are also close together, the time of the tick is known to within a few milliseconds, and so are the times of the ticks
-around it. Every other reading then gives the exact energy at the preceding tick, however long the call took. The
-energy at any time is interpolated between the ticks on either side. If a load starts or stops at that time, the power
-changes. The energy between the two ticks is therefore divided in proportion to the power before the first tick and the
-power after the second. This module knows nothing about drivers.
+The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If these readings
+are also close together, the time of the tick is known to within a few milliseconds. The times of the ticks around it
+are then known as well, because ticks are evenly spaced. Every other reading then gives the exact energy at the tick
+before it, however long the call took.
+
+The energy at any other time is interpolated between the ticks on either side. If a load starts or stops at that time,
+the power changes. The energy between the two ticks is therefore divided in proportion to the power before the first
+tick and the power after the second. This module knows nothing about drivers.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import NamedTuple
 
 from lem.quantities import NS_PER_S
 
-# Long enough for five ticks of 100 ms.
+# The minimum time for determining the tick period: long enough for five ticks of 100 ms.
 LEARN_S = 0.6
-# The relative accuracy to which the tick period must be known; if calls are slow, determining it takes longer.
+# The relative accuracy to which the tick period must be known, and the maximum time for determining it: if calls are
+# slow, this accuracy takes longer.
 PERIOD_WITHIN = 0.02
 LEARN_MOST_S = 2.0
 # Maximum time to wait for a tick of a counter with a known tick period.
@@ -43,7 +46,7 @@ KEPT = 4096
 
 @dataclass(frozen=True)
 class Edge:
-    """The energy at a point in time, or None with a reason if it is unknown."""
+    """The energy at a point in time, or None and a reason if the energy is unknown."""
 
     energy_mj: float | None
     reason: str | None = None
@@ -65,7 +68,7 @@ class Reading(NamedTuple):
 class Tick(NamedTuple):
     """An advance of the counter between two readings, with the values before and after.
 
-    `within_ns` is the uncertainty of the tick's time, and `calls_ns` is the total duration of the two calls.
+    `within_ns` is the uncertainty of the tick's time, and `calls_ns` is the total duration of the two readings' calls.
     """
 
     at_ns: int
@@ -76,7 +79,7 @@ class Tick(NamedTuple):
 
     @property
     def is_late(self) -> bool:
-        """Whether the readings are further apart than their calls explain, because this process was not scheduled."""
+        """Whether the readings are so far apart that this process was evidently not running between them."""
         return 2 * self.within_ns > self.calls_ns + 3 * POLL_S * NS_PER_S
 
 
@@ -103,7 +106,7 @@ class Counter:
 
     # -------------------------------------------------------------- reading
     def poll(self) -> Tick | None:
-        """Read the counter and return the tick since the previous reading, or None if the counter has not advanced."""
+        """Read the counter; return the tick since the previous reading, or None if there was none or reading failed."""
         asked_ns = time.perf_counter_ns()
         try:
             value_mj = self._read_mj()
@@ -124,7 +127,7 @@ class Counter:
             return tick
 
     def learn(self) -> None:
-        """Read the counter for a while to determine its tick period, which stays None if it cannot be determined."""
+        """Read the counter for a while to determine its tick period; `tick_s` stays None if that fails."""
         self.poll()
         ticks: list[Tick] = []
         polls, begun_ns = 0, time.perf_counter_ns()
@@ -140,9 +143,9 @@ class Counter:
             self.tick_s = sum(gaps_ns) / sum(max(1, round(gap_ns / usual_ns)) for gap_ns in gaps_ns) / NS_PER_S
 
     def watch(self) -> bool:
-        """Read the counter until it ticks between two readings that are close together; return whether it did.
+        """Read the counter until it ticks between two readings that are close together; return whether that happened.
 
-        A counter without a known tick period is only read twice.
+        If the tick period is unknown, the counter is only read twice, and the result is False.
         """
         self.poll()
         until_ns = time.perf_counter_ns() + int(WATCH_S * NS_PER_S)
@@ -154,7 +157,7 @@ class Counter:
         return False
 
     def watch_end(self) -> None:
-        """Read the counter until it ticks and once after the following tick; called at the end of a window."""
+        """Read the counter until it ticks, and once more after the next tick; called at the end of a window."""
         if self.watch():
             self._sleep_ticks(1.5)
             self.poll()
@@ -185,9 +188,9 @@ class Counter:
 
         Args:
             at_ns: the time.
-            begun: the energy at the beginning of a window, if `at_ns` is the window's end; otherwise None. If there are
-                only readings after the end, which do not show the power before it, the energy is interpolated from the
-                window's beginning.
+            begun: the energy at the beginning of the window if `at_ns` is the window's end, otherwise None. If all
+                readings were taken after the end, they do not show the power before it; the energy is then interpolated
+                between the window's beginning and these readings.
             begun_ns: the time of `begun`.
         """
         if self.error is not None:
@@ -233,7 +236,7 @@ class Counter:
 
 
 def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
-    """Return whether enough ticks were seen to determine their period; slower calls require more ticks."""
+    """Return whether enough ticks were seen to determine their period, or time is up; slow calls need more ticks."""
     if seconds < LEARN_S or not ticks or seconds > LEARN_MOST_S:
         return seconds >= LEARN_S
     return 2 * statistics.median(tick.within_ns for tick in ticks) <= PERIOD_WITHIN * (ticks[-1].at_ns - ticks[0].at_ns)
@@ -242,7 +245,7 @@ def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
     """Return the times of the ticks, extrapolated from `tick`, and the counter's value after each, in order of time.
 
-    A reading is left out if it was taken so close to a tick that it is unclear on which side.
+    If a reading was taken so close to a tick that its side of the tick is unclear, the reading is left out.
     """
     values = {-1: tick.before_mj, 0: tick.after_mj}
     for reading in readings:
@@ -274,7 +277,7 @@ def _energy_mj(known: Sequence[tuple[int, float]], at_ns: int, longest_step_ns: 
 
 
 def _share(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]], at_ns: int) -> float:
-    """Return which share of the energy between the two ticks around `at_ns` was used before `at_ns`.
+    """Return the share of the energy between the two ticks around `at_ns` that was used before `at_ns`.
 
     The power is assumed to change at `at_ns`, from its value before the earlier tick to its value after the later tick.
     """

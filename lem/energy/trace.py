@@ -1,8 +1,9 @@
-"""Samples power traces in the background and integrates them over windows, whatever the sensor.
+"""Samples power in the background and integrates the samples over windows, whatever the sensor.
 
 A thread takes samples at a fixed rate and sleeps in between. The meter adds a sample at each edge of a window, so that
-the integral covers exactly the window. In simulations (`docs/concepts/accuracy.md`), 20 samples per second give the
-integral of a square wave of up to 3 Hz over 5 s to within 2 %; 10 samples per second alias with a wave of 2 Hz.
+the integral covers exactly the window. In simulations (`docs/concepts/accuracy.md`), the integral of a square wave of
+up to 3 Hz over 5 s is accurate to within 2 % at 20 samples per second. At 10 samples per second, a wave of 2 Hz is
+distorted by aliasing.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from lem.record import PowerSample
 
 
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:
-    """Return the trapezoidal integral of one device's samples over [start_ns, end_ns], in joules.
+    """Return the integral of one device's samples over [start_ns, end_ns] by the trapezoidal rule, in joules.
 
-    The samples must be in order of time. The result is None if they do not extend to both edges.
+    The samples must be in order of time. The result is None if the samples do not extend to both edges.
     """
     times = [sample.t_ns for sample in samples]
     first, last = bisect_right(times, start_ns) - 1, bisect_left(times, end_ns)
@@ -45,7 +46,7 @@ class RunningIntegral:
     """The integral of each device's samples since a start time; each update processes only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
-        # The first samples after `seen` precede the start: the meter samples each device just before the window opens.
+        # `seen` is the number of earlier samples. The next samples were taken just before the window opened.
         self._sampler = sampler
         self._seen = seen
         self._start_ns = start_ns
@@ -53,7 +54,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return each device's joules up to its last sample; devices without a sample before the start are left out."""
+        """Return each device's energy in joules up to its last sample, if it was also sampled before the start."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:
@@ -95,7 +96,7 @@ class Sampler:
             self._samples.extend(self._take())
 
     def samples(self, first: int = 0) -> list[PowerSample]:
-        """Return the samples so far without the first `first` ones, in order of time."""
+        """Return the samples so far, in order of time, without the first `first` samples."""
         with self._lock:
             return self._samples[first:]
 
@@ -109,5 +110,5 @@ class Sampler:
         due_s = time.monotonic()
         while not self._stopped.wait(max(0.0, due_s - time.monotonic())):
             self.sample_now()
-            # Missed samples are skipped, not taken in a burst afterwards.
+            # Missed samples are skipped, not taken in a burst afterward.
             due_s = max(due_s + self._period_s, time.monotonic())

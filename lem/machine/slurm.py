@@ -1,7 +1,8 @@
-"""The Slurm scheduler, through its own commands: which jobs wait or run, why one ended, cancelling, requeuing.
+"""Asks the Slurm scheduler, through its own commands, about jobs and nodes; also cancels and requeues jobs.
 
-Jobs are submitted by `lem.studies.slurm`. This module knows jobs, not experiments. It does not raise if Slurm does not
-answer; the caller decides how long that may last.
+`lem.studies.slurm` submits the jobs. This module knows nothing about experiments. If Slurm does not respond, the
+functions that read the queue raise `Unreachable`, and the others return nothing or a default. The caller decides how
+long that may last.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Longest time that a command may take, in seconds.
+# The maximum time that a command may take, in seconds.
 COMMAND_S = 30.0
-# As many ids as certainly fit on a command line.
+# The number of ids that certainly fit on one command line.
 IDS_AT_ONCE = 500
 # Slurm's default for MaxArraySize.
 MAX_ARRAY_SIZE = 1001
-# The states of a job that is over, unless it is requeued.
+# The states of a job that has ended, unless it is requeued.
 OVER = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
      "TIMEOUT")
 )  # fmt: skip
-# Reasons for waiting that do not pass while other jobs end: something has to be changed by a person.
+# Reasons for waiting that remain when other jobs end: a person has to change something.
 NEVER_STARTS = re.compile(
     r"PartitionTimeLimit|PartitionNodeLimit|PartitionDown|PartitionInactive|PartitionConfig|BadConstraints|JobHeldAdmin|"
     r"AccountNotAllowed|QOSNotAllowed|InvalidAccount|InvalidQOS|DependencyNeverSatisfied|"
     r"(Assoc|QOS)Max\w*PerJob\w*|(Assoc|QOS)Grp\w*Minutes\w*|launch failed.*"
 )
-# The exit code of a shell for a program that a signal ended is the signal's number plus this.
+# If a signal ends a program, the shell's exit code is this value plus the signal's number.
 BY_SIGNAL = 128
 
 
@@ -55,21 +56,21 @@ class Queued:
 
     @property
     def cannot_start(self) -> bool:
-        """Whether the job waits for something that does not happen by itself."""
+        """Whether the job waits for something that will not happen unless a person changes something."""
         return self.is_waiting and NEVER_STARTS.fullmatch(self.reason) is not None
 
 
 class Unreachable(Exception):
-    """Slurm's commands do not answer; the text says why."""
+    """Slurm does not respond; the message says why."""
 
 
 def queue(ids: Sequence[str]) -> dict[str, Queued]:
-    """Return those of the jobs that Slurm's controller still knows, by id; the id of an array's task is `123_4`.
+    """Return, by id, those of the jobs that Slurm's controller still knows; the id of an array's task is like `123_4`.
 
-    Arrays are asked for as a whole, so that one question is enough for thousands of tasks.
+    Arrays are queried as a whole, so that one query is enough for thousands of tasks.
 
     Raises:
-        Unreachable: the controller does not answer.
+        Unreachable: the controller does not respond.
     """
     found: dict[str, Queued] = {}
     wanted, jobs = set(ids), list(dict.fromkeys(each.partition("_")[0] for each in ids))
@@ -91,10 +92,10 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
 
 
 def submitted_from(folder: Path) -> list[str]:
-    """Return the ids of this user's jobs and arrays whose batch file is in a directory, as far as they are known.
+    """Return the ids of the jobs and arrays of this user that the controller knows, with a batch file in a directory.
 
     Raises:
-        Unreachable: the controller does not answer.
+        Unreachable: the controller does not respond.
     """
     code, text, error = _run("squeue", "--me", "--noheader", "--states=all", "--Format=ArrayJobID:|,Command:|")
     if code:
@@ -107,7 +108,7 @@ def submitted_from(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How Slurm says that a job ended."""
+    """How a job ended, according to Slurm."""
 
     state: str
     reason: str = ""
@@ -133,12 +134,12 @@ class Ended:
 
 
 def ended(job_id: str) -> Ended | None:
-    """Return how a job ended: as the controller remembers it, else from the accounting; None if neither knows it."""
+    """Return how a job ended, according to the controller or else the accounting; None if neither knows the job."""
     return _remembered(job_id) or _accounted(job_id)
 
 
 def has_accounting() -> bool:
-    """Return whether sacct answers."""
+    """Return whether Slurm's accounting (sacct) responds."""
     code, _, _ = _run("sacct", "--noheader", "--allocations", "--starttime=now")
     return code == 0
 
@@ -158,7 +159,7 @@ def _accounted(job_id: str) -> Ended | None:
     _, text, _ = _run("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job_id, form)
     for line in text.splitlines():
         state, reason, code, node = (line.split("|") + [""] * 4)[:4]
-        # CANCELLED is followed by the number of the user who cancelled the job.
+        # CANCELLED is followed by the number of the user who canceled the job.
         if state.partition(" ")[0] in OVER:
             return Ended(state, reason, code, _node(node))
     return None
@@ -169,7 +170,7 @@ def _node(text: str) -> str:
 
 
 def trouble(node: str) -> str | None:
-    """Return in words what is wrong with a node that cannot run jobs; None if nothing is, or if it is unknown."""
+    """Describe what is wrong with a node that cannot run jobs; None if nothing is wrong, or if that is unknown."""
     _, text, _ = _run("scontrol", "--oneliner", "show", "node", node)
     known = _fields(text)
     state = known.get("State", "")
@@ -180,7 +181,10 @@ def trouble(node: str) -> str | None:
 
 
 def node_failure(job_id: str, node: str) -> str | None:
-    """Return in words that a job was put back into the queue because its node failed; None if that is not known."""
+    """Describe the failure of the node on which a job ran; None if no failure is known.
+
+    Slurm puts a job back into the queue if its node fails.
+    """
     if found := trouble(node):
         return found
     form = "--format=State,NodeList"
@@ -192,7 +196,7 @@ def node_failure(job_id: str, node: str) -> str | None:
 # ------------------------------------------------------------------ nodes
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster as Slurm is configured; nodes of the same `kind` have the same GPUs, cores and features."""
+    """A node in Slurm's configuration; nodes of the same `kind` have the same GPUs, cores and features."""
 
     name: str
     kind: str
@@ -201,9 +205,9 @@ class Node:
 
 
 def nodes(partition: str | None) -> list[Node]:
-    """Return the nodes of a partition (of several, separated by commas); None stands for the default partition.
+    """Return the nodes of a partition, or of several partitions separated by commas; None means the default partition.
 
-    The list is empty if Slurm does not answer, or does not know the partition.
+    The list is empty if Slurm does not respond, or does not know the partition.
     """
     wanted = set(partition.split(",")) if partition else _default_partitions()
     _, text, _ = _run("scontrol", "--oneliner", "show", "node")
@@ -224,7 +228,7 @@ def _default_partitions() -> set[str]:
 
 
 def _as_node(known: Mapping[str, str]) -> Node:
-    # The sockets in parentheses tell where a GPU is plugged in.
+    # The text in parentheses, which says to which sockets a GPU is attached, is removed.
     gpus = re.sub(r"\([^)]*\)", "", known.get("Gres", ""))
     features = ",".join(sorted(known.get("AvailableFeatures", "").replace("(null)", "").split(",")))
     parts = [gpus, features, f"{known.get('CPUTot', '?')} CPUs"]
@@ -237,13 +241,13 @@ def _as_node(known: Mapping[str, str]) -> Node:
 
 
 def expanded(names: str) -> list[str]:
-    """Return the names in Slurm's short form, such as gpu[1-3,7], one by one."""
+    """Return the node names that a name in Slurm's short form, such as gpu[1-3,7], stands for."""
     _, text, _ = _run("scontrol", "show", "hostnames", names)
     return text.split()
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names of nodes in Slurm's short form."""
+    """Return the short form of node names, such as gpu[1-3,7]; separate names if Slurm does not respond."""
     code, text, _ = _run("scontrol", "show", "hostlistsorted", ",".join(names))
     return ",".join(names) if code else text.strip()
 
@@ -259,13 +263,13 @@ def cancel(ids: Sequence[str]) -> None:
 
 
 def own_job_id() -> str | None:
-    """Return the id of the job that this process belongs to, `123_4` for a task of an array; None outside of Slurm."""
+    """Return the id of this process's job, such as `123` or, for a task of an array, `123_4`; None outside Slurm."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def max_array_size() -> int:
-    """Return the number of tasks that an array may have on this cluster; Slurm's default if it does not say."""
+    """Return the number of tasks that an array may have on this cluster; Slurm's default if it is unknown."""
     _, text, _ = _run("scontrol", "show", "config")
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
     # The indices of tasks begin with 0, and all of them must be below the cluster's value; 0 allows no arrays.
@@ -273,14 +277,14 @@ def max_array_size() -> int:
 
 
 def requeue_this_job() -> str | None:
-    """Put the job that this process belongs to back into the queue; return why that failed, or None."""
-    # Not SLURM_JOB_ID: in one task of an array, that is the id of the whole array.
+    """Put the job to which this process belongs back into the queue; return why that failed, or None on success."""
+    # SLURM_JOB_ID is not used: in one task of an array, it is the id of the whole array.
     code, _, error = _run("scontrol", "requeue", own_job_id() or "")
     return None if not code else " ".join(error.split()) or f"scontrol ended with exit code {code}"
 
 
 def _run(*command: str) -> tuple[int, str, str]:
-    """Run a command; return its exit code, its output and its errors. A command that cannot run has the code 127."""
+    """Run a command and return its exit code, output and error output; the code is 127 if it cannot run or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S)
     except (OSError, subprocess.TimeoutExpired) as error:

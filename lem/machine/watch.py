@@ -1,9 +1,9 @@
-"""Watches GPUs during a window: how long the driver held their clocks down, and which other processes used them.
+"""Watches GPUs during a window: how long the driver throttled them, and which other processes used them.
 
-Neither can be seen before or after the window, when the GPU is idle. The driver counts how long each policy has held
-clocks down; these counters are read at both edges of the window. In between, a thread samples the active throttle
-reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This module knows
-nothing about energy and opens no CUDA context.
+Neither can be seen before or after the window, when the GPU is idle. The driver counts how long each of its policies
+has throttled a GPU; these counters are read at both edges of the window. In between, a thread samples the active
+throttle reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This module
+knows nothing about energy and opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lem.quantities import NS_PER_S
 from lem.record import DeviceWindow, ForeignProcess
 
 PERIOD_S = 0.1
-# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has held clocks down. Policies that do not limit
-# work are left out: low utilisation, clocks set by the user, and GPUs synchronised with each other.
+# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Policies that do not
+# limit work are left out: low utilization, clocks set by the user, and GPUs synchronized with each other.
 POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
 
 
@@ -55,7 +55,7 @@ class Watch:
             self._thread.start()
 
     def end(self) -> tuple[DeviceWindow, ...]:
-        """Stop sampling and return the observations since `begin`; the result is empty without a driver."""
+        """Stop sampling, and return the observations since `begin`; the result is empty if there is no driver."""
         duration_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
         throttled_s = [seen.throttled_s() for seen in self._seen]
         self._stop()
@@ -97,7 +97,7 @@ class _Seen:
         return {POLICIES[f.fieldId]: f.value.ullVal / NS_PER_S for f in fields or () if f.nvmlReturn == 0}
 
     def throttled_s(self) -> dict[str, float] | None:
-        """Return how long each policy has held clocks down since `begin`, omitting zeros; None without counters."""
+        """Return how long each policy has throttled the GPU since `begin`, omitting zeros; None without counters."""
         now_s = self._counters_s()
         known = self._begun_s.keys() & now_s.keys()
         if not known:

@@ -1,7 +1,7 @@
-"""Calls a function in a separate process, so that the heavy libraries it needs are never loaded into this one.
+"""Calls a function in a separate process, so that the heavy libraries that it needs are not loaded into this process.
 
-This keeps the memory use of the `lem` command low while a worker runs, and lets a command that only checks files finish
-sooner. The functions that are called belong to the rooms above; this module knows nothing about them.
+The `lem` command thus uses little memory while a worker runs, and a command that only checks files finishes sooner.
+This module knows nothing about the functions that it calls.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class _Bug(Exception):
 
 
 def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Return what the function returns, or raise what it raises, after calling it in a separate process.
+    """Call a function in a separate process, and return what it returns or raise what it raises.
 
-    If this process has already loaded the library, the function is called here, because nothing would be saved.
+    If this process has already loaded the library, the function is called here, because a separate process would save
+    nothing.
 
     Args:
         library: the name of the heavy library that the function imports.
@@ -45,10 +46,10 @@ def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.
 def call_without(
     hidden: Sequence[str], library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs
 ) -> T:
-    """Do what `call` does, in a process in which the hidden libraries seem not to be installed.
+    """Call a function like `call`, in a process in which the hidden libraries do not seem to be installed.
 
-    A library that imports others only if they are installed, as transformers does with torch, then loads in a fraction
-    of the time.
+    A library that imports another library only if it is installed, as transformers does with torch, then loads in a
+    fraction of the time.
     """
     if library in sys.modules:
         return function(*arguments, **named)
@@ -61,17 +62,17 @@ def call_without(
 def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
     # -P keeps a file in the user's working directory from shadowing a library.
     command = [sys.executable, "-P", "-m", "lem.workload.apart", *hidden]
-    # In a separate session, the process does not receive the terminal's Ctrl-C; it is killed below.
+    # In a session of its own, the process does not receive Ctrl-C from the terminal. Instead, it is killed below.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         to_child, from_child = process.stdin, process.stdout
         if to_child is None or from_child is None:
-            raise AssertionError("both pipes were asked for")
+            raise AssertionError("both pipes were requested")
         try:
-            # The pipe stays open until the result has arrived: when it closes, the process knows that this one ended.
+            # The pipe to the process stays open until the result has arrived; when it closes, the process ends.
             to_child.write(request)
             to_child.flush()
             answer = from_child.read()
-        except BrokenPipeError:  # it ended before it had read the request; its exit code shows why
+        except BrokenPipeError:  # the process ended before it had read the request; its exit code shows why
             answer = b""
         finally:
             if sys.exc_info()[0] is not None:
@@ -90,7 +91,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for name in sys.argv[1:]:
-        # Python treats None as a module that does not exist; the type does not allow for it.
+        # Python treats None as a module that does not exist, although the type of `sys.modules` does not allow None.
         cast(dict[str, Any], sys.modules)[name] = None
     function, arguments, named = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
@@ -104,7 +105,7 @@ def main() -> None:
         pickle.dump(done, answer)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # unloading torch would take longer than many calls
+    os._exit(0)  # a normal exit would unload torch, which takes longer than many calls
 
 
 def _end_with_the_parent() -> None:
@@ -114,7 +115,7 @@ def _end_with_the_parent() -> None:
 
 
 if __name__ == "__main__":
-    # Run under the module's real name, so that both processes mean the same classes.
+    # The module is imported under its real name, so that its classes are the same in both processes.
     from lem.workload.apart import main as run
 
     run()

@@ -1,4 +1,4 @@
-"""Groups requests into batches by the length of their inputs, without regard to models or the meaning of tokens."""
+"""Groups requests into batches by the lengths of their inputs. This module knows nothing about models or tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def plan_batches(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
 
     Args:
         lengths: the number of input tokens of each request, without padding.
-        batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which bounds
-            the padded input (longest input × requests); a request that exceeds this bound runs alone.
+        batching: the strategy and its limits. The dynamic strategies need `max_tokens_per_batch`, which limits the
+            padded input of a batch (longest input × requests); a request that exceeds this limit runs alone.
 
     Raises:
         ValueError: a dynamic strategy is used without `max_tokens_per_batch`.

@@ -1,4 +1,4 @@
-"""The prompts that come with lem, which need no network access and no library."""
+"""The prompts that come with lem; reading them needs neither network access nor a library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a file, decompresses its bytes and decodes them as UTF-8, without regard to the meaning of the text."""
+"""Reads a file, decompresses its bytes and decodes them as UTF-8. This module ignores the meaning of the text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import IO, Any, cast
 
 from lem.errors import DatasetError
 
-# The first bytes of compressed files, whatever their names.
+# The first bytes of compressed files. They, not the file's name, determine the method.
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# A limit is needed because a compressed file can unpack to a thousand times its size.
+# The maximum size of a decompressed file. A compressed file can unpack to a thousand times its size.
 MOST_BYTES = 4 << 30
 CHUNK_BYTES = 1 << 20
 # If a file is not UTF-8, its encoding is guessed from this many bytes around the first invalid byte.
@@ -45,7 +45,7 @@ def data_of(path: Path) -> bytes:
     """Return a file's bytes, decompressed if necessary.
 
     Raises:
-        DatasetError: the file cannot be read, is empty, or is recognisably not a file of prompts.
+        DatasetError: the file cannot be read, is empty, or is clearly not a file of prompts (such as a PDF document).
     """
     try:
         data = path.read_bytes()
@@ -90,7 +90,7 @@ def text_of(path: Path, data: bytes) -> str:
     """Decode bytes as UTF-8, dropping a byte order mark.
 
     Raises:
-        DatasetError: the bytes are in another encoding or are not text; the message gives the line and, if possible,
+        DatasetError: the bytes have a different encoding or are not text; the message gives the line and, if possible,
             the likely encoding.
     """
     for mark, encoding in BYTE_ORDER_MARKS.items():
@@ -121,9 +121,9 @@ def _not_utf_8(path: Path, data: bytes, error: UnicodeDecodeError) -> DatasetErr
 
 
 def half_a_character(text: str) -> str:
-    """Return the message about text with a lone surrogate, which no Unicode encoding can represent."""
+    """Return the message about a text that contains a lone surrogate, which no Unicode encoding can represent."""
     lone = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
-    return f"U+{ord(lone):04X} is half of a character (a lone surrogate), which is not text; remove or correct it."
+    return f"U+{ord(lone):04X} is only half of a character (a lone surrogate); remove or correct it."
 
 
 def _likely(data: bytes, position: int) -> str | None:

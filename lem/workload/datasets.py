@@ -30,12 +30,12 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
     if not _needs_library(dataset, dataset.path):
         return load_here(dataset, seed)
     if not os.path.isdir(expanded(dataset.path)):
-        use_cache_if_unreachable()  # here, so that the processes that this one starts know it too
+        use_cache_if_unreachable()  # called here, so that processes started from here are in offline mode, too
     return apart.call("datasets", load_here, dataset, seed)
 
 
 def _needs_library(dataset: Dataset, path: str) -> bool:
-    """Return whether the prompts are read through the library `datasets`: from the hub, or as a card describes."""
+    """Return whether the library `datasets` has to read the prompts: from the hub, or as a dataset card describes."""
     local = expanded(path)
     if os.path.isdir(local):
         return folder.needs_library(local, dataset)
@@ -43,7 +43,7 @@ def _needs_library(dataset: Dataset, path: str) -> bool:
 
 
 def load_here(dataset: Dataset, seed: int) -> Prompts:
-    """Load the configured prompts in this process, as `load_prompts` does in another one if it needs the library."""
+    """Load the configured prompts in this process; `load_prompts` calls this in a separate process if necessary."""
     assert dataset.path is not None
     rows, split = _rows(dataset, dataset.path)
     return pick(rows, source=dataset.path, split=split, column=dataset.column, n=dataset.sample_size, seed=seed)

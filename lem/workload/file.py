@@ -1,7 +1,7 @@
 """Reads prompts from a local file (JSON, JSON lines, CSV, Parquet, or one prompt per line), which may be compressed.
 
 A file's suffix states its format. If the content contradicts the suffix, or if the suffix is unknown, the file is
-refused, because otherwise raw JSON or CSV could be run as prompts.
+rejected, because otherwise raw JSON or CSV could be run as prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUFFIXES = (*KINDS, *COMPRESSED)
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # The first bytes of Parquet files.
 PARQUET = b"PAR1"
-# The beginning of markup, of JSON (or a Python list) whose rows span lines, and of YAML.
+# The beginning of markup, of JSON (or a Python list) with rows that span several lines, and of YAML.
 MARKUP = re.compile(r"\s*<(!doctype\s|html\b|\?xml\b)", re.IGNORECASE)
 LIKE_JSON = re.compile(r"""\s*(\[\s*\{\s*["'][^"'\n]+["']\s*:|\{\s*\n\s*["'][^"'\n]+["']\s*:|\[\s*\n\s*["'{\[])""")
 LIKE_YAML = re.compile(rf"""(---\s*\n)?\s*(-\s+["']?({"|".join(PROMPT_COLUMNS)})["']?:\s|prompts:\s*\n\s*-\s)""")
@@ -35,7 +35,7 @@ WITHOUT_HEADER = "If its first line is already a prompt, add a header line such 
 
 
 def kind_of(name: str) -> str | None:
-    """Return the format that a file name's suffix stands for; "" without a suffix, None if the suffix is unknown."""
+    """Return the format for a file name's suffix; "" if there is no suffix, None if the suffix is unknown."""
     path = Path(name.lower())
     path = path.with_suffix("") if path.suffix in COMPRESSED else path
     return KINDS.get(path.suffix) if path.suffix else ""
@@ -71,7 +71,7 @@ def read(path: Path, column: str | None = None) -> Rows:
 
 # ------------------------------------------------------------------ content against suffix
 def _checked_kind(path: Path, text: str, kind: str) -> str:
-    """Return a file's format, or raise `DatasetError` if the content contradicts a suffix for text or CSV."""
+    """Return a file's format; raise `DatasetError` if a file that should be text or CSV contains something else."""
     if kind not in ("text", "csv", ""):
         return kind
     if found := _json_kind(text):
@@ -80,7 +80,8 @@ def _checked_kind(path: Path, text: str, kind: str) -> str:
         raise DatasetError(f"{path} contains JSON, not {_called(kind)}; rename it to .{found}.")
     if what := _like_no_text(text):
         raise DatasetError(
-            f"{path} {what}; its source would be run as prompts. Convert it to one prompt per line, or to JSON lines."
+            f"{path} {what}; lem would run this source text as prompts. Convert the file to one prompt per line, or to "
+            "JSON lines."
         )
     if kind != "csv" and _is_table(text):
         raise DatasetError(
@@ -107,7 +108,7 @@ def _json_kind(text: str) -> str | None:
 
 
 def _like_no_text(text: str) -> str | None:
-    """Return what text seems to be instead of prompts: markup, YAML, or damaged JSON; None if it may be prompts."""
+    """Return what a text seems to be if not prompts: markup, YAML, or damaged JSON; None if it may be prompts."""
     if MARKUP.match(text):
         return "begins like HTML or XML"
     if LIKE_YAML.match(text):
@@ -144,7 +145,7 @@ def _tried(text: str) -> Any:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether the text looks like a table: a header with a prompt column, then a line with as many fields."""
+    """Return whether a text looks like a table: a header with a prompt column, then a line with as many fields."""
     first = text.split("\n", 2)[:2]
     if len(first) < 2 or not first[1].strip():
         return False
@@ -162,7 +163,7 @@ def _is_table(text: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    """Split the text at line ends only, not at other Unicode line separators."""
+    """Split a text only at line ends, not at other Unicode line separators."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -204,7 +205,7 @@ def _as_row(rows: Rows, i: int) -> Row:
 
 
 def _refuse_document(path: Path, whole: Row, column: str | None) -> None:
-    """Refuse a JSON document that contains its rows in a nested list, because the other values are not prompts."""
+    """Reject a JSON document that contains its rows in a nested list, because its other values are not prompts."""
     of_prompts = {column} if column else set(PROMPT_COLUMNS)
     is_row = any(isinstance(whole.get(name), str) for name in of_prompts)
     for name, value in whole.items():
@@ -232,9 +233,9 @@ def _csv(path: Path, text: str, column: str | None) -> Rows:
     for line, fields in records[1:]:
         if fields and len(fields) != len(header):
             raise DatasetError(
-                f"{path}, line {line} has {_fields(len(fields))} where line {records[0][0]} has {len(header)} "
-                f"(separated by {DELIMITERS[delimiter]}); put text that contains the separator in quotes, or name "
-                "the file .txt if each line is a prompt."
+                f"{path}, line {line} has {_fields(len(fields))}, but line {records[0][0]} has {len(header)} "
+                f"(separated by {DELIMITERS[delimiter]}); put text that contains the separator in quotes or, if each "
+                "line is a prompt, rename the file to .txt."
             )
     # An empty line is an empty prompt.
     rows = [dict(zip(header, fields or [""] * len(header), strict=True)) for _, fields in records[1:]]
@@ -248,9 +249,13 @@ def _fields(count: int) -> str:
 def _with_spaced_quotes(
     path: Path, text: str, delimiter: str, records: list[tuple[int, list[str]]]
 ) -> list[tuple[int, list[str]]]:
-    """Return the records of a file with spaces before some quotes, so that a strict parser takes these quotes for text.
+    """Return the records of a file with spaces before some quotes.
 
-    If the header has such spaces too, they are skipped. Otherwise, it is unknown what the author meant.
+    A strict parser reads a quote after a space as text. If the header also has spaces after its separators, all such
+    spaces are skipped. Otherwise, the author's intention is unknown.
+
+    Raises:
+        DatasetError: a space before a quote would change a record.
     """
     spaced = _records(path, text, delimiter, skips_spaces=True)
     if any(name.startswith(" ") for name in records[0][1][1:]):
@@ -281,7 +286,7 @@ def _records(path: Path, text: str, delimiter: str, *, skips_spaces: bool = Fals
 
 
 def _physical_lines(text: str) -> Iterator[str]:
-    """Yield the lines with their line ends; io.StringIO would copy the text at four bytes per character."""
+    """Yield the lines with their line ends. This saves memory: io.StringIO would use four bytes per character."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
     start = 0
@@ -293,7 +298,7 @@ def _physical_lines(text: str) -> Iterator[str]:
 
 
 def _delimiter(path: Path, text: str, column: str | None) -> str:
-    """Return the delimiter that yields a prompt column in the first line, or else the one that yields most columns."""
+    """Return the delimiter that gives the header a prompt column or, failing that, the largest number of columns."""
     if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
         return "\t"
     wanted = {column} if column else set(PROMPT_COLUMNS)

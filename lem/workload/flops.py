@@ -1,11 +1,11 @@
 """Model FLOPs of the counted tokens, computed from the model's architecture.
 
-The count covers the matrix products of the forward pass, with a multiply-add as two operations. A token costs 2
+The count covers the matrix products of the forward pass; a multiply-add counts as two operations. A token costs 2
 operations for each weight that it passes through and, in each attention layer, 4·(heads·head_dim) operations for each
-position that it attends to (QKᵀ and the weighted sum of V). This is the usual accounting of model FLOPs (Kaplan et al.
-2020, arXiv 2001.08361, table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), without the approximation that
-all parameters are matrices. Padding, recomputation, norms and softmax are not counted. This module knows nothing about
-engines.
+position that it attends to (QKᵀ and the weighted sum of V). This is the usual way of counting model FLOPs (Kaplan et
+al. 2020, arXiv 2001.08361, table 1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B), but without the approximation
+that all parameters belong to matrices. Padding, recomputation, norms and softmax are not counted. This module knows
+nothing about engines.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class UnknownArchitecture(LemError):
 class Attention:
     """The attention of one or more layers, added up.
 
-    `width` is heads·head_dim; if the heads of keys and values differ in size, it is the mean of both products. A token
-    attends to itself and to all earlier positions. If `reach` is set, a token attends only to the last `reach`
-    positions, including itself; if `in_chunks` is also set, it attends only to the positions since the last multiple of
-    `reach`.
+    `width` is heads·head_dim; if the heads of keys and values differ in size, `width` is the mean of both products. By
+    default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to the last
+    `reach` positions, including its own; if `in_chunks` is also set, it attends only to the positions since the last
+    multiple of `reach`.
     """
 
     width: int
@@ -51,10 +51,10 @@ class Attention:
 class Architecture:
     """The dimensions that determine a decoder's FLOPs.
 
-    `body_weights` is the number of matrix weights that every token passes through (in a mixture of experts, only the
-    experts that the token is routed to). `head_weights` is the number of weights in the output projection, which is
-    computed only where a token is chosen. `attention` has one entry for each group of layers that attend
-    equally far back.
+    `body_weights` is the number of matrix weights that every token passes through; in a mixture of experts, this
+    includes only the experts to which a token is routed. `head_weights` is the number of weights in the output
+    projection, which is computed only where a token is chosen. `attention` has one entry for each group of layers that
+    attend equally far back.
     """
 
     body_weights: int
@@ -69,8 +69,8 @@ class Architecture:
 def forward_flops(arch: Architecture, input_tokens: int, output_tokens: int) -> float:
     """Return the FLOPs of one request: its prefill and the decode steps that follow.
 
-    The last output token is never fed back, so input + output - 1 tokens pass through the body; each output
-    token costs one output projection.
+    The last output token is never fed back into the model, so input + output - 1 tokens pass through the body. Each
+    output token costs one output projection.
     """
     if output_tokens < 1:
         return 0.0

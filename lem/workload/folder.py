@@ -1,7 +1,7 @@
 """Reads prompts from a local directory: a dataset with a card, a dataset saved by `datasets`, or plain files.
 
-Plain files must have the same format. The files that were read are reported, because a directory may contain more than
-the user expects. A directory that would be read only in part is refused.
+Plain files must all have the same format. The files that were read are reported, because a directory may contain more
+files than the user expects. If only some of a directory's files would be read, the directory is rejected.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from lem.workload.prompts import Rows, choose_column
 CARD = "README.md"
 # Files that `datasets` writes next to the data.
 NO_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-# More files that `datasets` never takes for data.
+# All files that `datasets` never reads as data.
 NEVER_DATA = (CARD, "config.json", "dummy_data.zip", *NO_DATA[:3])
-# The words by which `datasets` recognises a split in the names of files and folders, and what may stand around them.
+# The words by which `datasets` recognizes a split in the names of files and folders, and the characters that separate
+# such a word from the rest of a name.
 KEYWORDS = {
     "train": "train|training",
     "validation": "validation|valid|dev|val",
@@ -43,10 +44,11 @@ MOST_NAMED = 3
 
 
 def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
-    """Return the rows of a directory, and the split that they belong to.
+    """Return the rows of a directory, and the split to which they belong.
 
     Raises:
-        DatasetError: the directory contains nothing to read, lacks the split, or has files that would be skipped.
+        DatasetError: the directory contains nothing to read, lacks the split, cannot be read, or has files that would
+            be skipped.
     """
     try:
         return _rows(folder, dataset)
@@ -55,7 +57,7 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 
 
 def needs_library(folder: Path, dataset: Dataset) -> bool:
-    """Return whether the library has to read a directory, because its card assigns files to configurations and splits.
+    """Return whether the library has to read a directory, because a card assigns its files to configurations or splits.
 
     Raises:
         DatasetError: the card cannot be read.
@@ -96,7 +98,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def _configurations(folder: Path) -> list[Any]:
-    """Return the configurations in a dataset card, which assign files to splits."""
+    """Return the configurations in a directory's dataset card; each assigns files to splits."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -123,7 +125,7 @@ def _read(folder: Path, files: Sequence[Path], column: str | None) -> Rows:
 
 # ------------------------------------------------------------------ plain files
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split; the names of files and folders determine the split, as in `datasets`."""
+    """Return the files of a split; as in `datasets`, the names of files and folders determine the split."""
     data = sorted(_data_files(folder))
     if not data:
         raise DatasetError(f"The directory {folder} contains no file of prompts ({file.KNOWN}).")
@@ -138,8 +140,8 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     left_out = sorted(set(data) - {path for paths in of_split.values() for path in paths})
     if left_out:
         raise DatasetError(
-            f"The directory {folder} would be read only in part, without {_named(folder, left_out)}; select the files "
-            "to read with dataset.files, such as dataset.files='*.csv'."
+            f"Some files in the directory {folder} would not be read: {_named(folder, left_out)}; select the files to "
+            "read with dataset.files, such as dataset.files='*.csv'."
         )
     _refuse_split(folder, split, list(of_split))
     return of_split[split]
@@ -158,10 +160,10 @@ def _raise(error: OSError) -> None:
 
 
 def _splits(folder: Path) -> Mapping[str, list[Path]]:
-    """Return the data files of each split, which their names determine as in `datasets`.
+    """Return the data files of each split; as in `datasets`, the names of files and folders determine the splits.
 
-    The first of these that any file matches decides for all: numbered parts in the folder `data`, names of folders, and
-    names of files. Otherwise, all files belong to the split `train`.
+    There are three rules: numbered parts in the folder `data`, the names of folders, and the names of files. The first
+    rule that any file matches applies to all files. If no file matches a rule, all files belong to the split `train`.
     """
     names = sorted(_all_files(folder))
     data = [path for path in sorted(_data_files(folder)) if path.name not in NEVER_DATA]
@@ -175,7 +177,7 @@ def _splits(folder: Path) -> Mapping[str, list[Path]]:
 
 
 def _all_files(folder: Path) -> Iterator[PurePosixPath]:
-    """Yield the paths in the folder of all files whose names may determine the splits, whatever they contain."""
+    """Yield the paths, relative to the folder, of all files whose names may determine the splits, data or not."""
     for where, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
@@ -188,7 +190,7 @@ def _name_in(folder: Path, path: Path) -> PurePosixPath:
 
 
 def _numbered_parts(names: Sequence[PurePosixPath]) -> list[str]:
-    """Return the splits of numbered parts, the usual ones first."""
+    """Return the splits of numbered parts, beginning with those that have the usual names."""
     found = {match[1] for name in names if (match := NUMBERED_PART.fullmatch(str(name)))}
     return [split for split in KEYWORDS if split in found] + sorted(found - KEYWORDS.keys())
 
@@ -199,14 +201,14 @@ def _numbered_split(folder: Path, path: Path) -> str | None:
 
 
 def _is_in_folder_of(name: PurePosixPath, split: str) -> bool:
-    """Return whether a file is in a folder whose name has a keyword of the split, set off by separators."""
+    """Return whether a file is in a folder whose name contains a keyword of the split between separators."""
     return any(
         re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]})({SEPARATOR}.*)?", each) for each in name.parent.parts
     )
 
 
 def _is_named_after(name: PurePosixPath, split: str) -> bool:
-    """Return whether a file's name has a keyword of the split, set off by separators on both sides or at its start."""
+    """Return whether a file's name contains a keyword of the split between separators, or begins with one."""
     return bool(re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]}){SEPARATOR}.*", name.name))
 
 
@@ -217,7 +219,7 @@ def _named(folder: Path, paths: Sequence[Path]) -> str:
 
 # ------------------------------------------------------------------ saved by the library
 def _saved(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
-    """Read a dataset written by `save_to_disk`: a folder for each split, with Arrow files listed in its state.json."""
+    """Read a dataset written by `save_to_disk`: a folder for each split, with a state.json that lists Arrow files."""
     given = [name for name in ("config", "files") if getattr(dataset, name) is not None]
     if given:
         raise DatasetError(f"The directory {folder} was written by save_to_disk; leave out dataset.{given[0]}.")
@@ -240,7 +242,7 @@ def _listed(path: Path, key: str) -> list[str]:
         found = json.loads(path.read_text(encoding="utf-8"))[key]
         return [each if isinstance(each, str) else each["filename"] for each in found]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DatasetError(f"{path} cannot be read as a part of a saved dataset: {error}.") from None
+        raise DatasetError(f"{path} cannot be read as part of a saved dataset: {error}.") from None
 
 
 def _arrow(path: Path, column: str | None) -> Rows:

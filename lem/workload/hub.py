@@ -22,7 +22,7 @@ def read(path: str, config: str | None, files: str | None, split: str | None) ->
     Args:
         path: the hub id.
         config: the name of a configuration, if the dataset has several.
-        files: one file of a repository without configurations.
+        files: the file to read, if the repository has no configurations.
         split: the split to read; None means `train`.
 
     Raises:
@@ -49,7 +49,8 @@ def read_folder(
         folder: the directory.
         config: the name of a configuration, if the dataset has several.
         split: the split to read; None means `train`.
-        read: a function that reads the files; None if only the library can, because the card has options for it.
+        read: a function that reads the files; None if the library has to read them, because the card has options for
+            the library's reader.
 
     Raises:
         DatasetError: the directory cannot be read as a dataset, or lacks the configuration or split.
@@ -58,13 +59,13 @@ def read_folder(
 
     quiet(datasets)
     chosen = split or DEFAULT_SPLIT
-    # A separate cache is used, because the library's cache may be in a home directory that is not writable.
+    # The library's own cache is not used, because it may be in a home directory that is not writable.
     with tempfile.TemporaryDirectory(prefix="lem-datasets-") as cache:
         try:
             builder = datasets.load_dataset_builder(str(folder), config, cache_dir=cache)
             files = list((builder.config.data_files or {}).get(chosen, ()))
             is_local = bool(files) and all(Path(name).is_relative_to(folder.resolve()) for name in files)
-            # The data is streamed, because the library's cache tells directories apart only by the end of their paths.
+            # The data is streamed: the library's cache would mix up directories whose paths have the same end.
             rows = [] if read and is_local else list(builder.as_streaming_dataset(split=chosen))
         except Exception as error:  # the library raises many types of errors
             raise DatasetError(_sentence(str(folder), chosen, error)) from None
@@ -88,5 +89,5 @@ def _sentence(path: str, split: str, error: Exception) -> str:
     if Path(path).is_dir():
         return f"The directory {path} cannot be read as a dataset: {text}"
     if is_unreachable(error):
-        return f"Dataset {path} is not cached on this machine and the hub cannot be reached. {OFFLINE_HINT}"
+        return f"Dataset {path} is not cached on this machine, and the hub cannot be reached. {OFFLINE_HINT}"
     return f"Dataset {path} cannot be loaded: {text} {OFFLINE_HINT}"

@@ -38,7 +38,7 @@ class Model:
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """How the weights are quantized, as in config.json; empty if they are not."""
+        """How the weights are quantized, according to config.json; empty if they are not quantized."""
         found = self.config.get("quantization_config")
         return found if isinstance(found, dict) else {}
 
@@ -104,7 +104,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
-    """Refuse model types and classes that are not names, and a number of layers too large to build."""
+    """Reject model types and classes that are not names, and a number of layers that is too large to build."""
     kind, layers, classes = (config.get(name) for name in ("model_type", "num_hidden_layers", "architectures"))
     if not isinstance(kind, str | None):
         raise ModelError(f"{file}: model_type is {shown(kind)}, not a name; correct the file.")
@@ -122,7 +122,7 @@ def shown(value: Any) -> str:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse the directory of a LoRA adapter, because transformers would silently load only the base model."""
+    """Reject the directory of a LoRA adapter, because transformers would silently load only the base model."""
     file = folder / ADAPTER_FILE
     if not file.is_file():
         return
@@ -162,7 +162,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
                 "LoRA adapter, name its base with --model and the adapter with --adapter."
             ) from None
         if is_unreachable(error):
-            reason = "is not cached on this machine and the hub cannot be reached."
+            reason = "is not cached on this machine, and the hub cannot be reached."
         else:
             reason = f"cannot be read from the hub: {' '.join(str(error).split())[:200]}"
         raise ModelError(f"The model {name} {reason} {OFFLINE_HINT}") from None

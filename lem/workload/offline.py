@@ -1,8 +1,8 @@
-"""Switches to the Hugging Face hub's cache when the hub is unreachable, without regard to models or datasets.
+"""Switches to the Hugging Face hub's cache if the hub is unreachable, for models and datasets alike.
 
-Without a network, the hub's client retries for half a minute before it falls back on its cache. Looking up the host
-name shows immediately that the hub is unreachable; the client is then put into offline mode, so that it uses the
-cache.
+Without a network, the hub's client retries for half a minute before it falls back on its cache. A lookup of the hub's
+host name shows immediately that the hub is unreachable. The client is then put into offline mode, in which it uses only
+the cache.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def is_offline() -> bool:
 def use_cache_if_unreachable() -> None:
     """Put the hub's client, here and in child processes, into offline mode if the hub's host name does not resolve.
 
-    Call this before importing `huggingface_hub`, which reads the variable only once. Behind a proxy, nothing is
-    changed, because the name may resolve only at the proxy.
+    Call this before importing `huggingface_hub`, which reads the environment variable only once. Behind a proxy,
+    nothing is changed, because it may be that only the proxy can resolve the name.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return
@@ -43,7 +43,10 @@ def use_cache_if_unreachable() -> None:
 
 @dataclass(frozen=True)
 class Reach:
-    """Whether the hub answers and, in `problem`, why not. `host` is the hub's name, without any password."""
+    """Whether the hub responds and, if not, why (`problem`).
+
+    `host` is the hub's host name, without any password. `is_switched_off` says whether the client is in offline mode.
+    """
 
     host: str
     is_reachable: bool
@@ -54,8 +57,8 @@ class Reach:
 def reach(timeout_s: float = 3.0) -> Reach:
     """Send the hub a HEAD request for its front page, through a proxy if the environment names one.
 
-    The function returns after at most `timeout_s` seconds, even if the system is still looking up the name, because the
-    look-up has no time limit. In the client's offline mode, no request is sent.
+    The function returns after at most `timeout_s` seconds, even if the system is still looking up the host name, which
+    has no time limit of its own. In the client's offline mode, no request is sent.
     """
     try:
         parts = urlsplit(_endpoint())
@@ -65,7 +68,7 @@ def reach(timeout_s: float = 3.0) -> Reach:
         return Reach("HF_ENDPOINT", is_reachable=False, problem=f"it is not an address: {error}")
     if (os.environ.get(OFFLINE) or "").upper() in ("1", "ON", "YES", "TRUE"):
         return Reach(host, is_reachable=False, is_switched_off=True)
-    # User name and password are left out: they are not needed to check whether anything answers.
+    # The user name and password are left out, because checking whether the hub responds does not require them.
     address = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path}"
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(_problem(address, timeout_s)), name="hub", daemon=True).start()

@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """The rows of a file or dataset, with the location of each for use in messages.
+    """The rows of a file or dataset, with the location of each row for use in messages.
 
     Args:
         name: the file's path or the dataset's id.
@@ -97,8 +97,8 @@ def pick(
     """Take the prompts from rows: drop empty prompts, then draw `n` with the seed, keeping the order of the source.
 
     Raises:
-        DatasetError: the column does not exist, no column has a name that suggests prompts, a row lacks its prompt, or
-            there are no prompts. The message gives the file and line of a bad row.
+        DatasetError: the column does not exist, no column has a name that suggests prompts, a row has no prompt or one
+            that is not text, or there are no prompts. The message gives the location of the bad row.
     """
     placed = rows if isinstance(rows, Rows) else Rows(source, "row", list(rows))
     if not placed:
@@ -120,7 +120,7 @@ def pick(
 
 
 def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
-    """Return `n` of the texts, drawn without replacement and in their original order; all texts if there are fewer."""
+    """Return `n` of the texts, drawn without replacement, in their original order; all texts if there are too few."""
     if n is None or n >= len(texts):
         return list(texts)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]
@@ -163,7 +163,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def text_of(value: Any) -> str | None:
-    """Return a cell's prompt: the text itself, or the first user turn of a conversation; None for any other value.
+    """Return the prompt in a table's cell: its text, or the first user turn of a conversation; None for other values.
 
     A conversation is a list of turns, `{"from": "human", "value": …}` (ShareGPT) or
     `{"role": "user", "content": …}`. The prompt is empty if the cell is missing or the conversation has no user turn.
@@ -198,8 +198,8 @@ def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
         )
     if _is_conversation(text):
         raise DatasetError(
-            f"{rows.place(index)}: column '{column}' contains a conversation written as JSON text, which would be sent "
-            "as it is; convert it to a list of turns."
+            f"{rows.place(index)}: column '{column}' contains a conversation in the form of JSON text, which would be "
+            "sent unchanged as the prompt; convert the conversation to a list of turns."
         )
     if not text.isascii():
         try:
@@ -210,7 +210,7 @@ def _checked_text(row: Row, column: str, rows: Rows, index: int) -> str:
 
 
 def _is_conversation(text: str) -> bool:
-    """Return whether a text is the JSON of a list of turns rather than a prompt."""
+    """Return whether a text is a list of turns in JSON rather than a prompt."""
     if not CONVERSATION.match(text):
         return False
     try:

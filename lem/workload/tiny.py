@@ -1,9 +1,9 @@
 """The built-in model `tiny`: a small Llama with random weights, created on first use in the user's cache.
 
-Its files are always byte-for-byte the same. The weights are uniform random numbers from MT19937, and numpy guarantees
-that this stream never changes. The tokenizer is trained on the prompts that come with lem. The model's text is
-meaningless, but the model does as much work as a real model of its size. Creating it requires neither torch nor
-transformers.
+The model's files are always the same, byte for byte. The weights are uniform random numbers from MT19937; numpy
+guarantees that this stream never changes. The tokenizer is trained on the prompts that come with lem. The model's text
+is meaningless, but the model does as much work as a real model of its size. Creating the model requires neither torch
+nor transformers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def cache_dir() -> Path:
 
 
 def _make(target: Path) -> None:
-    """Write all files to a temporary directory and rename it, so that two processes can do this at the same time."""
+    """Write all files to a temporary directory, then rename it, so that two processes can do this at the same time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -100,7 +100,7 @@ def _make(target: Path) -> None:
         scratch.chmod(0o755)
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # if it exists now, another process was faster and wrote the same files
+        if not target.is_dir():  # if the target exists now, another process was faster and wrote the same files
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,8 +1,8 @@
 """TTFT, inter-token latency and time per output token of one request, computed from its chunks of tokens.
 
-An engine delivers tokens in chunks. Most chunks have one token; with speculation or over a network, a chunk can have
-several. Latencies are per token, never per chunk: the tokens of a chunk are spread evenly over the time since the
-previous chunk. This module knows nothing about engines.
+An engine delivers tokens in chunks. Most chunks have one token; with speculative decoding or over a network, a chunk
+can have several. Latencies are per token, never per chunk: the tokens of a chunk are spread evenly over the time since
+the previous chunk. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TokenTimes:
     """The latencies of one request's tokens.
 
     `ttft_s` is the time to the first token, `itl_s` holds the gap before each later token, and `tpot_s` is the mean
-    gap, or None if there is only one token. `spread` is True if tokens of a chunk were spread over the time since the
-    previous chunk.
+    gap, or None if there is only one token. `spread` says whether any chunk had several tokens, so that their times had
+    to be spread over the time since the previous chunk.
     """
 
     ttft_s: float
@@ -61,7 +61,7 @@ def token_times(start_ns: int, chunks: Sequence[Chunk]) -> TokenTimes | None:
 
 
 def first_tokens(chunks: Sequence[Chunk], count: int) -> tuple[Chunk, ...]:
-    """Return the chunks cut to the first `count` tokens, because an engine may continue after the end token."""
+    """Return the chunks cut to the first `count` tokens; an engine may have continued after the end token."""
     kept: list[Chunk] = []
     for chunk in chunks:
         if count <= 0:

@@ -1,4 +1,4 @@
-"""The arrival of requests: all at once, at a rate, at a fixed concurrency, or as recorded in a trace.
+"""The arrival of requests: all at once, at a given rate, with a fixed concurrency, or as recorded in a trace.
 
 Requests of open-loop traffic (constant, poisson, trace) arrive whether or not the engine keeps up, and wait in a queue.
 This module knows nothing about engines or meters. All times in ns are readings of `Arrivals.clock`.
@@ -31,7 +31,7 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
 
     In Poisson traffic, the gaps between requests and the gap before the first request are exponential, with a mean of
     1 / target_qps. In constant traffic, the first request arrives immediately. The same seed gives the same times, and
-    a longer run starts with the times of a shorter run.
+    a longer run begins with the same times as a shorter run.
 
     Raises:
         BadInput: the trace cannot be read, or has fewer arrivals than the run has requests.
@@ -49,18 +49,18 @@ def arrival_times_s(traffic: Traffic, count: int, seed: int) -> list[float]:
 
 
 def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
-    """Return the arrival times of the requests that are in the system, given the ends of earlier requests.
+    """Return the arrival times of the requests that are in the system now, given the ends of earlier requests.
 
     Args:
-        concurrency: the fixed number of requests in the system. The first ones arrive at 0; each later request arrives
-            when another ends.
+        concurrency: the fixed number of requests in the system. That many requests arrive at 0; each later request
+            arrives when another one ends.
         ends_s: the times at which requests have ended so far.
     """
     return sorted([*[0.0] * concurrency, *ends_s])[len(ends_s) :]
 
 
 def recorded_times_s(traffic: Traffic, count: int) -> list[float] | None:
-    """Return the arrival times in a trace; None for other patterns, which are computed from the configuration.
+    """Return the arrival times in a trace; None for other patterns, whose times are computed from the configuration.
 
     Raises:
         BadInput: see `read_trace`.
@@ -91,7 +91,7 @@ def read_trace(path: Path, count: int) -> list[float]:
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in ascending order, or raise ValueError with the line of an invalid time."""
+    """Return the times of a trace in ascending order; raise ValueError with the number of a line with a wrong time."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]
@@ -123,7 +123,7 @@ class Arrived(Generic[T]):
 
 
 class Arrivals(Generic[T]):
-    """The requests of a window as they arrive; with a fixed concurrency, a request arrives when another finishes."""
+    """The requests of a window as they arrive; with a fixed concurrency, one arrives whenever another finishes."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """With a fixed concurrency, let `count` more requests arrive, because that many have finished at `at_ns`."""
+        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, others then take their places."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
@@ -186,7 +186,8 @@ def in_turn(
 ) -> Iterator[tuple[Sequence[Arrived[T]], Sequence[R]]]:
     """Serve arrivals with an engine that works on one batch at a time.
 
-    If no request is waiting, this sleeps until the next arrival; otherwise it takes up to `at_most` waiting requests.
+    If no request is waiting, the function sleeps until the next arrival. Otherwise, it takes up to `at_most` waiting
+    requests.
 
     Yields:
         The batch that was taken, and the outputs of a part of the batch as soon as that part is finished.
@@ -211,7 +212,7 @@ def as_places_become_free(
 ) -> Iterator[Sequence[R]]:
     """Serve arrivals with an engine that accepts requests between steps of its work.
 
-    If the engine has nothing to do, this sleeps until the next arrival.
+    If the engine has nothing to do, the function sleeps until the next arrival.
 
     Args:
         arrivals: the requests and their arrival times.
@@ -235,5 +236,5 @@ def as_places_become_free(
 
 def _sleep_until_the_next(arrivals: Arrivals[T]) -> None:
     next_ns = arrivals.next_ns()
-    assert next_ns is not None  # no request is running, so the next arrival is not waiting for one to finish
+    assert next_ns is not None  # no request is running, so the next arrival does not wait for one to finish
     arrivals.clock.sleep_until(next_ns)

@@ -1,7 +1,8 @@
 """The contents of a checkpoint, as described by its index and the headers of its files; no weights are read.
 
-The module detects problems that would otherwise be noticed only during loading: files that are missing or cut short,
-and Git LFS pointers. It also reports the names and shapes of the tensors. It needs neither torch nor transformers.
+The module detects problems that would otherwise show up only when the model is loaded: files that are missing or cut
+short, and Git LFS pointers. It also reports the names and shapes of the tensors. It needs neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 POINTER = b"version https://git-lfs"
 ZIP = b"PK"
-# A safetensors file begins with an integer of LENGTH_BYTES bytes: the length of its header, at most LONGEST_HEADER
-# bytes.
+# A safetensors file begins with an integer of LENGTH_BYTES bytes. This is the length of its header, which has at most
+# LONGEST_HEADER bytes.
 LENGTH_BYTES, LONGEST_HEADER = 8, 100_000_000
 
-# The maximum number of names per kind that a record keeps; if thousands are missing, the first few are enough.
+# The maximum number of names of each kind that a record keeps; if thousands are missing, the first few are enough.
 KEPT = 20
 
 Kind = Literal["pointer", "missing", "damaged"]
@@ -56,7 +57,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Fit:
-    """The names of tensors that the checkpoint lacks, that the model does not use, and that have mismatched shapes."""
+    """The names of tensors that the checkpoint lacks, that the model does not use, or whose shapes do not match."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ class Fit:
 
 
 def flaws(folder: Path) -> Iterator[Flaw]:
-    """Yield the flaws of the checkpoint files in a folder; nothing if the folder contains no weights at all."""
+    """Yield the flaws of the checkpoint files in a folder; if the folder contains no weights at all, yield nothing."""
     index = _index(folder)
     if index is not None and (flaw := _pointer(index) or _damaged_index(index)):
         yield flaw
@@ -87,7 +88,8 @@ def flaws(folder: Path) -> Iterator[Flaw]:
 def has_any(folder: Path, *, of_any_name: bool = False) -> bool:
     """Return whether a folder has weights, or an index of weights, under a name that transformers looks for.
 
-    With `of_any_name`, other names also count, because some engines read files such as consolidated.safetensors.
+    If `of_any_name` is True, weight files with other names also count, because some engines read them (for example,
+    consolidated.safetensors).
     """
     if of_any_name and any(file.suffix in SUFFIXES for file in folder.iterdir()):
         return True
@@ -103,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a checkpoint by name; None unless all files are present and in safetensors format."""
+    """Return the tensors of a checkpoint by name; None unless all files are present and in the safetensors format."""
     files = weight_files(folder)
     if not files or any(file.suffix != ".safetensors" for file in files):
         return None
@@ -123,14 +125,14 @@ def of_integers(folder: Path) -> tuple[str, ...]:
 
 
 def archives(folder: Path) -> list[Path]:
-    """Return a checkpoint's files if all are torch archives, whose tensors only torch can list; otherwise none."""
+    """Return a checkpoint's files if all are torch archives, whose tensors only torch can list; otherwise, no files."""
     files = weight_files(folder)
     are_archives = all(file.suffix != ".safetensors" and _beginning(file, len(ZIP)) == ZIP for file in files)
     return files if are_archives else []
 
 
 def pointer(file: Path) -> Flaw | None:
-    """Return a flaw if the file is a Git LFS pointer instead of the real file."""
+    """Return a flaw if a file is a Git LFS pointer instead of the real file; otherwise None."""
     return _pointer(file) if file.is_file() else None
 
 
@@ -185,7 +187,7 @@ def _damaged_safetensors(file: Path) -> Flaw | None:
     except OSError as error:
         return Flaw("damaged", f"{file} cannot be read: {error.strerror}.")
     except ValueError:
-        return Flaw("damaged", f"{file} ({size:,} bytes) has no readable header: it is damaged, or cut short.")
+        return Flaw("damaged", f"{file} ({size:,} bytes) has no readable header: it is damaged or cut short.")
     if size < header.file_bytes:
         return Flaw("damaged", f"{file} is cut short: it has {size:,} of {header.file_bytes:,} bytes.")
     return None

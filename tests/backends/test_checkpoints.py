@@ -145,7 +145,7 @@ LACKING = [half_of_them, no_head, fewer_layers, one_kind_in_all_layers, the_last
 @pytest.mark.parametrize("spoil", LACKING)
 def test_missing_weights_refuse_the_run_while_loading_too(copied, spoil):
     spoil(copied)
-    with pytest.raises(RunError, match=r"lacks weights, which transformers has initialised at random: .*--force"):
+    with pytest.raises(RunError, match=r"lacks weights, which transformers has initialized at random: .*--force"):
         loaded(copied)
 
 

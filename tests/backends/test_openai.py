@@ -541,7 +541,7 @@ def test_a_failed_request_has_its_reason_in_a_sentence_and_its_times(served, beh
 def test_a_server_that_counts_other_input_ends_the_run(served, streaming):
     server, backend = served(streaming=Streaming(enabled=streaming))
     server.behaviour = Behaviour(extra_input=1)
-    with pytest.raises(RunError, match="counts 4 input tokens for prompt 0, but 3 were sent"):
+    with pytest.raises(RunError, match="counted 4 input tokens for prompt 0, but 3 were sent"):
         run(backend, 1)
     assert backend.counters() is None
 

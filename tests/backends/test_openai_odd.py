@@ -292,16 +292,16 @@ FAULTS = {
         r"worker died\.",
     ),
     "HTML": (lambda _: [response(HTML, status=502)], "HTTP 502: an HTML page, titled 502 Bad Gateway."),
-    "HTML, well": (lambda _: [response(HTML, kind="text/html")], "it sent an HTML page, titled 502 Bad Gateway."),
+    "HTML, well": (lambda _: [response(HTML, kind="text/html")], "the server sent an HTML page, titled 502 Bad Gat.*"),
     "redirect": (
         lambda _: [response(b"", status=307, Location="https://h/v2/completions")],
-        r"HTTP 307: it redirects to https://h/v2/completions; set backend\.url to the final address\.",
+        r"HTTP 307: the server redirects to https://h/v2/completions; set backend\.url to the final address\.",
     ),
     "brotli": (
-        lambda _: [response(b"\x8b\x03\x80abc\x03", Content_Encoding="br")], r"its response is compressed \(br\), .*",
+        lambda _: [response(b"\x8b\x03\x80abc\x03", Content_Encoding="br")], r"the response is compressed \(br\), .*",
     ),
     "damaged gzip": (
-        lambda b: [response(gzip.compress(whole(b))[:20] + b"\xff" * 50, Content_Encoding="gzip")], "its compressed .*",
+        lambda b: [response(gzip.compress(whole(b))[:20] + b"\xff" * 50, Content_Encoding="gzip")], "the compressed .*",
     ),
     "cut gzip": (lambda b: [response(gzip.compress(whole(b))[:-12], Content_Encoding="gzip")], "The server ended .*"),
     "cut stream": (lambda b: [response(some(b), kind=EVENT_STREAM, length=False)], "The server ended its response .*"),
@@ -318,33 +318,34 @@ FAULTS = {
         "The server ended its response .*",
     ),
     "nothing": (lambda _: [], "The connection to the server at .* was lost: .*"),
-    "an empty response": (lambda _: [response(b"")], "it sent something other than a JSON object: nothing."),
-    "no completion": (lambda _: [response(b'{"ok": true}')], r"it sent no completion \(no choices\)\."),
-    "odd choices": (lambda _: [response(b'{"choices": [null]}')], "its choices are not those of a completion."),
-    "odd ids": (lambda _: [response(b'{"choices": [{"token_ids": ["a"]}]}')], "its token_ids are not a list of .*"),
-    "deep JSON": (lambda _: [response(b"[" * 100_000)], "it sent something other than a JSON object: .*"),
-    "binary": (lambda _: [response(bytes(range(256)) * 10)], "it sent something other than a JSON object: .*"),
+    "an empty response": (lambda _: [response(b"")], "the server sent something other than a JSON object: nothing."),
+    "no completion": (lambda _: [response(b'{"ok": true}')], r"the server sent no completion \(no choices\)\."),
+    "odd choices": (lambda _: [response(b'{"choices": [null]}')], "the response's choices are not those of a .*"),
+    "odd ids": (lambda _: [response(b'{"choices": [{"token_ids": ["a"]}]}')], "the response's token_ids are not a .*"),
+    "deep JSON": (lambda _: [response(b"[" * 100_000)], "the server sent something other than a JSON object: .*"),
+    "binary": (lambda _: [response(bytes(range(256)) * 10)], "the server sent something other than a JSON object: .*"),
     "not HTTP": (lambda _: [b"\x1b[31mSSH-2.0-OpenSSH\r\n\r\n"], "The connection to the server at .* was lost: .*"),
     "counts that fall": (
         lambda b: stream(events(b, ids=False, each=lambda n: usage(5 - n), final=False)),
-        r"its token counts contradict each other: first 4, then 3\.",
+        r"the server's token counts contradict each other: first 4, then 3\.",
     ),
     "counts that contradict ids": (
         lambda b: stream([*events(b, final=False), {"choices": [], "usage": usage(9)}]),
-        "it sent 4 token ids but counted 9 output tokens.",
+        "the server sent 4 token ids but counted 9 output tokens.",
     ),
     "no counts": (
         lambda b: stream(events(b, ids=False, final=False)), r".*set backend\.count=tokenizer to count tokens with .*",
     ),
     "abort": (lambda b: stream(events(b, finish="abort")), "The server stopped generating: abort."),
     "a line without end": (
-        lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x" * 2**20] * 9], "it sent an event of .*",
+        lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x" * 2**20] * 9],
+        "the server sent an event of .*",
     ),
     "gigabytes": (
-        lambda _: [response(b"{", length=False), *[b" " * 2**20] * 70], "it sent more than 64 MiB, .*",
+        lambda _: [response(b"{", length=False), *[b" " * 2**20] * 70], "the server sent more than 64 MiB, .*",
     ),
     "a bomb": (
-        lambda _: [response(BOMB, Content_Encoding="gzip")], "it sent more than 64 MiB, .*",
+        lambda _: [response(BOMB, Content_Encoding="gzip")], "the server sent more than 64 MiB, .*",
     ),
     "an error of gigabytes": (
         lambda _: [response(b"no\n", status=500, length=False), *[b"x" * 2**20] * 200], "HTTP 500: no xxx.*",
@@ -373,11 +374,11 @@ FAULTS = {
     ),
     "tokens for ever": (
         lambda b: [response(b"", kind=EVENT_STREAM, length=False), *[some(b, 1) * 10, 0.001] * 20_000],
-        r"it sent more than 1064 events with output, and would not stop\.",
+        r"the server sent more than 1064 events with output and did not stop\.",
     ),
     "counts of each event": (
         lambda b: stream(events(b, ids=False, each=lambda _: usage(1), final=False)),
-        r"it sent text in 4 events but counted 1 output tokens; set backend\.count=tokenizer .*",
+        r"the server sent text in 4 events but counted 1 output tokens; set backend\.count=tokenizer .*",
     ),
     "a drip": (
         lambda _: [response(b"data: ", kind=EVENT_STREAM, length=False), *[b"x", 0.05] * 200],
@@ -497,7 +498,7 @@ def test_other_lists_of_models_are_read(served, listed):
 @pytest.mark.parametrize("page", [response(bytes(2**25), length=False), response(BOMB, Content_Encoding="gzip")])
 def test_pages_of_any_size_are_refused(served, page):
     """A list of models or a page of metrics that is too large is not read to its end."""
-    with pytest.raises(RunError, match=r"/v1/models cannot be read: it sent more than 16 MiB"):
+    with pytest.raises(RunError, match=r"/v1/models cannot be read: the server sent more than 16 MiB"):
         served(lambda body: stream(events(body)), others=lambda _: page)
     _, backend = served(
         lambda body: stream(events(body)), others=lambda path: response(MODELS) if path == "/v1/models" else page
@@ -523,7 +524,7 @@ def test_what_a_server_says_about_itself_may_be_anything(served):
 
 def test_a_redirected_server_is_named(served):
     moved = response(b"", status=308, location="https://h:1/v1/models")
-    with pytest.raises(RunError, match=r"HTTP 308: it redirects to https://h:1/v1/models; set backend\.url"):
+    with pytest.raises(RunError, match=r"HTTP 308: the server redirects to https://h:1/v1/models; set backend\.url"):
         served(lambda _: [], others=lambda _: moved)
 
 
@@ -552,7 +553,7 @@ def test_retry_after_is_honoured_in_closed_runs(served, status):
     assert min(gaps_s) >= 1.0
     assert (g.end_ns - g.start_ns) / NS_PER_S >= 2.0, "latency counts from the first time"
     texts = {each.code: each.text for each in backend.warnings()}
-    assert "sent again 2 times" in texts["requests_retried"]
+    assert "sent requests again 2 times" in texts["requests_retried"]
 
 
 def test_a_server_that_stays_busy_is_not_asked_for_ever(served):

@@ -509,7 +509,7 @@ def test_a_request_that_the_engine_does_not_take_is_reported(loaded, texts, monk
     backend = loaded(TINY)
     monkeypatch.setattr(backend._loaded.engine.args, "max_num_tokens", 1)
     prompts = [replace(p, index=p.index + 3) for p in loaded(TINY).encode(texts[:1])]
-    with pytest.raises(RunError, match="refuses prompt 3: The sum of prompt length"):
+    with pytest.raises(RunError, match="rejects prompt 3: The sum of prompt length"):
         list(backend.generate(prompts))
 
 

@@ -303,7 +303,7 @@ def test_a_step_in_the_trace_is_integrated_at_its_samples(tmp_path):
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("t_s;power_w\n0;1\n", "separated by semicolons; the separator must be a comma"),
+        ("t_s;power_w\n0;1\n", "separated by semicolons; separate them with commas"),
         ("t_s,power_w\n0\n", "fewer values than the header has columns"),
         ("time,power_w\n0,1\n", "no column 't_s'"),
         ("t_s,power_w\n0,much\n", "cannot be read"),

@@ -301,6 +301,6 @@ def test_a_run_that_was_not_forced_fails_where_only_the_loader_finds_that_weight
     failed = lem(*RUN_HEADLESS, "energy=none")
     assert failed.code == 1
     assert (
-        "headless lacks weights, which transformers has initialised at random: lm_head.weight."
+        "headless lacks weights, which transformers has initialized at random: lm_head.weight."
         in failed.err + failed.out
     )

@@ -477,7 +477,7 @@ def test_unreachable_hub_says_so_and_names_the_prompts_that_come_with_lem(tmp_pa
         text=True,
         timeout=120,
     )
-    assert "someone/something is not cached on this machine and the hub cannot be reached" in done.stdout
+    assert "someone/something is not cached on this machine, and the hub cannot be reached" in done.stdout
     assert "-d sample" in done.stdout
     assert "Traceback" not in done.stderr
 

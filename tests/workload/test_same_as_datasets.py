@@ -113,8 +113,8 @@ def test_prompts_of_a_directory_are_those_of_the_library(tmp_path, names):
         ("missing.jsonl", lines({"prompt": "a"}, {"id": 2}), "line 2 has no 'prompt'"),
         ("mixed.jsonl", lines({"prompt": "a"}, {"prompt": 3}), "contains int values, not text"),
         ("key.json", json.dumps({"version": 1, "data": [{"prompt": "a"}]}).encode(), "rows in the list 'data'"),
-        ("short.csv", b"prompt,id\na,1\nb\n", "line 3 has 1 field where line 1 has 2"),
-        ("half.jsonl", b'{"prompt": "\\ud83d"}\n', "U+D83D is half of a character"),
+        ("short.csv", b"prompt,id\na,1\nb\n", "line 3 has 1 field, but line 1 has 2"),
+        ("half.jsonl", b'{"prompt": "\\ud83d"}\n', "U+D83D is only half of a character"),
     ],
 )
 def test_files_in_which_prompts_are_not_certain_are_refused(tmp_path, name, content, sentence):
