@@ -23,7 +23,7 @@ from typing import Any
 
 from bench import peers_job, peers_load
 from lem.machine.host import cpu_model
-from lem.results.statistics import summarise
+from lem.results.statistics import summarize
 
 Turns = dict[str, list[dict[str, float | None]]]
 DIRECTORY = Path(".nox")
@@ -53,7 +53,7 @@ def compare(turns: Turns, references: Mapping[str, str]) -> dict[str, dict[str, 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     """Return the geometric mean of the ratios of paired figures, with its 95 % interval over the turns."""
     logs = [math.log(own / base) for own, base in pairs if own > 0 and base > 0]
-    found = summarise(logs)
+    found = summarize(logs)
     return {
         "ratio": None if found.mean is None else math.exp(found.mean),
         "ratio_low": None if found.ci95_low is None else math.exp(found.ci95_low),

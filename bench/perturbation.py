@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lem.results.statistics import summarise
+from lem.results.statistics import summarize
 from lem.workload import builtin, tiny
 
 BARE = Path(__file__).with_name("bare.py")
@@ -263,7 +263,7 @@ class Ratio:
 
 def ratio_of(name: str, runs: Sequence[tuple[Run, Run]], case: Case) -> Ratio:
     """Combine one ratio over the pairs; the medians are those of the quantity itself."""
-    found = summarise([math.log(ratios_of(case, lem, bare)[name]) for lem, bare in runs])
+    found = summarize([math.log(ratios_of(case, lem, bare)[name]) for lem, bare in runs])
     assert found.mean is not None
     low, high = (None if each is None else math.exp(each) for each in (found.ci95_low, found.ci95_high))
     medians = [statistics.median(quantity(name, pair[side]) for pair in runs) for side in (0, 1)]

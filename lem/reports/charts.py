@@ -41,7 +41,7 @@ BARS = (
 
 
 # Distinguishable with all common kinds of color blindness (Okabe and Ito 2008).
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b8a900")
 # The height of a bar with the space around it, and of a cell of a heat map, in pixels.
 STEP_PX = 24
 CELL_PX = 48
@@ -157,7 +157,7 @@ def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence
     text = f"Line of {len(samples)} samples: power from {_range(samples, 'power_w')} W"
     note = "The temperature was not measured."
     if warm:
-        dashed = {"strokeWidth": 1.5, "strokeDash": [4, 3], **({} if several else {"color": COLOURS[5]})}
+        dashed = {"strokeWidth": 1.5, "strokeDash": [4, 3], **({} if several else {"color": COLORS[5]})}
         layers.append(_over_the_window("temperature_c", "temperature (°C), dashed", dashed, warm, several))
         independent["y"] = "independent"
         text += f" and temperature from {_range(warm, 'temperature_c')} °C"

@@ -19,7 +19,7 @@ from typing import Any
 
 from lem import __version__
 from lem.quantities import printable
-from lem.reports.charts import COLOURS, Chart
+from lem.reports.charts import COLORS, Chart
 from lem.reports.content import COLUMNS, Content, Setting, Trust
 from lem.results.merging import is_estimated
 from lem.results.schema import ExperimentRow
@@ -101,7 +101,7 @@ def _finite(value: Any) -> Any:
 def _data(content: Content) -> dict[str, Any]:
     return {
         "charts": [{"spec": chart.spec, "alt": chart.alt} for chart in content.charts],
-        "colours": COLOURS,
+        "colors": COLORS,
         "columns": [[head, unit] for head, unit in COLUMNS.values()],
         "rows": [[_value(row, name) for name in COLUMNS] for row in content.rows],
         "estimated": [i for i, row in enumerate(content.rows) if is_estimated(row.energy_source)],

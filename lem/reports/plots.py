@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.errors import ResultsError
-from lem.reports.charts import COLOURS, Chart, Spec
+from lem.reports.charts import COLORS, Chart, Spec
 from lem.results.files import write_atomically
 
 PACKAGE = "vl_convert"
@@ -114,9 +114,9 @@ def _config(legend_columns: int) -> Spec:
         "axis": {**text, **plain, "domainColor": INK, "tickColor": INK, "gridColor": FAINT, "labelLimit": 110},
         "axisQuantitative": {"labelOverlap": "greedy", "labelSeparation": 4},
         "legend": {**text, **plain, "orient": "bottom", "columns": legend_columns, "labelLimit": 240, "symbolSize": 50},
-        "mark": {"color": COLOURS[0]},
+        "mark": {"color": COLORS[0]},
         "point": {"size": 25},
-        "range": {"category": COLOURS},
+        "range": {"category": COLORS},
         "view": {"stroke": FAINT},
     }
 

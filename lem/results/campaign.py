@@ -35,7 +35,7 @@ from lem.results.directory import ExperimentDir
 from lem.results.merging import is_estimated
 from lem.results.nodes import Block, Spread, spread
 from lem.results.schema import ExperimentRow
-from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarise
+from lem.results.statistics import CONFIDENCE, detectable_errors, line_through, summarize
 from lem.results.stopping import ANALYSES, Rule, is_narrow, rule_of
 from lem.results.store import ID, Store, results_flag
 from lem.spec.campaign import NAME, Campaign, square_size, whole_squares
@@ -450,7 +450,7 @@ def _arm_row(definition: Definition, name: str, measure: str, cells: Sequence[Ce
     rows = [cell.row for cell in own if cell.row is not None]
     sources = dict.fromkeys(row.energy_source for row in rows if row.energy_source)
     values = [getattr(row, measure) for row in rows]
-    summary = summarise([] if None in values else values)
+    summary = summarize([] if None in values else values)
     return ArmRow(
         campaign=definition.name,
         arm=name,

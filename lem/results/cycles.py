@@ -16,7 +16,7 @@ from lem.results.columns import Columns, of_each, quotients, where
 from lem.results.merging import as_text, is_estimated, joined, once_each, total, weighted
 from lem.results.parquet import columns
 from lem.results.schema import ExperimentRow
-from lem.results.statistics import summarise
+from lem.results.statistics import summarize
 
 # The quantities that have columns for their spread over the cycles, with the stem and unit suffix of those columns.
 SPREADS = {
@@ -206,7 +206,7 @@ def _spreads(groups: Sequence[Sequence[int]], of_cycles: Columns, have_one_energ
         values = [_at(group, of_cycles[name]) for group in groups]
         shown = have_one_energy if "energy" in stem else [True] * len(groups)
         found = [
-            summarise(each) if show and None not in each else None for each, show in zip(values, shown, strict=True)
+            summarize(each) if show and None not in each else None for each, show in zip(values, shown, strict=True)
         ]
         for part in ("mean", "sd", "ci95_low", "ci95_high"):
             spreads[f"{stem}_{part}{unit}"] = of_each(found, part)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from lem.results.campaign import MEASURES, SUSPICIOUS, Answer, CellEntry, PairRow, detectable_ratio
 from lem.results.compare import expected_degrees_of_freedom, holm
 from lem.results.merging import is_estimated
-from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, summarise, t_quantile
+from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, summarize, t_quantile
 from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
 
@@ -222,7 +222,7 @@ def _floor(answer: Answer, measure: str) -> Floor:
         return Floor(measure, 0, reason=f"no cycle has a value for {measure} in both cells")
     if n < LEAST_PAIRS:
         return Floor(measure, n, reason=_too_few(n, "pair", "a standard deviation", LEAST_PAIRS))
-    sd = summarise(ratios).sd
+    sd = summarize(ratios).sd
     if not sd:
         return Floor(measure, n, reason="all pairs of cells have the same ratio, so no noise is visible")
     return Floor(
@@ -297,7 +297,7 @@ def _position(cells: Sequence[CellEntry], measure: str) -> Change:
     pairs = _pairs(cells, measure)
     if len(pairs) < LEAST_PAIRS:
         return Change(len(pairs), reason=_too_few(len(pairs), "pair", "comparing positions", LEAST_PAIRS))
-    found = summarise([second - first for first, second in pairs.values()])
+    found = summarize([second - first for first, second in pairs.values()])
     of_cycles = line_through([float(cycle) for cycle in pairs], [math.fsum(both) / 2 for both in pairs.values()])
     assert found.mean is not None
     assert of_cycles is not None

@@ -25,7 +25,7 @@ class Summary:
     ci95_high: float | None
 
 
-def summarise(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
     """Summarize values; a mean needs at least one value, and a spread at least two.
 
     The standard deviation is the sample standard deviation (n - 1). The interval assumes independent, roughly normal

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lem.results.compare import holm
-from lem.results.statistics import Summary, summarise
+from lem.results.statistics import Summary, summarize
 
 # The level of the tests of one schedule together. It is below 5 %, so that "no variation" is right in at least 95 % of
 # schedules without variation even if the assumptions of the tests hold only approximately
@@ -237,7 +237,7 @@ def _of_weekdays(cells: Sequence[_Cell]) -> tuple[Level, ...]:
 
 
 def _level(name: str, runs: int, logs: Sequence[float]) -> Level:
-    of: Summary = summarise(logs)
+    of: Summary = summarize(logs)
     low, high = (None if end is None else math.exp(end) for end in (of.ci95_low, of.ci95_high))
     return Level(name, runs, len(logs), math.exp(of.mean or 0.0), low, high)
 

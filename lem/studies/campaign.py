@@ -49,7 +49,7 @@ from lem.results.files import NO_SPACE, DiskFull, needs_space, write_atomically
 from lem.results.jobs import Ledger
 from lem.results.merging import total
 from lem.results.plan import FINISHED
-from lem.results.statistics import summarise
+from lem.results.statistics import summarize
 from lem.results.stopping import ANALYSES, cycles_at_most, rule_of
 from lem.results.store import Store, results_flag
 from lem.runner.preflight import Ready, preflight, wants_gpu
@@ -1069,7 +1069,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
         own = rows_like(arm.experiment, rows)
         values = [value for row in own if (value := getattr(row, campaign.primary))]
         if len(values) > 1:
-            spreads.append(summarise([math.log(value) for value in values]).sd or 0.0)
+            spreads.append(summarize([math.log(value) for value in values]).sd or 0.0)
         count = cells.get(number, 0)
         if not own and count:
             unknown.append(arm.name)

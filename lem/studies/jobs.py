@@ -67,7 +67,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
         return 0
     seen = continuing.cancel(study)
     if seen is None:
-        print("The jobs have been cancelled; the command that follows them will record their end.")
+        print("The jobs have been canceled; the command that follows them will record their end.")
     else:
         print(f"{_counts(seen)}. To resume what is unfinished, run the command that started the study again.")
     return 0

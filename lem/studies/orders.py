@@ -56,7 +56,7 @@ def _cycle(structure: Structure, arms: int, cycle: int, seed: int, before: Seque
         return range(arms)
     if structure == "latin":
         square, row = divmod(cycle - 1, square_size(arms))
-        return _relabelled(williams_square(arms), _random(seed, "square", square), row)
+        return _relabeled(williams_square(arms), _random(seed, "square", square), row)
     chance = _random(seed, "cycle", cycle)
     found = list(range(arms))
     for _ in range(DRAWS):
@@ -78,7 +78,7 @@ def _random(seed: int, what: str, number: int) -> random.Random:
     return random.Random(f"{seed}/{what}/{number}")
 
 
-def _relabelled(square: Sequence[Sequence[int]], chance: random.Random, row: int) -> list[int]:
+def _relabeled(square: Sequence[Sequence[int]], chance: random.Random, row: int) -> list[int]:
     """Return a row of the square after shuffling its rows and renaming its arms at random."""
     rows, names = list(square), list(range(len(square[0])))
     chance.shuffle(rows)

@@ -57,7 +57,7 @@ from lem.workload.traffic import recorded_times_s
 FIRST_PAUSE_S, SLOWER = 0.5, 1.3
 # How long Slurm's controller may fail to answer before its jobs count as lost.
 UNREACHABLE_S = 600.0
-# How long cancelled jobs may take to save their finished requests.
+# How long canceled jobs may take to save their finished requests.
 STOP_S = 30.0
 # How long sbatch may still take to submit an array after the command that called it was killed.
 SUBMITTING_S = 30.0
@@ -275,7 +275,7 @@ class SlurmRunner(Runner):
         if self.ledger is not None and not self.is_over:
             if by_signal or self.options.yes or not wants_to_cancel(count):
                 raise Left(f"{by_signal}\n{self.how_to_return()}".strip(), Interrupted.exit_code)
-            print(f"Cancelling {count} job{'s' * (count != 1)}.", file=sys.stderr)
+            print(f"Canceling {count} job{'s' * (count != 1)}.", file=sys.stderr)
         with signals_raise(stopped):
             self.stop()
 
@@ -673,7 +673,7 @@ class SlurmRunner(Runner):
         if now_s - job.stuck_since_s < self.slurm.never_starts_s:
             return None
         slurm.cancel([job.id])
-        return f"it could not start and was cancelled ({seen.reason})"
+        return f"it could not start and was canceled ({seen.reason})"
 
     def _reason(self, job: Job) -> str:
         """Return Slurm's reason for the end of a job, with the end of the job's log if the reason explains little."""

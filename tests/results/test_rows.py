@@ -36,7 +36,7 @@ from lem.results.merging import by_component, headline, merged, once_each, toget
 from lem.results.parquet import columns
 from lem.results.rows import Cycle, as_rows, cycle_columns, rows_of
 from lem.results.schema import CycleRow, ExperimentRow
-from lem.results.statistics import summarise
+from lem.results.statistics import summarize
 from lem.spec.experiment import Traffic
 from tests.records import GPU, failed, phases, plan, reading, record, request, requests
 
@@ -821,7 +821,7 @@ def test_spreads_are_those_of_the_cycles_own_values():
         "energy_per_output_token_{}_j": "energy_per_output_token_j",
     }
     for name, column in names.items():
-        found = summarise([getattr(cycle, column) for cycle in each])
+        found = summarize([getattr(cycle, column) for cycle in each])
         for part in ("sd", "ci95_low", "ci95_high"):
             assert getattr(made, name.format(part)) == pytest.approx(getattr(found, part)), name
         assert getattr(made, name.format("cv").removesuffix("_j").removesuffix("_s")) == pytest.approx(found.cv)

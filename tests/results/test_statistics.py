@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lem.results.statistics import line_through, percentile, sd_limit, summarise, t_quantile
+from lem.results.statistics import line_through, percentile, sd_limit, summarize, t_quantile
 
 NUMBERS = st.floats(1e-3, 1e6)
 
 
 def test_a_worked_example():
     # 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653, half-width 4.302653 / sqrt(3).
-    found = summarise([1.0, 2.0, 3.0])
+    found = summarize([1.0, 2.0, 3.0])
     assert (found.n, found.mean, found.sd, found.cv) == (3, 2.0, 1.0, 0.5)
     assert found.ci95_low == pytest.approx(2 - 2.484138, abs=1e-6)
     assert found.ci95_high == pytest.approx(2 + 2.484138, abs=1e-6)
@@ -33,7 +33,7 @@ def test_quantiles_are_scipys(degrees):
 
 @given(st.lists(NUMBERS, min_size=2, max_size=10))
 def test_the_interval_is_scipys(values):
-    found = summarise(values)
+    found = summarize(values)
     sem = stats.sem(values)
     if sem == 0:
         assert found.ci95_low == found.ci95_high == pytest.approx(found.mean)
@@ -43,8 +43,8 @@ def test_the_interval_is_scipys(values):
 
 
 def test_fewer_than_two_values_have_no_spread():
-    assert summarise([]).mean is None
-    one = summarise([3.0])
+    assert summarize([]).mean is None
+    one = summarize([3.0])
     assert one.mean == 3.0
     assert one.sd is one.cv is one.ci95_low is one.ci95_high is None
 

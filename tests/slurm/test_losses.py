@@ -52,7 +52,7 @@ def test_lost_jobs_are_failed_rows_with_reasons(either_cluster: Cluster, lem: Le
 
 REASONS = {
     "hydra.launcher.partition=nope": "Slurm refused the job: invalid partition specified: nope",
-    "hydra.launcher.partition=brief": "it could not start and was cancelled (PartitionTimeLimit).",
+    "hydra.launcher.partition=brief": "it could not start and was canceled (PartitionTimeLimit).",
     "hydra.launcher.mem_gb=0.05": "memory limit",
 }
 

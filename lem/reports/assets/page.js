@@ -8,7 +8,7 @@
   // On paper, charts are dark on white, whatever the screen shows.
   const PAPER = { text: "#1b1f24", quiet: "#57606a", line: "#d0d7de" };
   let isPrinting = false;
-  const colours = () => {
+  const colors = () => {
     if (isPrinting) return PAPER;
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue(name).trim();
@@ -16,7 +16,7 @@
   };
 
   const configuration = (width) => {
-    const { text, quiet, line } = colours();
+    const { text, quiet, line } = colors();
     return {
       background: null,
       font: "system-ui, sans-serif",
@@ -28,9 +28,9 @@
       },
       title: { color: text },
       view: { stroke: line },
-      mark: { color: content.colours[dark.matches && !isPrinting ? 4 : 0] },
+      mark: { color: content.colors[dark.matches && !isPrinting ? 4 : 0] },
       rule: { color: quiet },
-      range: { category: content.colours },
+      range: { category: content.colors },
     };
   };
 
