@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from lem.results import combine, schedule_show
 from lem.results import schedule as files
-from lem.results import schedule_show
 from lem.results.aggregate import aggregate_all
 from lem.results.codec import to_json
 from lem.results.files import write_atomically
@@ -23,6 +23,7 @@ from tests.records import plan
 from tests.results.campaigns import campaign
 from tests.results.test_archive import contents
 from tests.results.test_combine import directory
+from tests.results.test_delete import killed_at
 from tests.results.test_schedule_answer import energies, manifest, measure, start
 
 
@@ -171,3 +172,21 @@ def test_a_damaged_schedule_is_left_out(lem, tmp_path):
     assert "schedule.json: damaged" in done.err
     assert files.names(Store(tmp_path / "both")) == []
     assert len(Store(tmp_path / "both").ids()) == 4
+
+
+@pytest.mark.processes
+def test_a_merge_that_was_killed_leaves_whole_schedules_and_is_finished_by_doing_it_again(tmp_path):
+    sources = [scheduled(tmp_path / "one")[0], scheduled(tmp_path / "two", factor=2.0)[0]]
+    kills = 0
+    for number in range(0, 2_000, 97):
+        both = Store(tmp_path / "both")
+        if not killed_at(number, lambda both=both: list(combine.merge(both, [each.root for each in sources]))):
+            break
+        kills += 1
+        for name in files.names(both):  # a listed schedule has all files of its runs
+            assert [read_outcome(folder_of(both, name), n).status for n in (1, 2, 3, 4)] == ["done"] * 4
+        assert not [left for done in combine.merge(both, [each.root for each in sources]) for left in done.left_out]
+        assert files.names(both) == ["nights", "nights_2"]
+        assert [told(both, "nights"), told(both, "nights_2")] == [told(each, "nights") for each in sources]
+        shutil.rmtree(both.root)
+    assert kills > 3
