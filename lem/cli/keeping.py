@@ -117,7 +117,17 @@ def results_archive(
     campaign: Annotated[
         str | None, typer.Option("--campaign", help="Archive the campaign with this name, with all its cells.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Archive all experiments and campaigns.")] = False,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            help="Archive the schedule with this name or id, with all its experiments and campaigns.",
+            autocompletion=complete.schedules,
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Archive all experiments, campaigns and schedules.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", parser=literal, metavar="FILE", help="The zip file to write.")
     ] = None,
@@ -132,19 +142,19 @@ def results_archive(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Pack experiments and campaigns into a zip file with checksums; lem results merge reads it back."""
+    """Pack experiments, campaigns and schedules into a zip file with checksums; lem results merge reads it back."""
     from lem.results import archive, browse
     from lem.results.export import check_output
 
     if check is not None:
-        if ids or campaign is not None or everything or output is not None:
+        if ids or campaign is not None or schedule is not None or everything or output is not None:
             raise ResultsError("--check only reads an archive; leave out the experiments and --output.")
         raise typer.Exit(archive.report_check(check))
     if output is None:
         raise ResultsError("Give the file to write: --output FILE.zip.")
     check_output(output, force=force)
     store = browse.store_at(results_dir)
-    chosen = archive.content(store, ids or [], campaign, everything=everything)
+    chosen = archive.content(store, ids or [], campaign, schedule, everything=everything)
     raise typer.Exit(archive.archive(store, chosen, output))
 
 
@@ -167,7 +177,7 @@ def results_merge(
         ),
     ] = None,
 ) -> None:
-    """Copy the experiments and campaigns of other results directories and of archives into one results directory."""
+    """Copy the experiments, campaigns and schedules of other results directories and archives into one directory."""
     from lem.results import browse
     from lem.results.combine import report
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lem.results.campaign import MEASURES, Answer
 from lem.results.comparison import config_of
@@ -45,6 +45,10 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a
 # The height of a bar with the space around it, and of a cell of a heat map, in pixels.
 STEP_PX = 24
 CELL_PX = 48
+# The width of a panel that is one of many in a chart.
+PANEL_PX = 180
+# The phase of a trace that was measured.
+WINDOW = "window"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,18 @@ class Chart:
     headers: Sequence[str]
     lines: Sequence[Sequence[object]]
     note: str = ""
+
+
+class PowerTrace(NamedTuple):
+    """The power trace of an experiment, for a chart.
+
+    `samples` have `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature. `edges` are the phases: the
+    times of their ends and their names.
+    """
+
+    name: str
+    samples: Sequence[Mapping[str, Any]]
+    edges: Sequence[tuple[float, float, str]]
 
 
 def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list[Chart]:
@@ -124,14 +140,9 @@ def _kind(row: ExperimentRow) -> str:
     return "estimate" if is_estimated(row.energy_source) else row.energy_source or "unknown"
 
 
-def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence[tuple[float, float, str]]) -> Chart:
-    """Return the chart of a power trace, with the temperature if it was measured.
-
-    Args:
-        name: the experiment.
-        samples: the samples, each with `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature.
-        edges: the phases, each with the times of its ends and its name.
-    """
+def power_trace(trace: PowerTrace) -> Chart:
+    """Return the chart of a power trace and, if it was measured, of the temperature."""
+    name, samples, edges = trace
     phases = [{"from_s": start, "to_s": end, "phase": phase} for start, end, phase in edges]
     warm = [each for each in samples if each.get("temperature_c") is not None]
     several = len({each["device"] for each in samples}) > 1
@@ -174,16 +185,65 @@ def power_trace(name: str, samples: Sequence[Mapping[str, Any]], edges: Sequence
     )
 
 
+def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
+    """Return one chart with a small panel for each power trace."""
+    windows = [
+        {"name": trace.name, "from_s": start, "to_s": end}
+        for trace in traces
+        for start, end, phase in trace.edges
+        if phase == WINDOW
+    ]
+    samples = [
+        {"name": trace.name, **{key: each[key] for key in ("t_s", "device", "power_w")}}
+        for trace in traces
+        for each in trace.samples
+    ]
+    devices = {each["device"] for each in samples}
+    line = _line("power_w", "power (W)", {"strokeWidth": 1}, several=1 < len(devices) <= len(COLOURS))
+    # There is room for a short title and a few ticks.
+    line["encoding"]["x"]["title"] = "time (s)"
+    line["encoding"]["y"]["axis"] = {"tickCount": 3}
+    shade = {
+        "transform": [{"filter": "isValid(datum.to_s)"}],
+        "mark": {"type": "rect", "opacity": 0.12},
+        "encoding": {"x": {"field": "from_s", "type": "quantitative"}, "x2": {"field": "to_s"}},
+    }
+    spec = {
+        "data": {"values": [*windows, *samples]},
+        "facet": {
+            "field": "name", "type": "nominal", "title": None, "sort": [trace.name for trace in traces],
+            "header": {"labelLimit": PANEL_PX},
+        },
+        "spec": {
+            "height": PANEL_PX // 2,
+            "layer": [shade, {"transform": [{"filter": "isValid(datum.power_w)"}], **line}],
+        },
+    }  # fmt: skip
+    return Chart(
+        "power-traces",
+        f"Power of {len(traces)} experiments",
+        f"{len(traces)} panels with a line each: power from {_range(samples, 'power_w')} W.",
+        spec,
+        ("experiment", "time (s)", "device", "power (W)"),
+        [tuple(each.values()) for each in samples],
+        note,
+    )
+
+
 def _over_the_window(column: str, title: str, mark: Spec, samples: Sequence[Mapping[str, Any]], several: bool) -> Spec:
     """Return the layer with one line for each device."""
-    lines = {"color" if several else "detail": {"field": "device", "type": "nominal"}}
+    values = [{key: each[key] for key in ("t_s", "device", column)} for each in samples]
+    return {"data": {"values": values}, **_line(column, title, mark, several=several)}
+
+
+def _line(column: str, title: str, mark: Spec, *, several: bool) -> Spec:
+    """Return the mark and the encoding of lines over the time since the window opened."""
     return {
-        "data": {"values": [{key: each[key] for key in ("t_s", "device", column)} for each in samples]},
         "mark": {"type": "line", **mark},
         "encoding": {
             "x": {"field": "t_s", "type": "quantitative", "title": "time since the window opened (s)"},
             "y": {"field": column, "type": "quantitative", "title": title, "scale": {"zero": column == "power_w"}},
-            **lines,
+            "color" if several else "detail": {"field": "device", "type": "nominal"},
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 from lem.warning_codes import WARNINGS
 
-# With more experiments than this, no power traces are shown.
+# Up to this number of experiments, each power trace has a chart of its own; up to the next, all share one chart.
 MOST_TRACES = 4
+MOST_SMALL_TRACES = 16
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.
 MOST_COMMANDS = 20_000
 # A report names the starts of a schedule that have these statuses, because they have no result.
@@ -278,9 +280,11 @@ def _charts(
     yield from charts.energy_bars(rows, names)
     if len(rows) <= MOST_TRACES:
         for row in rows:
-            yield from _traces(store, row, names[row.experiment_id], problems)
+            if trace := _trace(store, row, names[row.experiment_id], problems, MOST_SAMPLES):
+                yield charts.power_trace(trace)
     else:
         yield from charts.powers(rows)
+        yield from _small_traces(store, rows, names, problems)
     if len(rows) <= charts.MOST_DISTRIBUTIONS:
         yield from _distributions(store, rows, names, problems)
     else:
@@ -291,8 +295,10 @@ def _charts(
         yield chart
 
 
-def _traces(store: Store, row: ExperimentRow, name: str, problems: list[str]) -> Iterator[Chart]:
-    """Yield the power trace of an experiment's last cycle, with its phases; note a damaged file as a problem."""
+def _trace(
+    store: Store, row: ExperimentRow, name: str, problems: list[str], most_samples: int
+) -> charts.PowerTrace | None:
+    """Return the power trace of an experiment's last cycle, with its phases; note a damaged file as a problem."""
     directory = store.directory(row.experiment_id)
     try:
         traced = [
@@ -301,30 +307,75 @@ def _traces(store: Store, row: ExperimentRow, name: str, problems: list[str]) ->
             if (file := directory.power_file(r.rank, r.cycle, r.attempt)).is_file()
         ]
         if not traced:
-            return
+            return None
         record, file = max(traced, key=lambda each: (each[0].cycle, each[0].attempt))
         found = parquet.records(read_file(file), PowerRecord)
     except LemError as error:
         problems.append(str(error))
-        return
-    samples = _thinned(found)
-    if samples:
-        where = f"{name}, cycle {record.cycle}" if row.cycles_planned > 1 else name
-        window = record.phase("measured")
-        yield charts.power_trace(where, samples, _edges(samples, window.duration_s if window else None))
+        return None
+    samples = _thinned(found, most_samples)
+    if not samples:
+        return None
+    window = record.phase("measured")
+    where = f"{name}, cycle {record.cycle}" if row.cycles_planned > 1 else name
+    return charts.PowerTrace(where, samples, _edges(samples, window.duration_s if window else None))
+
+
+def _small_traces(
+    store: Store, rows: Sequence[ExperimentRow], names: Mapping[str, str], problems: list[str]
+) -> Iterator[Chart]:
+    """Yield one chart with the traces of many experiments, or of some of them if there are too many."""
+    traced = [row for row in rows if _has_trace(store.directory(row.experiment_id))]
+    drawn = _spread_by_power(traced)
+    most = MOST_SAMPLES // max(1, len(drawn))
+    traces = [_trace(store, row, names[row.experiment_id], problems, most) for row in drawn]
+    if found := [trace for trace in traces if trace is not None]:
+        yield charts.power_traces(found, _about_traces(len(rows), len(traced), len(drawn)))
+
+
+def _has_trace(directory: ExperimentDir) -> bool:
+    try:
+        return any(name.startswith("power_") for name in os.listdir(directory.path))
+    except OSError:  # its raw files have been removed
+        return False
+
+
+def _spread_by_power(rows: Sequence[ExperimentRow]) -> list[ExperimentRow]:
+    """Return at most `MOST_SMALL_TRACES` rows, evenly from the lowest to the highest average power, in their order."""
+    if len(rows) <= MOST_SMALL_TRACES:
+        return list(rows)
+    by_power = sorted(rows, key=lambda row: row.average_power_w or 0.0)
+    step = (len(rows) - 1) / (MOST_SMALL_TRACES - 1)
+    chosen = {by_power[round(step * number)].experiment_id for number in range(MOST_SMALL_TRACES)}
+    return [row for row in rows if row.experiment_id in chosen]
+
+
+def _about_traces(experiments: int, traced: int, drawn: int) -> str:
+    lacking = experiments - traced
+    parts = []
+    if drawn < traced:
+        parts.append(
+            f"Of {traced} experiments with a trace, {drawn} are drawn: those with the lowest and the highest average "
+            f"power, and others evenly between. To choose others, name up to {MOST_SMALL_TRACES} experiments: "
+            "lem results report ID ID …."
+        )
+    parts.append("All panels have the same scales, and the measured window is shaded.")
+    if lacking:
+        parts.append(f"{lacking} of the {experiments} experiments have no trace.")
+    return " ".join(parts)
 
 
 def _records(directory: ExperimentDir) -> list[ProcessRecord]:
     return directory.records() if directory.path.is_dir() else []
 
 
-def _thinned(found: Sequence[PowerRecord]) -> list[dict[str, Any]]:
-    """Return about `MOST_SAMPLES` samples, evenly from each device, and about as many more with a temperature."""
+def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
+    """Return about `most` samples, evenly from each device, and about as many more with a temperature."""
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)
-    step = max(1, len(found) // MOST_SAMPLES)
-    warm_step = max(1, sum(each.temperature_c is not None for each in found) // MOST_SAMPLES)
+    step = max(1, len(found) // most)
+    warm_step = max(1, sum(each.temperature_c is not None for each in found) // most)
     return [
         {"t_s": each.t_s, "device": device, "power_w": each.power_w, "temperature_c": each.temperature_c}
         for device, own in by_device.items()
@@ -349,7 +400,7 @@ def _edges(samples: Sequence[Mapping[str, Any]], window_s: float | None) -> list
     if not window_s:
         return before
     after = [(window_s, last_s, "after the window")] if last_s > window_s else []
-    return [*before, (0.0, window_s, "window"), *after]
+    return [*before, (0.0, window_s, charts.WINDOW), *after]
 
 
 def _distributions(

@@ -204,6 +204,7 @@ def _experiments(content: Content) -> Iterator[str]:
     )
     heads = [f"{head} ({unit})" if unit else head for head, unit in COLUMNS.values()]
     rows = content.rows if len(content.rows) <= MOST_ROWS else ()
+    yield '<p class="on-paper" id="on-paper" hidden></p>'
     lines = [[_cell(row, name) for name in COLUMNS] for row in rows]
     yield from _table(heads, lines, identity="table", sortable=True)
     if not rows:
@@ -223,7 +224,11 @@ def _chart(number: int, chart: Chart) -> Iterator[str]:
     yield f'<div class="plot" data-chart="{number}" role="img" aria-label="{_text(chart.alt)}"></div>'
     if chart.note:
         yield f'<p class="quiet">{_text(chart.note)}</p>'
-    printed = ' class="printed"' if len(chart.lines) <= MOST_PRINTED else ""
+    is_printed = len(chart.lines) <= MOST_PRINTED
+    if not is_printed:
+        not_printed = f"The table of these {len(chart.lines)} values is not printed; the page on a screen has it."
+        yield f'<p class="on-paper">{not_printed}</p>'
+    printed = ' class="printed"' if is_printed else ""
     yield f"<details{printed}><summary>The values as a table ({len(chart.lines)} rows)</summary>"
     yield from _table(chart.headers, chart.lines)
     yield "</details></section>"

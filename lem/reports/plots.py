@@ -6,6 +6,7 @@ charts of a report, but nothing about its page.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,6 +25,11 @@ WIDTH_IN = 3.3
 HEIGHT_IN = 2.0
 # Bars are thinner than on a page.
 BAR_SHARE = 2 / 3
+# The number of panels beside each other, the space between them, their height for their width, and the axis' width.
+PANELS = 3
+GAP_PX = 8
+PANEL_SHARE = 0.7
+AXIS_PX = 50
 TEXT_PT = 8
 PNG_PPI = 600
 # SVG counts in pixels of this size. vl-convert takes a pixel for a 72nd of an inch, which `SCALE` corrects.
@@ -86,6 +92,8 @@ def drawn(chart: Chart) -> tuple[str, bytes]:
 
 def for_paper(chart: Chart) -> Spec:
     """Return the specification of a chart with the size and look of a figure in a paper: black on white."""
+    if "facet" in chart.spec:
+        return _panels_for_paper(chart)
     height_px = chart.spec["height"] * BAR_SHARE if "height" in chart.spec else HEIGHT_IN * PX_PER_IN
     return {
         **chart.spec,
@@ -93,6 +101,22 @@ def for_paper(chart: Chart) -> Spec:
         "width": round(WIDTH_IN * PX_PER_IN),
         "height": height_px,
         "autosize": {"type": "fit-x", "contains": "padding"},
+        "padding": 2,
+        "config": _config(_legend_columns(chart)),
+    }
+
+
+def _panels_for_paper(chart: Chart) -> Spec:
+    """Return the specification of a chart with panels, which has no width of its own: the panels have."""
+    width_px = math.floor((WIDTH_IN * PX_PER_IN - AXIS_PX) / PANELS) - GAP_PX
+    facet = chart.spec["facet"] | {"header": {"labelLimit": width_px}}
+    return {
+        **chart.spec,
+        "description": chart.alt,
+        "columns": PANELS,
+        "spacing": GAP_PX,
+        "facet": facet,
+        "spec": chart.spec["spec"] | {"width": width_px, "height": width_px * PANEL_SHARE},
         "padding": 2,
         "config": _config(_legend_columns(chart)),
     }

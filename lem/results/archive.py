@@ -1,4 +1,4 @@
-"""Archives: zip files with experiments and campaigns, and a manifest with the SHA-256 of each file.
+"""Archives: zip files with experiments, campaigns and schedules, and a manifest with the SHA-256 of each file.
 
 An archive has the layout of a results directory, with `MANIFEST.json` as its last member. `lem results merge` reads
 archives. An archive may come from someone else, so nothing in it is trusted: every name must be one that `lem` gives to
@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import IO
@@ -28,10 +28,10 @@ from msgspec import Struct
 from lem import __version__
 from lem.errors import ResultsError
 from lem.quantities import is_printable, one_line, quantity, timestamp
+from lem.results import schedule as schedule_files
 from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.files import needs_space, open_to_read, replacing
-from lem.results.schedule import not_copied
 from lem.results.store import ID, Store
 from lem.results.tables import KINDS, SHARED_FILE, RowLocation, Tables, file_name, read_file
 from lem.spec.campaign import NAME
@@ -63,6 +63,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     created_at: str
     experiments: list[str]
     campaigns: list[str]
+    schedules: list[str] = []
     files: dict[str, Entry]
 
     @property
@@ -74,40 +75,53 @@ class Manifest(Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ what to archive
 @dataclass(frozen=True)
 class Content:
-    """The experiments and campaigns for an archive; `left_out` has a sentence for each experiment that is not ready."""
+    """What to put into an archive; `left_out` has a sentence for each experiment that is not ready."""
 
     ids: list[str]
     campaigns: list[str] = field(default_factory=list)
+    schedules: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
-def content(store: Store, texts: Sequence[str], campaign: str | None, *, everything: bool) -> Content:
-    """Return the experiments and campaigns that a command is to archive.
+def content(
+    store: Store, texts: Sequence[str], campaign: str | None, schedule: str | None = None, *, everything: bool
+) -> Content:
+    """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
         ResultsError: nothing or too much was selected, or a selected experiment is running.
     """
-    from lem.results.campaign import folder_of, names_in, read_definition
-
-    if sum((bool(texts), campaign is not None, everything)) != 1:
-        raise ResultsError("Give the ids of the experiments to archive, or --campaign NAME, or --all.")
+    if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
+        raise ResultsError(
+            "Give the ids of the experiments to archive, or --campaign NAME, or --schedule NAME, or --all."
+        )
     known = Known(store)
-    campaigns: list[str] = []
-    if everything:
-        ids, campaigns = known.ids, names_in(store)
-    elif campaign is not None:
-        read_definition(folder_of(store, campaign))  # raises if there is no such campaign
-        ids, campaigns = known.of_campaign(campaign), [campaign]
-    else:
-        ids = known.named(texts)
-    running = [name for name in ids if known.is_running(name)]
+    chosen = Content(known.named(texts)) if texts else _of_study(known, campaign, schedule)
+    running = [name for name in chosen.ids if known.is_running(name)]
     sentences = [f"{name} is running and cannot be archived yet" for name in running]
     if running and not everything:
         raise ResultsError(*(f"{sentence}; wait until it has ended." for sentence in sentences))
-    if not ids and not campaigns:
+    if not (chosen.ids or chosen.campaigns or chosen.schedules):
         raise ResultsError(f"There are no experiments in {store.root}.")
     at_work = set(running)
-    return Content([name for name in ids if name not in at_work], campaigns, sentences)
+    return replace(chosen, ids=[name for name in chosen.ids if name not in at_work], left_out=sentences)
+
+
+def _of_study(known: Known, campaign: str | None, schedule: str | None) -> Content:
+    """Return a campaign or a schedule with its experiments, or everything if neither is given."""
+    from lem.results.campaign import folder_of, names_in, read_definition
+
+    store = known.store
+    if campaign is not None:
+        read_definition(folder_of(store, campaign))  # raises if there is no such campaign
+        return Content(known.of_campaign(campaign), [campaign])
+    campaigns = names_in(store)
+    if schedule is None:
+        return Content(known.ids, campaigns, schedule_files.names(store))
+    name = schedule_files.load_schedule(store, schedule).name
+    ids = known.of_schedule(name)
+    own = {known.campaign(each) for each in ids}
+    return Content(ids, [each for each in campaigns if each in own], [name])
 
 
 # ------------------------------------------------------------------ writing
@@ -193,10 +207,12 @@ def write(store: Store, chosen: Content, output: Path) -> Manifest:
                 _add_experiment(writer, store, experiment_id)
             for name in chosen.campaigns:
                 writer.add_folder(f"campaigns/{name}", folder_of(store, name), JOBS)
+            for name in chosen.schedules:
+                writer.add_folder(f"{schedule_files.FOLDER}/{name}", schedule_files.folder_of(store, name))
             _add_rows(writer, store, chosen.ids)
             manifest = Manifest(
                 format=FORMAT, format_version=FORMAT_VERSION, lem_version=__version__, created_at=timestamp(),
-                experiments=chosen.ids, campaigns=chosen.campaigns, files=writer.files,
+                experiments=chosen.ids, campaigns=chosen.campaigns, schedules=chosen.schedules, files=writer.files,
             )  # fmt: skip
             archive.writestr(MANIFEST, to_json(manifest))
     except OSError as error:
@@ -326,7 +342,7 @@ def is_safe(name: str) -> bool:
         return not rest and ID.fullmatch(second) is not None
     if top == "raw":
         return bool(rest) and ID.fullmatch(second) is not None
-    return top == "campaigns" and bool(rest) and re.fullmatch(NAME, second) is not None
+    return top in ("campaigns", schedule_files.FOLDER) and bool(rest) and re.fullmatch(NAME, second) is not None
 
 
 def check(file: Path) -> Manifest:
@@ -383,8 +399,7 @@ def archive(store: Store, chosen: Content, output: Path) -> int:
 
     manifest = write(store, chosen, output)
     print(one_line(f"{output}: {words(manifest)}, {quantity(output.stat().st_size, 'B', 3)}"))
-    schedules = not_copied(store)
-    for sentence in [*chosen.left_out, *([schedules] if schedules else [])]:
+    for sentence in chosen.left_out:
         print(f"Warning: {sentence}.", file=sys.stderr)
     return 1 if chosen.left_out else 0
 
@@ -405,6 +420,7 @@ def words(manifest: Manifest) -> str:
     counts = (
         ("experiment", len(manifest.experiments)),
         ("campaign", len(manifest.campaigns)),
+        ("schedule", len(manifest.schedules)),
         ("file", len(manifest.files)),
     )
     return ", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts if count or noun == "experiment")

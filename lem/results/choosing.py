@@ -1,4 +1,4 @@
-"""Finds the experiments to which a command applies, by id, campaign or status; they may lack rows or raw files."""
+"""Finds the experiments to which a command applies, by id, study or status; they may lack rows or raw files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_status(status: str | None) -> None:
 
 
 class Known:
-    """The experiments of a results directory, with their statuses and campaigns according to rows and states.
+    """The experiments of a results directory, with statuses, campaigns and schedules according to rows and states.
 
     Raises:
         ResultsError: a file of the tables is damaged.
@@ -36,7 +36,7 @@ class Known:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.raw = set(store.ids())
-        rows, damaged = Tables(store).rows(["experiment_id", "status", "campaign"])
+        rows, damaged = Tables(store).rows(["experiment_id", "status", "campaign", "schedule"])
         if damaged:
             raise ResultsError(*damaged)
         self.rows: dict[str, ExperimentRow] = {row.experiment_id: row for row in rows}
@@ -89,6 +89,21 @@ class Known:
     def of_campaign(self, name: str) -> list[str]:
         """Return the experiments of a campaign, oldest first."""
         return [each for each in self.ids if self.campaign(each) == name]
+
+    def schedule(self, experiment_id: str) -> str | None:
+        """Return the name of the schedule that an experiment belongs to, or None."""
+        row = self.rows.get(experiment_id)
+        if row is not None:
+            return row.schedule
+        try:
+            place = self.store.directory(experiment_id).plan_excerpt().schedule
+        except ResultsError:  # a damaged plan names no schedule
+            return None
+        return place.schedule if place else None
+
+    def of_schedule(self, name: str) -> list[str]:
+        """Return the experiments of a schedule, oldest first."""
+        return [each for each in self.ids if self.schedule(each) == name]
 
 
 def one_of(text: str, ids: Iterable[str], root: Path) -> str:

@@ -4,8 +4,8 @@
     <target>/raw/<id>/merged.json      for an experiment that was renamed: its original id and its digest in the source
 
 An experiment is copied completely and then moved to its place, so the target contains either all of it or none of it.
-Rows are written next, and then campaigns. An experiment or a campaign that the target already contains is recognized by
-its content and left alone, so repeating an interrupted merge completes it. The sources are only read.
+Rows are written next, then campaigns, and then schedules. What the target already contains is recognized by its content
+and left alone, so repeating an interrupted merge completes it. The sources are only read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from msgspec import Struct, structs
 
 from lem.errors import ResultsError
 from lem.quantities import one_line
-from lem.results import archive, parquet
+from lem.results import archive, parquet, schedule, schedule_copy
 from lem.results.archive import plain_file
 from lem.results.choosing import Known
 from lem.results.codec import from_json, to_json
 from lem.results.directory import AGGREGATED
 from lem.results.files import needs_space, sync, try_to_lock, write_atomically
-from lem.results.schedule import not_copied
+from lem.results.schedule_copy import Names
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, age
 from lem.results.tables import KINDS, RowLocation, Tables, file_name, read_file
@@ -62,7 +62,8 @@ class Merged:
     copied: int = 0
     there: int = 0
     campaigns: list[str] = field(default_factory=list)
-    # Sentences about experiments and campaigns that have other names in the target.
+    schedules: list[str] = field(default_factory=list)
+    # Sentences about experiments, campaigns and schedules that have other names in the target.
     renamed: list[str] = field(default_factory=list)
     # Sentences about what could not be merged.
     left_out: list[str] = field(default_factory=list)
@@ -136,9 +137,10 @@ class _Merge:
         self._target, self._source, self._scratch = target, source, scratch
         self._there, self._here = Known(target), Known(source)
         self._done = Merged(shown)
-        # The names that the source's experiments and campaigns have in the target.
+        # The names that the source's experiments, campaigns and schedules have in the target.
         self._ids: dict[str, str] = {}
         self._campaigns: dict[str, str] = {}
+        self._schedules: dict[str, str] = {}
         # The digests of the experiments that are to be copied.
         self._new: dict[str, str] = {}
         self._names = _by_start([*self._there.ids, *self._here.ids])
@@ -148,6 +150,7 @@ class _Merge:
         for experiment_id in self._here.ids:
             self._place(experiment_id)
         self._place_campaigns()
+        self._place_schedules()
         waiting = iter(self._new)
         while copies := [(self._copy(name), self._place_of(name)) for name in islice(waiting, TOGETHER)]:
             sync(self._scratch)
@@ -157,6 +160,8 @@ class _Merge:
         self._copy_rows()
         for name, new in self._campaigns.items():
             self._copy_campaign(name, new)
+        for name, new in self._schedules.items():
+            self._copy_schedule(name, new)
         self._done.copied += len(self._new)
         return self._done
 
@@ -191,7 +196,7 @@ class _Merge:
             if name not in self._there.rows:
                 continue
             theirs, ours = (_row(store, each) for store, each in ((self._source, old), (self._target, name)))
-            if structs.replace(ours, experiment_id=old, campaign=theirs.campaign) == theirs:
+            if structs.replace(ours, experiment_id=old, campaign=theirs.campaign, schedule=theirs.schedule) == theirs:
                 self._ids[old] = name
                 self._done.there += 1
                 return
@@ -228,26 +233,64 @@ class _Merge:
         """Decide what the campaigns of the source are called in the target."""
         from lem.results.campaign import names_in
 
-        theirs = names_in(self._source)
-        taken = {*names_in(self._target)}
+        theirs, there = names_in(self._source), {*names_in(self._target)}
+        # A schedule and a campaign of one name could not be told apart.
+        others = {*schedule.names(self._target)}
         for name in theirs:
-            new = self._same_campaign(name, taken)
-            if new is None and name in taken:
-                new = next(each for n in count(2) if (each := f"{name[:90]}_{n}") not in {*taken, *theirs})
-                self._done.renamed.append(
-                    f"campaign {name} is called {new} here, because the target already has another campaign {name}"
-                )
-            self._campaigns[name] = new or name
-            taken.add(self._campaigns[name])
+            taken = {*there, *self._campaigns.values()}
+            same = self._same_campaign(name, there)
+            self._campaigns[name] = same or self._name("campaign", name, taken, others, theirs)
 
-    def _same_campaign(self, name: str, taken: Collection[str]) -> str | None:
+    def _place_schedules(self) -> None:
+        """Decide what the schedules of the source are called in the target."""
+        from lem.results.campaign import names_in
+
+        theirs, there = schedule.names(self._source), schedule.names(self._target)
+        others = {*names_in(self._target), *self._campaigns.values()}
+        for name in theirs:
+            try:
+                found = schedule.read_manifest(schedule.folder_of(self._source, name))
+            except ResultsError as error:
+                self._done.left_out.append(str(error).rstrip("."))
+                continue
+            candidates = [each for each in there if _is_variant(each, name)]
+            same = schedule_copy.same_schedule(found, self._target, candidates, self._new_names)
+            self._schedules[name] = same or self._name(
+                "schedule", name, {*there, *self._schedules.values()}, others, theirs
+            )
+
+    def _name(
+        self, kind: str, name: str, taken: Collection[str], others: Collection[str], theirs: Collection[str]
+    ) -> str:
+        """Return a name for a campaign or schedule that the target lacks: its own, or with a suffix if that is taken.
+
+        Args:
+            kind: "campaign" or "schedule".
+            name: the name in the source.
+            taken: the names of the same kind in the target.
+            others: the names of the other kind in the target.
+            theirs: the names of the same kind in the source.
+        """
+        if name not in taken and name not in others:
+            return name
+        used = {*taken, *others, *theirs}
+        new = next(each for n in count(2) if (each := f"{name[:90]}_{n}") not in used)
+        what = f"another {kind}" if name in taken else {"campaign": "a schedule", "schedule": "a campaign"}[kind]
+        self._done.renamed.append(f"{kind} {name} is called {new} here, because the target already has {what} {name}")
+        return new
+
+    @property
+    def _new_names(self) -> Names:
+        return Names(self._ids, self._campaigns)
+
+    def _same_campaign(self, name: str, candidates: Collection[str]) -> str | None:
         """Return the name under which the target has a campaign, or an earlier or later state of it, or None."""
         from lem.results.campaign import folder_of
 
         source = folder_of(self._source, name)
         cells = {self._ids.get(cell, cell) for cell in _cells(source)}
-        for there in sorted(taken):
-            if there == name or re.fullmatch(rf"{re.escape(name[:90])}_\d+", there):
+        for there in sorted(candidates):
+            if _is_variant(there, name):
                 folder = folder_of(self._target, there)
                 others = _cells(folder)
                 if (others <= cells or cells <= others) and _definition(folder) == _definition(source):
@@ -261,10 +304,10 @@ class _Merge:
         copy = self._scratch / new
         copy.mkdir()
         copy_files(directory.path, copy)
-        campaign = self._here.campaign(old) or ""
-        renamed = self._campaigns.get(campaign, campaign)
-        if (new, renamed) != (old, campaign):
-            _rename(copy, old, new, renamed if renamed != campaign else None)
+        campaign = _new_name(self._here.campaign(old), self._campaigns)
+        of_schedule = _new_name(self._here.schedule(old), self._schedules)
+        if new != old or campaign or of_schedule:
+            _rename(copy, old, new, campaign, of_schedule)
             write_atomically(copy / ORIGIN, to_json(Origin(old, self._new[old])))
         mark = self._source.root / "unfinished" / old
         if mark.is_file():
@@ -294,7 +337,9 @@ class _Merge:
         rows = read_file(file)
         rows = parquet.aligned(rows.filter(pc.is_in(rows["experiment_id"], pa.array(wanted))), KINDS[kind])
         rows = _mapped(rows, "experiment_id", self._ids)
-        return _mapped(rows, "campaign", self._campaigns) if kind == "experiments" else rows
+        if kind != "experiments":
+            return rows
+        return _mapped(_mapped(rows, "campaign", self._campaigns), "schedule", self._schedules)
 
     def _copy_campaign(self, old: str, new: str) -> None:
         """Copy a campaign's files; if the target has an earlier state of the campaign, replace it."""
@@ -307,24 +352,45 @@ class _Merge:
         copy.mkdir()
         copy_files(source, copy, archive.JOBS)
         self._rename_campaign(copy, old, new)
+        self._put(copy, place, CELLS)
+        self._done.campaigns.append(new)
+
+    def _copy_schedule(self, old: str, new: str) -> None:
+        """Copy a schedule's files; where the target has an earlier state of the schedule, replace it."""
+        source, place = schedule.folder_of(self._source, old), schedule.folder_of(self._target, new)
+        there = schedule.read_manifest(place) if schedule.exists(self._target, new) else None
+        if there and schedule_copy.settled(schedule.read_manifest(source)) <= schedule_copy.settled(there):
+            return
+        copy = self._scratch / "schedule"
+        copy.mkdir()
+        try:
+            copy_files(source, copy)
+            schedule_copy.rename_files(copy, self._target.root, new, self._new_names)
+            with schedule.held(place):  # raises if a process is working through it in the target
+                self._put(copy, place, schedule.TABLE)
+            self._done.schedules.append(new)
+        except ResultsError as error:
+            self._done.left_out.append(str(error).rstrip("."))
+            shutil.rmtree(copy)
+
+    def _put(self, copy: Path, place: Path, last: str) -> None:
+        """Move copied files to their place; `last` comes last, so that what has this file also has the others."""
         sync(self._scratch)
         place.parent.mkdir(exist_ok=True)
         if not place.is_dir():
             os.rename(copy, place)
-        else:
-            # The list of cells comes last, so that a campaign that has its list also has its other files.
-            for path in sorted(archive.files_in(copy), key=lambda path: path.name == CELLS):
-                (place / path.relative_to(copy)).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place / path.relative_to(copy))
-            shutil.rmtree(copy)
-        self._done.campaigns.append(new)
+            return
+        for path in sorted(archive.files_in(copy), key=lambda path: path.name == last):
+            (place / path.relative_to(copy)).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place / path.relative_to(copy))
+        shutil.rmtree(copy)
 
     def _rename_campaign(self, folder: Path, old: str, name: str) -> None:
         """Change the names in a campaign's files to those that the target uses."""
         from lem.results.campaign import CELLS, DEFINITION
 
         if name != old:
-            _name_campaign(folder / DEFINITION, name)
+            _set_name(folder / DEFINITION, "campaign", "name", name)
         for file in folder.glob("*.parquet"):
             rows = read_file(file)
             if "campaign" in rows.column_names:
@@ -364,6 +430,17 @@ def _by_start(ids: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def _is_variant(name: str, of: str) -> bool:
+    """Return whether a name is another one, perhaps with the suffix that a merge gives."""
+    return name == of or re.fullmatch(rf"{re.escape(of[:90])}_\d+", name) is not None
+
+
+def _new_name(name: str | None, names: Mapping[str, str]) -> str | None:
+    """Return what something is called in the target, or None if it keeps its name or has none."""
+    new = names.get(name or "")
+    return new if new != name else None
+
+
 def _origin(folder: Path) -> Origin | None:
     try:
         return from_json(Origin, (folder / ORIGIN).read_bytes())
@@ -400,8 +477,8 @@ def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
             shutil.copyfileobj(file, copy)
 
 
-def _rename(folder: Path, old: str, new: str, campaign: str | None) -> None:
-    """Put an experiment's new id into its files and, if given, the new name of its campaign into its plan."""
+def _rename(folder: Path, old: str, new: str, campaign: str | None, of_schedule: str | None) -> None:
+    """Put an experiment's new id into its files and, if given, the new names of its campaign and schedule."""
     # No text in JSON can match, because its quotation marks would be escaped.
     before, after = re.compile(rb'("experiment_id"\s*:\s*)"' + old.encode() + b'"'), rb'\1"' + new.encode() + b'"'
     for path in archive.files_in(folder):
@@ -410,15 +487,17 @@ def _rename(folder: Path, old: str, new: str, campaign: str | None) -> None:
         elif path.suffix == ".parquet":
             parquet.write_table(path, _mapped(read_file(path), "experiment_id", {old: new}))
     if campaign is not None:
-        _name_campaign(folder / "spec.json", campaign)
+        _set_name(folder / "spec.json", "campaign", "name", campaign)
+    if of_schedule is not None:
+        _set_name(folder / "spec.json", "schedule", "schedule", of_schedule)
 
 
-def _name_campaign(file: Path, name: str) -> None:
-    """Change the name under `campaign` in a JSON file, and leave everything else as it is."""
+def _set_name(file: Path, part: str, key: str, name: str) -> None:
+    """Change a name in a part of a JSON file, and leave everything else as it is."""
     whole = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
-    campaign = msgspec.json.decode(whole["campaign"], type=dict[str, msgspec.Raw])
-    campaign["name"] = msgspec.Raw(msgspec.json.encode(name))
-    whole["campaign"] = msgspec.Raw(msgspec.json.encode(campaign))
+    values = msgspec.json.decode(whole[part], type=dict[str, msgspec.Raw])
+    values[key] = msgspec.Raw(msgspec.json.encode(name))
+    whole[part] = msgspec.Raw(msgspec.json.encode(values))
     write_atomically(file, msgspec.json.format(msgspec.json.encode(whole)))
 
 
@@ -459,13 +538,12 @@ def report(target: Store, sources: Sequence[Path]) -> int:
     for done in merge(target, sources):
         there = f"; {done.there} already there" if done.there else ""
         campaigns = f", campaigns: {', '.join(done.campaigns)}" if done.campaigns else ""
+        schedules = f", schedules: {', '.join(done.schedules)}" if done.schedules else ""
         copied = f"{done.copied} experiment{'s' * (done.copied != 1)} copied"
-        print(one_line(f"{done.source}: {copied}{there}{campaigns}"))
+        print(one_line(f"{done.source}: {copied}{there}{campaigns}{schedules}"))
         for sentence in done.renamed:
             print(one_line(f"  {sentence}"))
         for sentence in done.left_out:
             print(one_line(f"Warning: {done.source}: {sentence}."), file=sys.stderr)
-        if done.source.is_dir() and (schedules := not_copied(Store(done.source))):
-            print(one_line(f"Warning: {done.source}: {schedules}."), file=sys.stderr)
         code = code or int(bool(done.left_out))
     return code

@@ -154,21 +154,6 @@ def results_hint(folder: Path) -> str:
 
 
 # ------------------------------------------------------------------ reading and writing
-def not_copied(store: Store) -> str | None:
-    """Return a note that the files of schedules are not copied, for commands that copy experiments.
-
-    The note is None if there are no schedules.
-    """
-    known = names(store)
-    if not known:
-        return None
-    which = f"{known[0]} and {len(known) - 1} more" if len(known) > 1 else known[0]
-    return (
-        f"the files of schedules ({which}) are not copied, but their experiments are; to list them: lem results list "
-        f"--schedule {known[0]}"
-    )
-
-
 def names(store: Store) -> list[str]:
     """Return the names of all schedules in a results directory."""
     folder = store.root / FOLDER

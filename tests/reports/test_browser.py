@@ -17,6 +17,7 @@ from lem.results.store import Store
 from tests.axe import axe_source, faults  # noqa: F401 - a fixture
 from tests.conftest import command
 from tests.records import finished, power, reading
+from tests.reports.test_report import traced
 
 pytestmark = pytest.mark.browser
 DARK = ("--blink-settings=preferredColorScheme=0",)
@@ -62,7 +63,7 @@ def test_a_request_would_be_noticed(tmp_path):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Pages of every kind: experiments with a trace, a sweep with two settings, and a campaign."""
+    """Pages of every kind: few and many experiments with traces, a sweep with two settings, a campaign, a schedule."""
     root = tmp_path_factory.mktemp("reports")
     store = Store(root / "results")
     power(finished(store, energy=(reading(energy_j=100.0),)))
@@ -77,9 +78,11 @@ def reports(tmp_path_factory):
     schedule = ("--interval", "2s", "--duration", "7s", "-y", "--name", "often", "-o", str(root / "schedule"))
     lem(root, "schedule", *SIMULATED, *schedule)
     sweep = next((root / "multirun").iterdir())
+    traced(root / "traces", 20)
     for name, arguments in {
         "experiments": ("--results-dir", str(store.root)),
         "grid": ("--grid", str(sweep)),
+        "traces": ("--results-dir", str(root / "traces")),
         "schedule": ("--schedule", "often", "--results-dir", str(root / "schedule")),
         "campaign": ("--campaign", "two", "--results-dir", str(root / "campaign")),
     }.items():
@@ -87,7 +90,7 @@ def reports(tmp_path_factory):
     return root
 
 
-KINDS = {"experiments": 5, "grid": 4, "campaign": 6, "schedule": 5}
+KINDS = {"experiments": 5, "grid": 4, "traces": 6, "campaign": 6, "schedule": 5}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,6 +127,15 @@ def test_the_page_prints(reports, tmp_path):
     content = (tmp_path / "r.pdf").read_bytes()
     assert content.startswith(b"%PDF")
     assert len(content) > 20_000
+
+
+@pytest.mark.parametrize("window_px", [500, 1280])
+def test_a_chart_with_panels_is_as_wide_as_the_others(reports, window_px):
+    dom = browse(reports / "traces.html", "--dump-dom", f"--window-size={window_px},900").stdout
+    plots = re.findall(r'aria-label="([^"]*)"[^>]*><div[^>]*><svg[^>]* width="(\d+)"', dom)
+    (panels_px,) = [int(width) for label, width in plots if "panels" in label]
+    widest_px = max(int(width) for label, width in plots if "panels" not in label)
+    assert 0.9 * widest_px <= panels_px <= widest_px
 
 
 def test_the_numbers_of_the_page_are_those_of_the_json(reports):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import pytest
 
 from lem.record import PowerRecord
 from lem.reports import plots
+from lem.reports.charts import PowerTrace, power_traces
 from lem.reports.content import of_experiments
 from lem.results.parquet import write_rows
 from lem.results.store import Store
@@ -90,6 +92,17 @@ def test_plots_of_the_same_name_get_numbers_and_texts_become_plain(store):
     chart = of_experiments(store, []).charts[0]
     charts = [replace(chart, key=key) for key in ("power-a/../b", "power-A  b", "power-a-b", "é")]
     assert plots._names(charts) == ["power-a-b", "power-a-b--2", "power-a-b--3", "plot"]
+
+
+@needs_vl_convert
+def test_panels_are_drawn_within_the_column():
+    samples = [{"t_s": i / 10, "device": "G", "power_w": 20.0 + i, "temperature_c": None} for i in range(40)]
+    traces = [PowerTrace(f"experiment {n}", samples, [(0.0, 3.0, "window")]) for n in range(7)]
+    svg, png = plots.drawn(power_traces(traces, "a note"))
+    assert png.startswith(b"\x89PNG")
+    assert all(f"experiment {n}" in svg for n in range(7))
+    width_px = float(re.search(r'<svg[^>]* width="([\d.]+)"', svg)[1])
+    assert 0.8 < width_px / (plots.WIDTH_IN * plots.PX_PER_IN) < 1.02
 
 
 # ------------------------------------------------------------------ the temperature in the power trace

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import replace as changed
-from datetime import datetime
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -22,7 +22,7 @@ from lem.record import ErrorInfo, PowerRecord
 from lem.reports import charts
 from lem.reports.content import COLUMNS, MOST_SAMPLES, of_experiments
 from lem.reports.page import SCRIPTS, embedded, page
-from lem.results.aggregate import read
+from lem.results.aggregate import aggregate_all, read
 from lem.results.parquet import write_rows
 from lem.results.plan import State
 from lem.results.store import Store
@@ -172,6 +172,71 @@ def test_the_trace_is_that_of_the_last_cycle_with_its_own_window(lem, store):
     assert [power_w for _, _, power_w in chart.lines] == [110.0]
     phases = chart.spec["layer"][0]["data"]["values"]
     assert phases == [{"from_s": 0.0, "to_s": 10.0, "phase": "window"}]
+
+
+def traced(root, count, samples=40, **more):
+    """Write experiments of rising power, each with a trace."""
+    store = Store(root)
+    for i in range(count):
+        energy = (reading(energy_j=100.0 + i),)
+        directory = finished(store, datetime(2026, 1, 5) + timedelta(minutes=i), energy=energy, **more)
+        trace = [PowerRecord(directory.id, 0, 1, 1, t / 10, "gpu", "G", 20.0 + i) for t in range(samples)]
+        write_rows(directory.power_file(0, 1, 1), PowerRecord, trace)
+    list(aggregate_all(store, store.ids()))
+    return store
+
+
+def panels(store, ids=()):
+    """Return the chart with a panel for each experiment, and the names of the panels."""
+    (chart,) = [each for each in of_experiments(store, list(ids)).charts if each.key == "power-traces"]
+    return chart, list(dict.fromkeys(line[0] for line in chart.lines))
+
+
+def test_more_than_four_traces_share_a_chart(tmp_path):
+    store = traced(tmp_path / "results", 6)
+    (store.directory(store.ids()[5]).power_file(0, 1, 1)).unlink()
+    chart, names = panels(store)
+    assert names == store.ids()[:5] == chart.spec["facet"]["sort"]
+    assert chart.heading == "Power of 5 experiments"
+    assert chart.note == (
+        "All panels have the same scales, and the measured window is shaded. 1 of the 6 experiments have no trace."
+    )
+    windows = [each for each in chart.spec["data"]["values"] if "to_s" in each]
+    assert [(each["name"], each["from_s"], each["to_s"]) for each in windows] == [(name, 0.0, 4.0) for name in names]
+    assert [power_w for name, _, _, power_w in chart.lines if name == names[3]] == [23.0] * 40
+    assert "panels with a line each: power from 20 to 24 W" in chart.alt
+
+
+def test_of_many_traces_the_page_says_which_are_drawn(lem, tmp_path):
+    store = traced(tmp_path / "results", 40)
+    chart, names = panels(store)
+    assert len(names) == 16
+    assert {store.ids()[0], store.ids()[-1]} <= set(names)
+    assert chart.note.startswith(
+        "Of 40 experiments with a trace, 16 are drawn: those with the lowest and the highest average power, and others "
+        "evenly between. To choose others, name up to 16 experiments: lem results report ID ID …."
+    )
+    assert lem("results", "report", "-o", "page.html").code == 0
+    assert "Of 40 experiments with a trace, 16 are drawn" in (tmp_path / "page.html").read_text()
+    others = store.ids()[1:17]
+    assert panels(store, others)[1] == others
+
+
+def test_panels_together_have_no_more_samples_than_one_trace(tmp_path):
+    chart, names = panels(traced(tmp_path / "results", 16, samples=2_000))
+    assert len(names) == 16
+    assert MOST_SAMPLES // 2 <= len(chart.lines) <= 2 * MOST_SAMPLES
+
+
+def test_a_table_that_is_not_printed_is_said_to_be_missing(store, tmp_path):
+    directory = store.directory(store.ids()[0])
+    trace = [PowerRecord(directory.id, 0, 1, 1, i / 10, "gpu", "G", 50.0) for i in range(201)]
+    write_rows(directory.power_file(0, 1, 1), PowerRecord, trace)
+    text = page(of_experiments(store, [directory.id]), "now")
+    assert text.count("values is not printed") == 1
+    assert '<p class="on-paper">The table of these 201 values is not printed; the page on a screen has it.</p>' in text
+    write_rows(directory.power_file(0, 1, 1), PowerRecord, trace[:-1])
+    assert "values is not printed" not in page(of_experiments(store, [directory.id]), "now")
 
 
 def test_a_damaged_trace_is_named(store):

@@ -89,7 +89,10 @@ def test_the_content_of_a_link_is_not_archived(lem, store, tmp_path):
     ("arguments", "error"),
     [
         (["--all"], "Give the file to write: --output FILE.zip."),
-        (["--output", "x.zip"], "Give the ids of the experiments to archive, or --campaign NAME, or --all."),
+        (
+            ["--output", "x.zip"],
+            "Give the ids of the experiments to archive, or --campaign NAME, or --schedule NAME, or --all.",
+        ),
         (["exp_2026", "--all", "--output", "x.zip"], "Give the ids of the experiments to archive, or"),
         (["--campaign", "none", "--output", "x.zip"], "There is no campaign 'none' in"),
         (["--all", "--output", "results"], "--output: results is a directory"),
@@ -203,7 +206,7 @@ TAMPERING = {
             "../evil", "/etc/evil", "raw/../../evil", "raw/exp_20260102_030405/../../../evil", "raw/x/evil", "evil",
             "raw\\evil", "raw/exp_20260102_030405/", "raw/exp_20260102_030405/.lock", "experiments/evil.parquet",
             "experiments/exp_20260102_030405.parquet/x", "campaigns/../evil", "unfinished/evil",
-            "raw/exp_20260102_030405/\x1b[31m",
+            "raw/exp_20260102_030405/\x1b[31m", "schedules/../evil", "schedules/evil", "schedules/nights/.lock",
         )
     },
 }  # fmt: skip

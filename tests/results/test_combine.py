@@ -73,15 +73,6 @@ def test_two_directories_with_the_same_ids(lem, tmp_path):
     assert lem("aggregate", "--all", "--force", "-o", "both").code == 0
 
 
-def test_schedules_are_said_to_be_left_behind(lem, tmp_path):
-    one = directory(tmp_path / "one")
-    (one.root / "schedules" / "nightly").mkdir(parents=True)
-    (one.root / "schedules" / "nightly" / "schedule.json").write_text("{}")
-    assert "the files of schedules (nightly) are not copied" in lem("results", "merge", "one", "-o", "both").err
-    done = lem("results", "archive", "--all", "-o", "one", "--output", "one.zip")
-    assert "the files of schedules (nightly) are not copied" in done.err
-
-
 def test_merging_again_changes_nothing(lem, tmp_path):
     directory(tmp_path / "one")
     two = directory(tmp_path / "two", (300.0, 200.0))

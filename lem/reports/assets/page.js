@@ -27,6 +27,7 @@
         symbolBaseFillColor: text, symbolBaseStrokeColor: text, gradientLength: 260, orient: "bottom", columns: width < 600 ? 1 : 4,
       },
       title: { color: text },
+      header: { labelColor: text, labelFontSize: 12 },
       view: { stroke: line },
       mark: { color: content.colors[dark.matches && !isPrinting ? 4 : 0] },
       rule: { color: quiet },
@@ -42,11 +43,14 @@
     const { spec } = content.charts[Number(element.dataset.chart)];
     const width = Math.max(240, element.clientWidth - 24);
     const height = Math.min(360, Math.max(220, width * 0.5));
-    const sized = {
-      $schema: "https://vega.github.io/schema/vega-lite/v6.json",
-      height, autosize: { type: "fit-x", contains: "padding" }, ...spec, config: configuration(width),
-    };
-    sized.width = width;
+    const sized = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", ...spec, config: configuration(width) };
+    if (spec.facet) {
+      // A chart with panels has no width of its own; the panels have, each besides its share of the axes.
+      sized.columns = Math.max(1, Math.floor(width / 210));
+      sized.spec = { ...spec.spec, width: Math.floor((width - 70) / sized.columns) - 20 };
+    } else {
+      Object.assign(sized, { height, autosize: { type: "fit-x", contains: "padding" }, ...spec, width });
+    }
     const compiled = vegaLite.compile(sized).spec;
     // Vega names its container, so it gets one of its own within the element that has our description, which replaces
     // the names that Vega gives to the marks.
@@ -119,6 +123,8 @@
     const shown = isStatic ? fitting : fitting.slice(0, shownCount);
     body.replaceChildren(...shown.map(rowOf));
     document.getElementById("shown").textContent = `${shown.length} of ${content.rows.length} shown`;
+    document.getElementById("on-paper").hidden = shown.length === content.rows.length;
+    document.getElementById("on-paper").textContent = `${shown.length} of ${content.rows.length} experiments are printed.`;
     const more = document.getElementById("more");
     if (more) more.hidden = shown.length === fitting.length;
   };
