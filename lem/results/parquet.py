@@ -11,7 +11,6 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -45,11 +44,16 @@ def names(record_type: type[Any]) -> list[str]:
     return found
 
 
-@cache  # because evaluating the annotations takes milliseconds, and every file that is read needs the columns
+# Cached, because evaluating the annotations takes milliseconds, and every file that is read needs the columns.
+_COLUMNS: dict[type[Any], tuple[Column, ...]] = {}
+
+
 def columns(record_type: type[Any]) -> tuple[Column, ...]:
     """Return the columns of a record type, in order."""
-    hints, marked = get_type_hints(record_type), get_type_hints(record_type, include_extras=True)
-    return tuple(_column(name, hints[name], marked[name]) for name in names(record_type))
+    if record_type not in _COLUMNS:
+        hints, marked = get_type_hints(record_type), get_type_hints(record_type, include_extras=True)
+        _COLUMNS[record_type] = tuple(_column(name, hints[name], marked[name]) for name in names(record_type))
+    return _COLUMNS[record_type]
 
 
 def _column(name: str, annotation: Any, marked: Any) -> Column:
