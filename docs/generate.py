@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from lem.cli import all_commands
+from lem.cli.commands import all_commands
 from lem.config.inventory import summaries
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns

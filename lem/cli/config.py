@@ -10,6 +10,7 @@ import typer
 from lem.cli import flags
 from lem.cli.base import AnyMachine, ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
+from lem.machine.collector import paused_collector
 
 Campaign = Annotated[
     bool, typer.Option("--campaign", help="Use the format of campaign files instead of the format of config files.")
@@ -20,6 +21,7 @@ app.add_typer(config_app, name="config")
 
 
 @config_app.command("validate")
+@paused_collector()
 def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Config files.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -38,6 +40,7 @@ def validate(
 
 
 @config_app.command("show", context_settings={"allow_interspersed_args": True})
+@paused_collector()
 def show(
     arguments: Annotated[
         list[str] | None,

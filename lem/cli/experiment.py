@@ -10,6 +10,7 @@ import typer
 from lem.cli import complete, deprecated, flags
 from lem.cli.base import ConfigDir, ResultsDir, app
 from lem.errors import ConfigError
+from lem.machine.collector import paused_collector
 from lem.spec.schema import leaf
 
 Resume = Annotated[
@@ -79,8 +80,9 @@ def experiment(
     quantization: Annotated[bool | None, deprecated.option("quantization", "--quantization/--no-quantization")] = None,
 ) -> None:
     """Run an experiment and show its results."""
-    from lem.studies import ask
-    from lem.studies import experiment as run_app
+    with paused_collector():
+        from lem.studies import ask
+        from lem.studies import experiment as run_app
 
     config_file, given = flags.split_arguments(arguments or [])
     values = {

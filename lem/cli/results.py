@@ -10,6 +10,7 @@ import typer
 
 from lem.cli import complete
 from lem.cli.base import ResultsDir, app
+from lem.machine.collector import paused_collector
 
 if TYPE_CHECKING:
     from lem.results.jobs import InJob
@@ -66,6 +67,7 @@ def aggregate(
 
 
 @results_app.command("list")
+@paused_collector()
 def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
@@ -112,6 +114,7 @@ def _in_jobs(store: Store) -> Mapping[Path, InJob]:
 
 
 @results_app.command("show")
+@paused_collector()
 def results_show(
     experiment_id: Annotated[
         str,

@@ -199,7 +199,7 @@ def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
         for each in trace.samples
     ]
     devices = {each["device"] for each in samples}
-    line = _line("power_w", "power (W)", {"strokeWidth": 1}, several=1 < len(devices) <= len(COLOURS))
+    line = _line("power_w", "power (W)", {"strokeWidth": 1}, several=1 < len(devices) <= len(COLORS))
     # There is room for a short title and a few ticks.
     line["encoding"]["x"]["title"] = "time (s)"
     line["encoding"]["y"]["axis"] = {"tickCount": 3}

@@ -44,17 +44,25 @@ def names(record_type: type[Any]) -> list[str]:
     return found
 
 
-def columns(record_type: type[Any]) -> Iterator[Column]:
-    """Yield the columns of a record type, in order."""
-    hints, marked = get_type_hints(record_type), get_type_hints(record_type, include_extras=True)
-    for name in names(record_type):
-        marks = get_args(marked[name])[1:] if get_origin(marked[name]) is Annotated else ()
-        unit = next((mark.symbol for mark in marks if isinstance(mark, Unit)), None)
-        description = next((mark for mark in marks if isinstance(mark, str)), None)
-        annotation = hints[name]
-        members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        real = [member for member in members if member is not type(None)]
-        yield Column(name, real[0], len(real) < len(members), unit, description)
+# Cached, because evaluating the annotations takes milliseconds, and every file that is read needs the columns.
+_COLUMNS: dict[type[Any], tuple[Column, ...]] = {}
+
+
+def columns(record_type: type[Any]) -> tuple[Column, ...]:
+    """Return the columns of a record type, in order."""
+    if record_type not in _COLUMNS:
+        hints, marked = get_type_hints(record_type), get_type_hints(record_type, include_extras=True)
+        _COLUMNS[record_type] = tuple(_column(name, hints[name], marked[name]) for name in names(record_type))
+    return _COLUMNS[record_type]
+
+
+def _column(name: str, annotation: Any, marked: Any) -> Column:
+    marks = get_args(marked)[1:] if get_origin(marked) is Annotated else ()
+    unit = next((mark.symbol for mark in marks if isinstance(mark, Unit)), None)
+    description = next((mark for mark in marks if isinstance(mark, str)), None)
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    real = [member for member in members if member is not type(None)]
+    return Column(name, real[0], len(real) < len(members), unit, description)
 
 
 def defaults(record_type: type[Any]) -> dict[str, Any]:

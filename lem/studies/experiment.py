@@ -19,6 +19,7 @@ from lem.config.problem import Location
 from lem.config.trust import all_asked, asked_by
 from lem.errors import ResultsError
 from lem.machine import host
+from lem.machine.collector import paused_collector
 from lem.results.codec import to_json
 from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED
@@ -38,10 +39,7 @@ def main(
         BadInput: raised before anything runs.
         Interrupted: the run was interrupted; finished requests are kept.
     """
-    composition = prepare(config_file, overrides, config_dir=config_dir)
-    experiment = composition.experiment()
-    Consents(options).require(asked_by(experiment, composition.sources))
-    ready = preflight(experiment, host.look(), force=options.force)
+    ready = _ready(config_file, overrides, options, config_dir)
     print_warnings(*ready.warnings)
     if options.dry_run:
         _show_plan(ready)
@@ -61,6 +59,15 @@ def main(
     if not (options.yes or confirmed(question)):
         return 0
     return run(ready, options, overrides, config_file)
+
+
+@paused_collector()
+def _ready(config_file: Path | None, overrides: Sequence[str], options: RunOptions, config_dir: Path | None) -> Ready:
+    """Compose the experiment, obtain the user's consent to what it starts, and check it."""
+    composition = prepare(config_file, overrides, config_dir=config_dir)
+    experiment = composition.experiment()
+    Consents(options).require(asked_by(experiment, composition.sources))
+    return preflight(experiment, host.look(), force=options.force)
 
 
 def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
@@ -143,6 +150,7 @@ def _resume_question(directory: ExperimentDir) -> str:
         raise ResultsError(f"An identical experiment is unfinished, and {error} Use --fresh to start over.") from None
 
 
+@paused_collector()
 def _show_plan(ready: Ready) -> None:
     config = yaml.safe_dump(json.loads(to_json(ready.experiment)), sort_keys=False, allow_unicode=True)
     print(config, end="")

@@ -68,7 +68,7 @@ def test_without_a_command_the_help_is_shown(lem):
 
 
 def test_the_help_lists_each_command_with_the_first_sentence_of_its_own_help(lem, monkeypatch):
-    from lem.cli import COMMANDS, all_commands
+    from lem.cli.commands import COMMANDS, all_commands
 
     monkeypatch.setenv("COLUMNS", "300")
     found = typer.main.get_command(all_commands())

@@ -112,7 +112,7 @@ def test_every_option_is_refused_without_noise_or_read(lem):
     """No option is accepted and ignored."""
     from typer.main import get_command
 
-    from lem.cli import all_commands
+    from lem.cli.commands import all_commands
 
     read = {"arguments", "noise", "as_json", "results_dir", "help"}
     for parameter in get_command(all_commands()).commands["doctor"].params:

@@ -9,7 +9,7 @@ import pytest
 
 FORMATTED = """
 import sys
-from lem.cli import all_commands
+from lem.cli.commands import all_commands
 from lem.cli.formatter import UNUSED, import_formatter
 if sys.argv[1] == "lean":
     import_formatter()

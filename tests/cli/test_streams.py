@@ -279,7 +279,7 @@ def test_a_slip_of_the_pen_gets_a_suggestion(arguments, suggestion, tmp_path):
 def test_every_command_has_its_help_also_in_a_narrow_terminal(lem, monkeypatch):
     import typer
 
-    from lem.cli import all_commands
+    from lem.cli.commands import all_commands
 
     def paths(node, path):
         yield path

@@ -118,7 +118,7 @@ def test_schedules_of_one_name_are_kept_apart(lem, tmp_path):
     one, _ = scheduled(tmp_path / "one")
     two, _ = scheduled(tmp_path / "two", factor=2.0)
     done = lem("results", "merge", "one", "two", "-o", "both")
-    assert "  schedule nights is called nights_2, because there is another schedule nights\n" in done.out
+    assert "  schedule nights is called nights_2 here, because the target already has another schedule nights\n" in done.out
     both = Store(tmp_path / "both")
     assert told(both, "nights") == told(one, "nights")
     assert told(both, "nights_2") == told(two, "nights")
@@ -136,9 +136,9 @@ def test_a_schedule_and_a_campaign_of_one_name_are_kept_apart(lem, tmp_path):
     scheduled(tmp_path / "one")
     campaign(Store(tmp_path / "two"), "nights")
     done = lem("results", "merge", "one", "two", "-o", "both")
-    assert "campaign nights is called nights_2, because there is a schedule nights" in done.out
+    assert "campaign nights is called nights_2 here, because the target already has a schedule nights" in done.out
     done = lem("results", "merge", "two", "one", "-o", "other")
-    assert "schedule nights is called nights_2, because there is a campaign nights" in done.out
+    assert "schedule nights is called nights_2 here, because the target already has a campaign nights" in done.out
     for each, where in (("nights", "both"), ("nights_2", "both"), ("nights", "other"), ("nights_2", "other")):
         assert lem("results", "show", each, "-o", where).code == 0
 
