@@ -118,7 +118,10 @@ def test_schedules_of_one_name_are_kept_apart(lem, tmp_path):
     one, _ = scheduled(tmp_path / "one")
     two, _ = scheduled(tmp_path / "two", factor=2.0)
     done = lem("results", "merge", "one", "two", "-o", "both")
-    assert "  schedule nights is called nights_2 here, because the target already has another schedule nights\n" in done.out
+    assert (
+        "  schedule nights is called nights_2 here, because the target already has another schedule nights\n"
+        in done.out
+    )
     both = Store(tmp_path / "both")
     assert told(both, "nights") == told(one, "nights")
     assert told(both, "nights_2") == told(two, "nights")
@@ -169,7 +172,7 @@ def test_a_damaged_schedule_is_left_out(lem, tmp_path):
     (folder_of(one, "nights") / files.TABLE).write_text("{}")
     done = lem("results", "merge", "one", "-o", "both")
     assert done.code == 1
-    assert "schedule.json: damaged" in done.err
+    assert "schedule.json is damaged" in done.err
     assert files.names(Store(tmp_path / "both")) == []
     assert len(Store(tmp_path / "both").ids()) == 4
 
