@@ -120,8 +120,10 @@ class Phase(Struct, frozen=True, gc=False):
         """Return whether a reading covers the phase, except perhaps its edges; True for a reading without energy."""
         if reading.energy_j is None or reading.covered_s is None:
             return True
-        edge_s = min(UNCOVERED_S, UNCOVERED_MOST * self.duration_s)
-        return self.duration_s - reading.covered_s <= max(edge_s, UNCOVERED_SHARE * self.duration_s)
+        missing_s = self.duration_s - reading.covered_s
+        if missing_s <= UNCOVERED_SHARE * self.duration_s:
+            return True
+        return missing_s <= min(UNCOVERED_S, UNCOVERED_MOST * self.duration_s)
 
 
 def _without_energy(reading: EnergyReading, duration_s: float) -> EnergyReading:

@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -592,7 +592,7 @@ def lacks_gpu(record: ProcessRecord) -> bool:
     readings = window.energy if window else ()
     environment, engine = record.environment, record.engine
     uses_gpu = bool(environment and environment.devices_before) or bool(engine and engine.device.startswith("cuda"))
-    return uses_gpu and bool(readings) and not any(r.component in ("gpu", "module") for r in readings)
+    return uses_gpu and bool(readings) and {"gpu", "module"}.isdisjoint([r.component for r in readings])
 
 
 def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
@@ -750,8 +750,8 @@ def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[
         records: the records that each row was computed from.
     """
     found = [list(_of_host(of_row)) if len(of_row) > 1 else [] for of_row in records]
-    for place, of_row in enumerate(records):
-        found[place] += [*_partial(of_row), *_of_repeated(of_row, rows["repeated_share"][place])]
+    for about, of_row, share in zip(found, records, rows["repeated_share"], strict=True):
+        about += [*_partial(of_row), *_of_repeated(of_row, share)]
     for place, violation in (*_identities(rows, records), *_negatives(rows), *_steady(rows)):
         found[place].append(violation)
     return found
@@ -769,7 +769,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
     """Yield a warning about requests that were in flight when windows were interrupted, and so were run again."""
     parts = [record.cut.under_way for record in records if record.cut is not None]
-    requests = sum(part.requests for part in parts)
+    requests = sum([part.requests for part in parts])
     if not requests:
         return
     tokens = [part.output_tokens for part in parts if part.requests]
@@ -833,18 +833,23 @@ def samples_needed(percent: float) -> int:
     return math.ceil(math.log(1 - PERCENTILE_CERTAINTY) / math.log(percent / 100))
 
 
-def of_samples(counts: Mapping[str, int]) -> Iterator[CodedWarning]:
-    """Yield a warning about percentiles that rest on too few values; `counts` gives the number of values per metric."""
+def of_samples(counts: Mapping[str, int]) -> Sequence[CodedWarning]:
+    """Return any warning about percentiles that rest on too few values; `counts` has the number of values by metric."""
+    return _of_samples(tuple(counts.items()))
+
+
+# Cached, because many experiments have the same numbers of requests.
+@lru_cache(1024)
+def _of_samples(counts: Sequence[tuple[str, int]]) -> Sequence[CodedWarning]:
     of_count: dict[int, list[str]] = {}
-    for name, count in counts.items():
+    for name, count in counts:
         of_count.setdefault(count, []).append(name)
     parts = [
         f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, but {lacking}"
         for count, stems in of_count.items()
         if (lacking := _percentiles_lacking(count))
     ]
-    if parts:
-        yield warning("few_samples", f"{'; '.join(parts)}.")
+    return [warning("few_samples", f"{'; '.join(parts)}.")] if parts else []
 
 
 @cache
@@ -855,7 +860,7 @@ def _percentiles_lacking(count: int) -> str:
 
 
 def of_times(
-    duration_s: float, first_s: float, last_s: float, busy_s: float, *, attempts: int, filled: bool
+    duration_s: float, first_s: float, last_s: float, busy_s: float, attempts: int, *, filled: bool
 ) -> Iterator[CodedWarning]:
     """Yield warnings if a window's length contradicts the times of its requests.
 
@@ -895,7 +900,8 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
     """Yield a warning for each identity that a row violates, with the row's index."""
 
     def totals(field: str) -> list[int]:
-        return [sum(map(attrgetter(field), of_row)) for of_row in records]
+        of_record = attrgetter(field)
+        return [sum(map(of_record, of_row)) for of_row in records]
 
     pairs = {
         "J = W·t": (rows["energy_j"], map(_product, rows["average_power_w"], rows["duration_s"])),
@@ -919,7 +925,7 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
     }
     for name, (ones, others) in pairs.items():
         for place, (one, other) in enumerate(zip(ones, others, strict=True)):
-            if one is None or other is None or one == other:
+            if one == other or one is None or other is None:
                 continue
             if abs(one - other) > IDENTITY_TOLERANCE * max(abs(one), abs(other)):
                 yield place, warning("identity_violated", f"{name} does not hold: {one:.6g} is not {other:.6g}.")

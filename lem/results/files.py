@@ -123,9 +123,32 @@ def open_to_read(path: str) -> int:
 
     Reading a pipe or a device in a results directory could block forever.
     """
+    return _opened(path)[0]
+
+
+def content_of(path: str) -> bytes:
+    """Return the content of a plain file; raises OSError for anything else.
+
+    This takes a quarter of the time of Path.read_bytes: `lem aggregate --all` may read tens of thousands of small
+    files.
+    """
+    descriptor, size = _opened(path)
+    try:
+        content = os.read(descriptor, size)
+        # One read returns less if the file is huge, or has just become shorter.
+        while len(content) < size and (more := os.read(descriptor, size)):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: str) -> tuple[int, int]:
+    """Open a plain file; return its descriptor and its size."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        return descriptor, status.st_size
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a plain file")
 

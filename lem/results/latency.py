@@ -33,27 +33,25 @@ class Limits(Protocol):
 class Extent(NamedTuple):
     """The span of a cycle's requests according to their own times, which start again from 0 in each attempt's window.
 
-    The extent consists of the earliest start, the sum over attempts of the latest end, and the time in which at least
-    one request was running.
+    The extent consists of the earliest start, the sum over attempts of the latest end, the time in which at least one
+    request was running, and the number of attempts.
     """
 
     first_s: float
     last_s: float
     busy_s: float
+    attempts: int
 
 
-def extent(requests: Sequence[RequestRecord]) -> Extent | None:
-    """Return the extent of the requests, or None without requests."""
-    by_attempt: dict[int, list[tuple[float, float]]] = {}
-    for r in requests:
-        by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
-    if not by_attempt:
-        return None
-    of_attempts = [sorted(spans) for spans in by_attempt.values()]
+def extent(requests: Sequence[RequestRecord]) -> Extent:
+    """Return the extent of the requests, of which there must be at least one."""
+    attempts = dict.fromkeys([r.attempt for r in requests])
+    of_attempts = [sorted([(r.start_s, r.end_s) for r in requests if r.attempt == attempt]) for attempt in attempts]
     return Extent(
         min([spans[0][0] for spans in of_attempts]),
         sum([max([end_s for _, end_s in spans]) for spans in of_attempts]),
-        sum([_union_s(spans) for spans in of_attempts]),
+        sum(map(_union_s, of_attempts)),
+        len(of_attempts),
     )
 
 

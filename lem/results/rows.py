@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -80,9 +81,10 @@ class Cycle(NamedTuple):
     @property
     def has_lost_its_queue(self) -> bool:
         """Whether an interruption has changed how long requests waited in the queue."""
-        is_resumed = self.has_arrivals and len(self.opened_s) > 1
+        if len(self.opened_s) < 2 or not self.has_arrivals:  # never resumed, or without a queue
+            return False
         repeated = any(record.cut is not None and record.cut.under_way.requests for record in self.records)
-        return is_resumed and (repeated or None in self.opened_s.values())
+        return repeated or None in self.opened_s.values()
 
 
 class Measured(NamedTuple):
@@ -365,8 +367,7 @@ def _flops(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 def _memory(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
     known = [[r.memory for r in of_cycle if r.memory] for of_cycle in records]
     peaks = [
-        max([m for m in each if m.peak_bytes is not None], key=lambda m: m.peak_bytes or 0, default=None)
-        for each in known
+        max([m for m in each if m.peak_bytes is not None], key=attrgetter("peak_bytes"), default=None) for each in known
     ]
     return {
         "peak_memory_bytes": of_each(peaks, "peak_bytes"),
@@ -402,12 +403,12 @@ def _steady(cycles: Sequence[Cycle], complete: Sequence[bool], energies_j: Seque
 
 def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
     experiment, owner = cycle.plan.experiment, cycle.records[0]
-    traffic, replicas = experiment.traffic, len({r.rank for r in cycle.requests})
+    traffic = experiment.traffic
     taken = places(
         experiment.batching.strategy,
         experiment.batching.batch_size,
         traffic.pattern,
-        None if traffic.concurrency is None else traffic.concurrency // max(replicas, 1),
+        None if traffic.concurrency is None else traffic.concurrency // max(len({r.rank for r in cycle.requests}), 1),
         by_client=experiment.backend.name == "openai",
     )
     if taken is None or any(r.error for r in cycle.requests):
@@ -419,7 +420,7 @@ def _steady_state(cycle: Cycle, *, is_metered: bool) -> Steady | None:
 def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool]) -> None:
     """Set to null the values that an interruption makes wrong: any that depend on the queue or on the whole cycle."""
     keeps_queue = [not cycle.has_lost_its_queue for cycle in cycles]
-    for name in (name for name in columns if QUEUED.fullmatch(name)):
+    for name in () if all(keeps_queue) else filter(QUEUED.fullmatch, columns):
         columns[name] = where(keeps_queue, columns[name])
     is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in columns["repeated_share"]]
     shown = [done and once for done, once in zip(complete, is_once, strict=True)]
@@ -441,28 +442,25 @@ def _warnings(
     found = []
     of_rows = warning_codes.of_rows(columns, [cycle.records for cycle in cycles])
     parts = zip(cycles, finished, counts, of_rows, columns["duration_s"], strict=True)
-    for cycle, done, of_samples, of_row, duration_s in parts:
+    for cycle, done, of_samples, coded, duration_s in parts:
         if cycle.has_lost_its_queue:
-            of_row.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
+            coded.append(warning_codes.warning("queue_lost", _why_queue_is_lost(cycle)))
         of_processes = once_each([list(map(as_text, record.warnings)) for record in cycle.records], "process")
-        of_requests = [
-            *warning_codes.of_failures(cycle.requests),
-            *warning_codes.of_samples(of_samples),
-            *_of_times(cycle, duration_s),
-            *warning_codes.of_timed_tokens(done),
-        ]
-        coded = map(as_text, [*cycle.warnings, *of_row, *of_requests])
-        found.append(list(dict.fromkeys([*of_processes, *coded])))
+        if len(done) < len(cycle.requests):
+            coded += warning_codes.of_failures(cycle.requests)
+        coded += warning_codes.of_samples(of_samples)
+        if duration_s is not None and cycle.requests:
+            coded += _of_times(cycle.requests, duration_s)
+        coded += warning_codes.of_timed_tokens(done)
+        texts = [*of_processes, *map(as_text, cycle.warnings), *map(as_text, coded)]
+        found.append(list(dict.fromkeys(texts)))
     return found
 
 
-def _of_times(cycle: Cycle, duration_s: float | None) -> Iterator[CodedWarning]:
-    """Yield warnings if the requests' own times are inconsistent with the window's length."""
-    ran = extent(cycle.requests)
-    if ran is not None and duration_s is not None:
-        attempts = len({r.attempt for r in cycle.requests})
-        filled = not any(r.arrived_s for r in cycle.requests)  # without traffic, all arrive when the window opens
-        yield from warning_codes.of_times(duration_s, *ran, attempts=attempts, filled=filled)
+def _of_times(requests: Sequence[RequestRecord], duration_s: float) -> Iterator[CodedWarning]:
+    """Return the warnings about requests whose own times are inconsistent with the window's length."""
+    filled = not any(map(attrgetter("arrived_s"), requests))  # without traffic, all arrive when the window opens
+    return warning_codes.of_times(duration_s, *extent(requests), filled=filled)
 
 
 def _why_queue_is_lost(cycle: Cycle) -> str:

@@ -42,6 +42,7 @@ def modules_after(*arguments: str, cwd) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("experiment", "--help"), ("presets",), ("datasets",), ("--version",)]
 )
@@ -334,6 +335,7 @@ def hydra_app(*arguments: str, cwd):
 PLAIN = ("backend=simulated", "model=any", "dataset=sample", "dataset.sample_size=3", "energy=none")
 
 
+@pytest.mark.processes
 def test_the_plain_hydra_app_does_the_same_job(tmp_path):
     done = hydra_app(*PLAIN, "preset=quick-test", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -342,6 +344,7 @@ def test_the_plain_hydra_app_does_the_same_job(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results"}
 
 
+@pytest.mark.processes
 def test_the_plain_hydra_app_refuses_in_one_sentence(tmp_path):
     done = hydra_app(*PLAIN, "batching.batchsize=3", cwd=tmp_path)
     assert done.returncode == 2

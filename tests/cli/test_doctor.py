@@ -86,6 +86,7 @@ def test_it_leaves_nothing_behind_and_reads_the_environments_results_directory(l
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_it_imports_nothing_heavy_but_the_drivers_binding(tmp_path):
     assert not modules_after("doctor", cwd=tmp_path) & (set(HEAVY) - {"pynvml"})
 

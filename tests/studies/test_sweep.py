@@ -207,12 +207,14 @@ def hydra_app(*arguments: str, cwd):
     )
 
 
+@pytest.mark.processes
 def test_the_plain_hydra_app_sweeps(tmp_path):
     done = hydra_app(*PLAIN, "--multirun", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [m["label"] for m in manifest(tmp_path)] == ["seed=1", "seed=2"]
 
 
+@pytest.mark.processes
 def test_the_plain_hydra_app_checks_a_sweep_first(tmp_path):
     done = hydra_app(*PLAIN, "--multirun", "batching.strategy=static,dynamic", cwd=tmp_path)
     assert done.returncode == 2
