@@ -4,17 +4,19 @@ Run with `python -m bench.perturbation`. Each pair runs both in fresh processes 
 and number of threads. Each ratio is the geometric mean over the pairs, with its 95 % interval (Student's t on the
 logarithms).
 
-- The windows: in the cases `batch 1`, `batch 8`, `continuous` and `vllm`, the measured windows are compared, without a
-  meter: output tokens per second, and output tokens per second of the process's CPU time. Both windows run at the same
-  time on one core, and the kernel switches between them every few milliseconds, so whatever changes the speed of the
-  machine changes both alike. With `--in-turn`, they run one after the other instead, and the order alternates from pair
-  to pair.
+- The windows: in the cases `batch 1`, `batch 8`, `continuous` and those of vLLM, the measured windows are compared,
+  without a meter: output tokens per second, and output tokens per second of the process's CPU time. Both windows run at
+  the same time on one core, and the kernel switches between them every few milliseconds, so whatever changes the speed
+  of the machine changes both alike. With `--in-turn`, they run one after the other instead, and the order alternates
+  from pair to pair.
 - The jobs: in the cases `job, batch 1` and `job, batch 8`, whole commands with 10 prompts and the default meter are
   compared, one after the other in alternating order: the CPU time of all processes, and the wall time. lem's times
   include two idle phases and the warm-up.
 
-The case `vllm` needs a Python environment with vLLM, which `--vllm-python` names; it is left out otherwise. Options
-after `--` are added to the command line of lem, so that causes can be excluded one at a time.
+The cases of vLLM need a Python environment with vLLM, which `--vllm-python` names; they are left out otherwise. By
+default, `LLM` keeps no statistics. lem turns them on, because the times of requests are among them; in the case `vllm,
+statistics`, the script does so too. Options after `--` are added to the command line of lem, so that causes can be
+excluded one at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1])).save_p
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: the prompts, the batch size, the lengths in tokens, the engine, and whether to time jobs."""
+    """What is compared: the prompts, the batch size, the lengths in tokens, and whether to time whole jobs.
+
+    `engine` is what the script calls. `has_statistics` says whether vLLM's statistics are on in the script, as in lem.
+    """
 
     prompts: int
     batch_size: int
@@ -63,6 +68,7 @@ class Case:
     output_tokens: int
     is_job: bool = False
     engine: str = "generate"
+    has_statistics: bool = False
 
 
 CASES = {
@@ -70,6 +76,7 @@ CASES = {
     "batch 8": Case(160, 8, 32, 32),
     "continuous": Case(160, 8, 32, 32, engine="generate_batch"),
     "vllm": Case(320, 8, 32, 32, engine="vllm"),
+    "vllm, statistics": Case(320, 8, 32, 32, engine="vllm", has_statistics=True),
     "job, batch 1": Case(10, 1, 512, 128, is_job=True),
     "job, batch 8": Case(10, 8, 512, 128, is_job=True),
 }
@@ -178,7 +185,7 @@ class Bare(Side):
         """Start the script; its window begins when a file matches `starts_with`."""
         job = {
             "engine": case.engine,
-            "engine_args": ENGINE_ARGUMENTS,
+            "engine_args": ENGINE_ARGUMENTS | {"disable_log_stats": not case.has_statistics},
             "model": str(folder / "model"),
             "prompts": texts(case.prompts),
             "batch_size": case.batch_size,
@@ -307,7 +314,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Run the pairs, taking the cases in turn, and print the table; return 1 if an interval excludes its goal."""
     options = parsed()
-    cases = {name: CASES[name] for name in options.case or CASES if name != "vllm" or options.vllm_python}
+    cases = {name: CASES[name] for name in options.case or CASES if CASES[name].engine != "vllm" or options.vllm_python}
     if options.prompts:
         cases = {name: Case(**asdict(case) | {"prompts": options.prompts}) for name, case in cases.items()}
     runs: dict[str, list[tuple[Run, Run]]] = {name: [] for name in cases}
