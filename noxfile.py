@@ -256,6 +256,7 @@ def bench(session: nox.Session) -> None:
     run_in_dev(session, "python", "-m", "bench.slurm")
     run_in_dev(session, "python", "-m", "bench.waiting")
     run_in_dev(session, "python", "-m", "bench.reports")
+    run_in_dev(session, "python", "-m", "bench.batching")
 
 
 @in_dev
