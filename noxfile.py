@@ -249,7 +249,7 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure start-up, 10,000 configs, aggregation, Slurm, schedules and reports; fail if a limit is exceeded."""
+    """Measure commands, grids, aggregation, Slurm, schedules, reports and batching; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
     run_in_dev(session, "python", "-m", "bench.grid")
     run_in_dev(session, "python", "-m", "bench.aggregation")
@@ -269,7 +269,7 @@ def accuracy(session: nox.Session) -> None:
 
 @in_dev
 def perturbation(session: nox.Session) -> None:
-    """Compare lem with a script that calls transformers directly; needs an idle machine and about an hour."""
+    """Compare lem with a script that calls the engine directly; takes about an hour."""
     run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
 
 
