@@ -191,7 +191,7 @@ class EngineArguments:
         Args:
             name: the key.
             owner: what sets this argument (see `set_by_lem`), or None if nothing does.
-            known: the engine's arguments as far as lem knows them, for when the engine is not installed.
+            known: the arguments that lem knows the engine to have; needed if the engine is not installed.
         """
         if dropped := self._dropped(name):
             return dropped

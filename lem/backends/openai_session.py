@@ -345,7 +345,13 @@ def _raise_unreadable() -> NoReturn:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the entry for `backend.model_name`; if that is null, the only entry or the one named like the model."""
+    """Return the entry whose id is `backend.model_name`; if that is null, the only entry or else the model's.
+
+    The model's entry is the one whose id is the configured model or its path.
+
+    Raises:
+        RunError: there is no such entry.
+    """
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:

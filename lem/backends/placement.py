@@ -62,7 +62,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a part, or only the part itself if it is a tensor."""
+    """Return the parameters of a part; a part that is a tensor is its own only parameter."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 

@@ -27,7 +27,7 @@ def version() -> str:
 
 
 def language_models() -> Mapping[str, str]:
-    """Return the name of the class for text generation for each model type; empty if unknown."""
+    """Return, for each model type, the name of its class for text generation; empty if unknown."""
     return _table("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 

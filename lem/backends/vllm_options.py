@@ -21,7 +21,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Options that are engine arguments with the same name, and their places in the engine's resolved configuration.
+# Options that are passed on as engine arguments of the same name, and their places in the engine's resolved config.
 RESOLVED = {
     "max_model_len": "model_config.max_model_len",
     "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
