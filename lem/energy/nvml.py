@@ -271,7 +271,7 @@ def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
     if gained_mj < 0:
-        return None, "it went backwards (driver reloaded?)"
+        return None, "it went backwards (was the driver reloaded?)"
     # Every GPU draws some power, so a counter that does not advance is not working.
     return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
