@@ -45,7 +45,7 @@ CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGU
 
 @dataclass(frozen=True)
 class Host:
-    """The facts about the machine that preflight needs, and that are found without running anything on the machine."""
+    """The facts about the machine that preflight needs; they are found without starting another process."""
 
     gpus: tuple[gpu.Gpu, ...]
 
