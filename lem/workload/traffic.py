@@ -91,7 +91,7 @@ def read_trace(path: Path, count: int) -> list[float]:
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in ascending order; raise ValueError with the number of a line with a wrong time."""
+    """Return the times of a trace in ascending order; raise ValueError, with the line's number, if one is invalid."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]
