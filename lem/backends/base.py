@@ -26,7 +26,7 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# Names of the values that only some backends report. In this order, they stand for `Generation.token_ids`,
+# Names of the values that only some backends report. In this order, they are the names of `Generation.token_ids`,
 # `model_info`, `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
@@ -165,7 +165,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Load the model and everything else needed for generating."""
+        """Load the model and everything else needed to generate text."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:

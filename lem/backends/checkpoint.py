@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Checkpoint:
-    """Read the experiment's model without its weights.
+    """Read everything about the experiment's model except its weights.
 
     Args:
         experiment: the experiment, which names the model.

@@ -687,7 +687,7 @@ def _count(value: Any) -> int | None:
 
 
 def reason_in(content: bytes) -> str:
-    """Return the error text in a response body, whichever format the server uses; of HTML, only the title."""
+    """Return the error text in a response body, whichever format the server uses; for HTML, only the page's title."""
     text = content[:LARGEST_ERROR].decode(errors="replace")
     if HTML.match(text):
         title = TITLE.search(text)

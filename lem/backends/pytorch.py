@@ -490,7 +490,7 @@ class Static:
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache after the last forward pass, unless an earlier batch had as many tokens (with padding).
+        """Measure the cache after the last forward pass, unless an earlier batch had at least as many tokens (padded).
 
         The cache is taken from the forward passes, because transformers generates differently if it is asked to return
         the cache.
@@ -605,7 +605,7 @@ class _TokenClock:
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token; tokens generated after it do not count as output."""
+    """Return the tokens up to and including the first end token, and the finish reason; later tokens do not count."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

@@ -80,13 +80,15 @@ def read_trace(path: Path, count: int) -> list[float]:
     try:
         times = _times(path)
     except FileNotFoundError:
-        raise BadInput(f"The trace {path} does not exist.") from None
+        raise BadInput(f"The traffic trace {path} does not exist.") from None
     except KeyError:
-        raise BadInput(f"The trace {path} has no column t_s.") from None
+        raise BadInput(f"The traffic trace {path} has no column t_s.") from None
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise BadInput(f"The trace {path} cannot be read: {' '.join(str(error).split())}.") from None
+        raise BadInput(f"The traffic trace {path} cannot be read: {' '.join(str(error).split())}.") from None
     if len(times) < count:
-        raise BadInput(f"The trace {path} has {len(times)} arrivals, fewer than the {count} requests.")
+        raise BadInput(
+            f"The traffic trace {path} has {len(times)} arrivals, fewer than the {count} requests of the run."
+        )
     return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
 
 
