@@ -142,7 +142,7 @@ class Source(Protocol):
     """The arguments that the installed version of an engine accepts, read from its source code."""
 
     def version(self) -> str:
-        """Return the installed version."""
+        """Return the version of the engine that is installed."""
 
     def arguments(self) -> Collection[str]:
         """Return the names of the engine's arguments; empty if they cannot be determined."""

@@ -230,7 +230,7 @@ class Continuous(Session[_Request]):
         return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a request under a new name; `key` is not unique, because a warm-up may repeat prompts."""
+        """Give the engine a request under a new name, because an earlier request may have had the same `key`."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
         request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)

@@ -118,7 +118,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; if the engine cannot split prompts, reject those too long for one step."""
+        """Tokenize each text separately; if the engine cannot split prompts, reject any that is too long for a step."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)

@@ -44,7 +44,7 @@ class Argument:
 
 
 def version() -> str:
-    """Return the installed version."""
+    """Return the version of the installed TensorRT-LLM."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

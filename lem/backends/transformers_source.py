@@ -22,7 +22,7 @@ READS_BOTH_WAYS = "as a standalone, add `is_decoder=True"
 
 
 def version() -> str:
-    """Return the installed version."""
+    """Return the version of the installed transformers."""
     return installed_version("transformers") or "unknown"
 
 

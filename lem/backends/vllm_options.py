@@ -319,7 +319,7 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return what sets an engine argument in lem (see `set_by_lem`), or None if nothing does."""
+    """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):
