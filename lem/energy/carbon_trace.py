@@ -181,7 +181,7 @@ def _intensity(text: str) -> float:
 
 
 def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
-    """Raise `ValueError` if a time is not later than the previous one, or not at the usual distance from it."""
+    """Raise `ValueError` if a time is not later than the previous one, or if the times are not equally spaced."""
     if not before_s:
         return
     step_s = time_s - before_s[-1]

@@ -295,7 +295,7 @@ class Device:
 
     @property
     def component(self) -> Component:
-        """`module` if the driver's values cover the whole module (see zeus's NVIDIA device layer), otherwise `gpu`."""
+        """`module` if the driver's values cover the whole module (such as a GH200), otherwise `gpu`."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property

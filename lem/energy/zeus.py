@@ -87,7 +87,7 @@ class ZeusMeter(ImmediateMeter):
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def _indices(self) -> list[int] | None:
-        """Return the GPUs in use by number; like zeus, count only visible GPUs. None if NVML does not know the GPUs."""
+        """Return the positions of the GPUs in use among the visible GPUs; None if NVML does not know the GPUs."""
         if not self._gpus:
             return None
         shown = list(dict.fromkeys(each.uuid for each in gpu.visible()))
