@@ -593,7 +593,7 @@ NOT_COUNTED = (
 
 
 def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, tuple[int, ...] | None]:
-    """Return the number of output tokens and their ids, each None if the server does not send it.
+    """Return the number of output tokens and their ids; either is None if the server does not send it.
 
     Raises:
         Refused: the ids and the count contradict each other.

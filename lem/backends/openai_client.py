@@ -518,7 +518,7 @@ def _end_searches_for(package: str) -> None:
 
 # ------------------------------------------------------------------ metrics
 def samples(text: str) -> dict[str, float]:
-    """Return the values on a page of Prometheus metrics, by name and summed over labels."""
+    """Return the values on a page of Prometheus metrics by the metrics' names, summed over their labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):

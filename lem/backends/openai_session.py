@@ -254,7 +254,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
 
 
 def _favor_the_client(ending: ExitStack) -> None:
-    """Keep the rest of this process from delaying the client's thread, which times the tokens, until `ending` closes.
+    """Until `ending` closes, keep the rest of this process from delaying the client's thread, which times the tokens.
 
     Otherwise, the client's thread waits up to 5 ms for the main thread to release the interpreter, and even longer
     while the garbage collector searches the objects of all libraries loaded so far.

@@ -473,7 +473,7 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Record when a batch's first forward pass (its prefill) is done, by synchronizing once per batch."""
+        """Record when a batch's first forward pass (its prefill) is done, waiting for the device once per batch."""
         # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
         self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
