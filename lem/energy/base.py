@@ -163,7 +163,7 @@ class CombinedMeter(Meter):
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Mark the end on all meters before ending any, so that no meter's window includes another meter's waiting."""
+        """Mark the end on all meters before ending any, so that no window includes another meter's waiting time."""
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)

@@ -26,7 +26,7 @@ J_PER_MJ = 1e-3
 
 
 class ZeusMeter(ImmediateMeter):
-    """Reads zeus's monitor, using one zeus window for each window of lem."""
+    """Measures each window of lem with a window of zeus's monitor."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # The GPUs in use, if NVML knows them; otherwise all visible GPUs are read.
