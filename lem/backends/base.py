@@ -26,7 +26,7 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# Names of the values that only some backends report. In this order, they stand for `Generation.token_ids`,
+# Names of the values that only some backends report. In this order, they are the names of `Generation.token_ids`,
 # `model_info`, `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is not an option but is, or was, an argument of the engine; else None."""
+        """Return a message about a key that is or was an argument of the engine but is not an option; else None."""
         return None
 
     @classmethod
@@ -161,11 +161,11 @@ class Backend(ABC):
         return ()
 
     def start(self) -> None:
-        """Import the engine before the first phase, so that no phase includes the time of the import."""
+        """Import the engine; called before the first phase, so that no phase includes the import time."""
 
     @abstractmethod
     def load(self) -> None:
-        """Load the model and everything else needed for generating."""
+        """Load the model and everything else needed to generate text."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -194,10 +194,10 @@ class Backend(ABC):
             yield [replace(g, batch=number, arrived_ns=at_ns[g.index]) for g in part]
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the requests that the engine is working on when `generate` or `serve` has just yielded.
+        """Return the requests that the engine is still working on; called just after `generate` or `serve` has yielded.
 
-        Requests that are still waiting are not included. The default implementation returns nothing: it is for
-        engines that finish a whole batch before they yield it.
+        Requests that are still waiting are not included. The default implementation returns no requests: it is for
+        backends that yield a batch only after all of it is finished.
         """
         return ()
 
@@ -241,5 +241,5 @@ class Backend(ABC):
         return None
 
     def warnings(self) -> list[CodedWarning]:
-        """Return the warnings about the engine, the model and the window since `forget`."""
+        """Return warnings about the engine, the model and everything that has happened since `forget`."""
         return []

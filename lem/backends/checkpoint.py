@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Checkpoint:
-    """Read the experiment's model without its weights.
+    """Read everything about the experiment's model except its weights.
 
     Args:
         experiment: the experiment, which names the model.
@@ -148,13 +148,13 @@ def encode(
         texts: the prompts.
         experiment: the experiment, which sets the limits and whether to use the chat template.
         positions: the maximum length of a sequence (prompt and output) in tokens; None if there is no limit.
-        vocabulary: the number of embeddings of the model; None leaves the check of token ids to the engine.
+        vocabulary: the number of embeddings of the model; if None, token ids are not checked here.
 
     Raises:
         RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
     if not isinstance(tokenizer.model_max_length, int | float):
-        tokenizer.model_max_length = sys.maxsize  # each tokenizer call compares with it; lem applies its own limit
+        tokenizer.model_max_length = sys.maxsize  # each call compares its result with this; lem has its own limit
     limit = experiment.max_input_tokens
     encoded = []
     for index, text in enumerate(texts):
@@ -246,7 +246,7 @@ def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output
         raise RunError(
             f"Prompt {longest.index} has {len(longest.token_ids)} tokens; with max_output_tokens={max_output_tokens}, "
             f"that is more than the model's {positions} positions. "
-            f"Set max_input_tokens={max(1, positions - max_output_tokens)} or less."
+            f"Set max_input_tokens to {max(1, positions - max_output_tokens)} or less."
         )
 
 

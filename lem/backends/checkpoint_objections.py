@@ -78,7 +78,7 @@ def weights_of(experiment: Experiment, model: Model | None, *, of_any_name: bool
     if found is not None and found.missing:
         yield Objection("weights_missing", "model", f"{model.name} lacks {summary(found.missing)}.")
     if found is not None and found.mismatched:
-        yield Objection("weights_mismatched", "model", f"shapes differ: {summary(found.mismatched)}.")
+        yield Objection("weights_mismatched", "model", f"these weights differ in shape: {summary(found.mismatched)}.")
 
 
 def _is_all_there_is(model: Model) -> bool:
@@ -100,8 +100,8 @@ def damaged_weights(model: Model | None) -> Iterator[Objection]:
 
 def _none(model: Model, folder: Path, of_any_name: bool) -> Iterator[Objection]:
     if _is_all_there_is(model) and not weights.has_any(folder, of_any_name=of_any_name):
-        names = " nor ".join((*weights.SINGLE_FILES, "an index of several files"))
-        yield Objection("weights_incomplete", "model", f"{folder} has no weights: neither {names}.")
+        names = " nor ".join((*weights.SINGLE_FILES, "an index of weight files"))
+        yield Objection("weights_incomplete", "model", f"{folder} contains neither {names}.")
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -175,7 +175,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
 
 
 def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
-    """Return when each file of a local model last changed, so that results are cached only until a file changes."""
+    """Return each file of a local model and when it last changed, so that cached results can depend on both."""
     files = sorted(Path(model.path).glob("*")) if model.is_local else []
     return tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
 
@@ -184,13 +184,13 @@ def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
 def _faults_of_template(
     name: str, path: str, revision: str | None, trusted: bool, rows: Any, _stamps: tuple[tuple[str, int], ...]
 ) -> list[tuple[str, str]]:
-    """Return the faults of a chat template, as codes and facts; cached, because a study's cells often share a model."""
+    """Return a chat template's faults as (code, fact); cached, because a study's cells often share a model."""
     hidden = without_torch(trusted=trusted)
     return apart.call_without(hidden, "transformers", _faults_seen, name, path, revision, trusted, rows)
 
 
 def _faults_seen(name: str, path: str, revision: str | None, trusted: bool, rows: Any) -> list[tuple[str, str]]:
-    """Return the faults of a chat template, found by loading the tokenizer in this process."""
+    """Load the tokenizer in this process, and return the faults of its chat template as (code, fact)."""
     loaded = tokenizer_of(path, revision=revision, trust_remote_code=trusted)
     templates = getattr(loaded, "chat_template", None)
     if not templates:

@@ -23,7 +23,7 @@ SAME_CLOCK_NS = 1_000_000
 
 # ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a string as one line, cut to `LONGEST_REASON` and ending with a full stop."""
+    """Return a string as one line, cut to `LONGEST_REASON` characters and ending with a full stop."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         space = text.rfind(" ", 0, LONGEST_REASON)
@@ -41,7 +41,10 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def failing_as(beginning: str, hint: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
-    """Turn an error in the block into a `RunError` in one line: `beginning`, the reason, and what `hint` returns."""
+    """Turn an error in the block into a `RunError`.
+
+    Its message is one line: `beginning`, the reason for the error, and the remedy that `hint` returns for the error.
+    """
     try:
         yield
     except Interrupted:

@@ -103,7 +103,10 @@ def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name
 
 
 def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
-    """Return whether a large matrix has the shape that the config implies; False if the config lacks a value."""
+    """Return whether a tensor has the shape that the config implies; False if the config lacks a value for it.
+
+    Only the shapes of the large matrices are checked; the result is True for any other tensor.
+    """
     hidden, heads = config.get("hidden_size") or 0, config.get("num_attention_heads") or 1
     head_dim = config.get("head_dim") or hidden // heads
     queries, keys = heads * head_dim, (config.get("num_key_value_heads") or 0) * head_dim
@@ -125,12 +128,15 @@ def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool
 # ------------------------------------------------------------------ with transformers
 @lru_cache(maxsize=8)
 def _compared(path: str, revision: str | None, stamps: tuple[tuple[str, int], ...]) -> Fit | None:
-    """Return the result of `_loaded_without_values`, cached for a study's cells until a file changes."""
+    """Return the result of `_loaded_without_values`; cached, because a study's cells often share a checkpoint."""
     return apart.call("transformers", _loaded_without_values, path, revision, Path(stamps[0][0]).parent)
 
 
 def _loaded_without_values(path: str, revision: str | None, folder: Path) -> Fit | None:
-    """Return the `Fit` that transformers' loader reports after loading a checkpoint's tensors without their values."""
+    """Have transformers load a checkpoint's tensors without their values, and return the `Fit` that it reports.
+
+    The result is None if this fails, as it may if the model's code needs the values.
+    """
     import torch
     import transformers
 
@@ -155,7 +161,7 @@ def _loaded_without_values(path: str, revision: str | None, folder: Path) -> Fit
 
 
 def _hollow(folder: Path) -> dict[str, Any]:
-    """Return the tensors of a checkpoint without values; of a torch archive, only the list of tensors is read."""
+    """Return a checkpoint's tensors without their values; only the list of tensors is read from the files."""
     import torch
 
     archives = weights.archives(folder)

@@ -142,7 +142,7 @@ class Source(Protocol):
     """The arguments that the installed version of an engine accepts, read from its source code."""
 
     def version(self) -> str:
-        """Return the installed version."""
+        """Return the version of the engine that is installed."""
 
     def arguments(self) -> Collection[str]:
         """Return the names of the engine's arguments; empty if they cannot be determined."""
@@ -191,7 +191,7 @@ class EngineArguments:
         Args:
             name: the key.
             owner: what sets this argument (see `set_by_lem`), or None if nothing does.
-            known: the engine's arguments as far as lem knows them, for when the engine is not installed.
+            known: the arguments that lem knows the engine to have; needed if the engine is not installed.
         """
         if dropped := self._dropped(name):
             return dropped

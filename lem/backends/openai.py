@@ -44,7 +44,7 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
-        # A reason why the server may run on other GPUs than those that are metered; None if there is no such reason.
+        # The reason why the server may run on GPUs other than those that are metered; None if there is no such reason.
         self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
@@ -249,7 +249,7 @@ class Openai(Backend):
         return "ids" if loaded.sends_ids else "the server's usage"
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model, determined by the pytorch backend's method from the model's config."""
+        """Return the sizes of the model, determined from its config in the same way as in the pytorch backend."""
         return needed(self._loaded).checkpoint.architecture()
 
     def warnings(self) -> list[CodedWarning]:
@@ -271,7 +271,7 @@ class Openai(Backend):
         # This comparison is impossible after a failed request, because the number of its tokens is unknown.
         if session is not None and others > 0 and not session.is_broken and not session.failed:
             found.append(
-                warning("server_shared", f"the server generated {others:.0f} tokens for other clients in the window.")
+                warning("server_shared", f"in the window, the server generated {others:.0f} tokens for other clients.")
             )
         return [*found, *counter_warnings(counters)]
 
@@ -281,11 +281,11 @@ class Openai(Backend):
             text = "the server reports no token counts; output tokens were counted by tokenizing the text again."
             yield warning("tokens_by_tokenizer", text)
         if session.retries:
-            text = f"the server was busy: lem sent requests again {session.retries} times, as Retry-After asked."
+            text = f"the server was busy: lem sent requests again {session.retries} times, as the server had asked."
             yield warning("requests_retried", text)
         if session.ignores_stream:
             text = "the server answered in one piece although it was asked to stream, so token times are null."
             yield warning("stream_ignored", text)
         if not session.tokens_are_timed:
-            text = "the server's events have no token counts; tokens are spread evenly between first and last event."
+            text = "the server's events have no token counts; lem spread the tokens evenly between the first and last."
             yield warning("tokens_not_timed", text)

@@ -151,7 +151,7 @@ class Reply:
         most_events: int = sys.maxsize,
         by_text: bool = False,
     ) -> None:
-        """Begin with the response's status and headers.
+        """Store the response's status and headers, before any bytes have arrived.
 
         Args:
             sent_ns: the time when the request was sent.
@@ -258,7 +258,7 @@ def redirection(location: str) -> str:
 
 
 def waiting_s(retry_after: str) -> float | None:
-    """Return the waiting time in a Retry-After header (seconds or a date); None if it is neither."""
+    """Return the waiting time in seconds that a Retry-After header gives as seconds or as a date; None if invalid."""
     with suppress(ValueError, OverflowError):
         return max(0.0, float(int(retry_after.strip())))
     with suppress(ValueError, TypeError, OverflowError):
@@ -271,7 +271,7 @@ class Unpacking:
     """Decompresses a response if its header or first bytes show that the server compressed it."""
 
     def __init__(self, encoding: str, largest: int) -> None:
-        """Store the compression and the maximum size in bytes of the decompressed response."""
+        """Store the encoding named in the header, and the maximum size of the decompressed response in bytes."""
         names = [name.strip().lower() for name in encoding.split(",")]
         self._names = [name for name in names if name not in ("", "identity")]
         self._largest, self._taken = largest, 0
@@ -290,7 +290,7 @@ class Unpacking:
         return self._inflating is not None and not self._inflating.eof
 
     def take(self, received: bytes) -> bytes:
-        """Return the decompressed form of these bytes.
+        """Return these bytes, decompressed if the response is compressed.
 
         Raises:
             Refused: the data is damaged, too large, or compressed by a method other than gzip and deflate.
@@ -542,7 +542,7 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if the count is too low for the text, as it is if a server counts each event separately.
+        """Raise `Refused` if the count is too low for the text, as happens if a server counts each event separately.
 
         Each event with text has at least one token, except for text that was held back until the end.
         """
@@ -593,7 +593,7 @@ NOT_COUNTED = (
 
 
 def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, tuple[int, ...] | None]:
-    """Return the number of output tokens and their ids, each None if the server does not send it.
+    """Return the number of output tokens and their ids; either is None if the server does not send it.
 
     Raises:
         Refused: the ids and the count contradict each other.
@@ -687,7 +687,7 @@ def _count(value: Any) -> int | None:
 
 
 def reason_in(content: bytes) -> str:
-    """Return the error text in a response body, whichever format the server uses; of HTML, only the title."""
+    """Return the error text in a response body, whichever format the server uses; for HTML, only the page's title."""
     text = content[:LARGEST_ERROR].decode(errors="replace")
     if HTML.match(text):
         title = TITLE.search(text)
@@ -709,5 +709,5 @@ def _inner(found: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return the text without terminal control characters."""
+    """Return the text with a space in place of each non-printable character, such as a terminal control character."""
     return "".join(each if each.isprintable() else " " for each in text)

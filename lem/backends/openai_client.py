@@ -66,7 +66,7 @@ class Failure:
 
 
 class Client:
-    """The client of one server, over HTTP/1.1."""
+    """A client that sends requests to one server over HTTP/1.1."""
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class Client:
 
 
 def _despite_the_end(reply: Reply) -> Answer | None:
-    """Return the answer in a response that was cut off after all of its tokens; None if tokens may be missing."""
+    """Return the answer in a response that was cut off after its last token; None if tokens may be missing."""
     try:
         return reply.answer(is_whole=False)
     except ServerGone:
@@ -369,7 +369,7 @@ def _as_counter_ns(stamp_ns: int) -> int | None:
 
 
 class _Incoming(asyncio.Protocol):
-    """Receives the data of one connection, and records when each read arrived."""
+    """Receives the data of one connection, and records when the data of each read arrived."""
 
     def __init__(self, connected: _StampedSocket) -> None:
         self.pieces: deque[_Piece] = deque()
@@ -518,7 +518,7 @@ def _end_searches_for(package: str) -> None:
 
 # ------------------------------------------------------------------ metrics
 def samples(text: str) -> dict[str, float]:
-    """Return the values on a page of Prometheus metrics, by name and summed over labels."""
+    """Return the values on a page of Prometheus metrics by the metrics' names, summed over their labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):

@@ -31,7 +31,7 @@ from lem.workload.models import Model
 
 HERE = "127.0.0.1"
 PLACEHOLDERS = ("model", "revision", "host", "port", "dtype", "seed", "batch_size", "degree")
-PLACEHOLDER = re.compile(r"\{(\w+)\}")  # this does not match JSON, which has quotes
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # does not match JSON, which has quotes after its braces
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # Request fields that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
@@ -272,7 +272,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for a while, because a grid may have thousands of cells."""
+    """Return whether a server accepts connections; cached for a given `_now`, because a grid may have many cells."""
     return answers(host, port, REACH_S)
 
 
@@ -343,11 +343,11 @@ def _processes(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options for batches if requests are sent as they arrive."""
+    """Object to batching options if requests are sent as they arrive, so that no batches are formed."""
     if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
         return
     if experiment.batching != Batching():
-        fact = "with traffic, each request is sent as it arrives, and the server queues it."
+        fact = "if traffic is configured, each request is sent as it arrives, and the server queues it."
         yield without_effect("no_effect_batching", "batching", fact)
 
 

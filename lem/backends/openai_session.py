@@ -254,7 +254,7 @@ def load(experiment: Experiment, address: Address, gpus: Sequence[Gpu], log_fold
 
 
 def _favor_the_client(ending: ExitStack) -> None:
-    """Keep the rest of this process from delaying the client's thread, which times the tokens, until `ending` closes.
+    """Until `ending` closes, keep the rest of this process from delaying the client's thread, which times the tokens.
 
     Otherwise, the client's thread waits up to 5 ms for the main thread to release the interpreter, and even longer
     while the garbage collector searches the objects of all libraries loaded so far.
@@ -345,7 +345,13 @@ def _raise_unreadable() -> NoReturn:
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the entry for `backend.model_name`; if that is null, the only entry or the one named like the model."""
+    """Return the entry whose id is `backend.model_name`; if that is null, the only entry or else the model's.
+
+    The model's entry is the one whose id is the configured model or its path.
+
+    Raises:
+        RunError: there is no such entry.
+    """
     assert isinstance(experiment.backend, OpenaiBackend)
     names = [str(card["id"]) for card in models]
     if experiment.backend.model_name is not None:

@@ -49,7 +49,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts to place, in the model's order: unsplittable and childless modules, and tensors outside these."""
+    """Yield the parts to place and their names, in order: unsplittable or childless modules, and all other tensors."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module
@@ -62,7 +62,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a part, or only the part itself if it is a tensor."""
+    """Return the parameters of a part; a part that is a tensor is its own only parameter."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 

@@ -31,7 +31,7 @@ LARGEST_VOCABULARY = 100_000
 
 
 class PlainTokenizer:
-    """A tokenizer with those methods of transformers' tokenizers that prompts without a chat template need."""
+    """A tokenizer with only those methods of transformers' tokenizers that prompts without a chat template need."""
 
     def __init__(self, tokenizer: Any) -> None:
         tokenizer.no_truncation()
@@ -85,7 +85,10 @@ def _is_complete(folder: Path, content: Mapping[str, Any], config: Mapping[str, 
 
 
 def _special(named: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the special tokens that a file names, and any values of unknown meaning, so that `_is_complete` fails."""
+    """Yield the special tokens that a file names, and any values of unknown meaning.
+
+    These values are not tokens of tokenizer.json, so `_is_complete` then returns False.
+    """
     for key, value in named.items():
         if key in SEVERAL:
             yield from value.values() if isinstance(value, dict) else value or ()

@@ -118,7 +118,7 @@ class Pytorch(Backend):
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
 
     def _own_devices(self, torch: Any) -> list[Any]:
-        """Return the devices that this process uses, of those that CUDA shows."""
+        """Return the devices that this process uses: some of the GPUs that CUDA shows, or the CPU."""
         if not self._is_on_cuda(torch):
             return [torch.device("cpu")]
         if strategy_of(self._experiment) == "pipeline_parallel":
@@ -148,7 +148,7 @@ class Pytorch(Backend):
         return encoded
 
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run the prompts in batches that each finish together, or with continuous batching."""
+        """Run the prompts in static batches or, if batching is continuous, as slots become free."""
         yield from self._running.generate(prompts)
 
     @property
@@ -171,7 +171,7 @@ class Pytorch(Backend):
         self._running.noticed = Noticed()
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests if batching is continuous, else none, because a batch finishes as a whole."""
+        """Return the running requests of continuous batching; none for static batches, which finish as a whole."""
         return self._runner.under_way() if isinstance(self._runner, Continuous) else ()
 
     def synchronize(self) -> None:
@@ -258,7 +258,7 @@ class Pytorch(Backend):
 
 def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
     if noticed.not_finite:
-        yield warning("not_finite", f"the logits of {noticed.not_finite} requests are infinite or NaN.")
+        yield warning("not_finite", f"the logits of {noticed.not_finite} requests contain infinite values or NaN.")
     if noticed.padded:
         text = f"{noticed.padded} requests were padded in their batches, but the model does not mask padding."
         yield warning("padding_changed_tokens", text)
@@ -267,7 +267,7 @@ def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
 # ------------------------------------------------------------------ loading
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model, with what it needs to generate.
+    """A loaded model, and everything needed to generate text with it.
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
     `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
@@ -403,7 +403,7 @@ def _load_weights(
 
 
 def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the model with the adapter, and the matrices that the adapter's files lack."""
+    """Return the model with the adapter, and the names of the matrices that the adapter's files lack."""
     import peft
 
     with warnings.catch_warnings(record=True) as caught, failing_as(f"peft cannot load the adapter {adapter}"):
@@ -473,7 +473,7 @@ class Static:
         loaded.inner.register_forward_hook(self._after_forward)
 
     def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Record when a batch's first forward pass (its prefill) is done, by synchronizing once per batch."""
+        """Record when a batch's first forward pass (its prefill) is done, waiting for the device once per batch."""
         # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
         self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
         if self._prefill_end_ns is None:
@@ -490,7 +490,7 @@ class Static:
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache after the last forward pass, unless an earlier batch had as many tokens (with padding).
+        """Measure the cache after the last forward pass, unless an earlier batch had at least as many tokens (padded).
 
         The cache is taken from the forward passes, because transformers generates differently if it is asked to return
         the cache.
@@ -542,7 +542,7 @@ class Static:
             self.graphs_compiled = compiled_graphs() - graphs_before
 
     def _notice(self, members: Sequence[Encoded]) -> None:
-        """Check a finished batch for conditions that make its tokens meaningless."""
+        """Count the requests of a finished batch whose tokens are meaningless (see `Noticed`)."""
         self.noticed.not_finite += min(self._last_logits.not_finite(), len(members))
         if not self._masks_padding:
             longest = max(len(p.token_ids) for p in members)
@@ -594,7 +594,7 @@ class _TokenClock:
         self._prompt_is_next = True
 
     def put(self, value: Any) -> None:
-        """Receive the prompts (in the first call) or the next token of each prompt (in later calls)."""
+        """Record when the next token of each prompt arrived; the first call passes the prompts, and is ignored."""
         if self._prompt_is_next:
             self._prompt_is_next = False
         else:
@@ -605,7 +605,7 @@ class _TokenClock:
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Cut a sequence after its first end token; tokens generated after it do not count as output."""
+    """Return the tokens up to and including the first end token, and the finish reason; later tokens do not count."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

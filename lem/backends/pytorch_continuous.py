@@ -230,7 +230,7 @@ class Continuous(Session[_Request]):
         return 0 if state is None else len(state.generated_tokens)
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a request under a new name instead of `key`, because a warm-up may repeat prompts."""
+        """Give the engine a request under a new name, because an earlier request may have had the same `key`."""
         key = next(self._names)
         rules, generator = self._own_rules(prompt), self._generator(prompt)
         request = _Request(prompt, batch, arrived_ns, name=str(key), own_rules=rules, generator=generator)
@@ -238,7 +238,7 @@ class Continuous(Session[_Request]):
         self._manager.add_request(list(prompt.token_ids), request_id=request.name, record_timestamps=True)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take one step, however long that takes."""
+        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by name."""
         processor = self._manager.batch_processor
         if not processor.prepare_next_batch():
             raise RunError("transformers' continuous batching stopped before all requests were finished.")
@@ -354,9 +354,10 @@ class Continuous(Session[_Request]):
 
 
 class _Chooser:
-    """Changes the scores so that the engine, which always takes the most likely token, takes the chosen token.
+    """Applies the logits processors and, if tokens are sampled, samples them. Replaces transformers' own processor.
 
-    This class replaces transformers' own logits processor.
+    The engine always takes the token with the highest score. A sampled token is therefore the only one whose score is
+    finite.
     """
 
     supports_continuous_batching = True

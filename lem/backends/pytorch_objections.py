@@ -70,7 +70,7 @@ def _device(options: PytorchBackend, host: Host, used: Sequence[Gpu]) -> Iterato
         fact = f"torch.compile needs compute capability {_dotted(COMPILE_CAPABILITY)}; {old} is too old."
         yield Objection("compile_unsupported", "backend.torch_compile", fact)
     if options.cache_implementation == "none":
-        fact = "without a cache, every step recomputes the whole sequence, but FLOPs count each token only once."
+        fact = "without a cache, every step recomputes the whole sequence, but lem's FLOPs count each token only once."
         yield Objection("no_cache", "backend.cache_implementation", fact)
 
 
@@ -125,7 +125,7 @@ def _why_unsplittable(path: str, revision: str | None, trusted: bool, degree: in
 
 # ------------------------------------------------------------------ capabilities of GPUs
 def _older_than(capability: tuple[int, int], gpus: Sequence[Gpu]) -> str | None:
-    """Return the name and compute capability of a GPU known to be below `capability`; None if no GPU is."""
+    """Return the name and compute capability of a GPU known to be below `capability`; None if there is no such GPU."""
     for gpu in gpus:
         if gpu.compute_capability is not None and gpu.compute_capability < capability:
             return f"{gpu.name} (compute capability {_dotted(gpu.compute_capability)})"
@@ -255,7 +255,7 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
 def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:
     batching, kind = experiment.batching, model.text_config.get("model_type")
     if kind in PADDING_UNMASKED and batching.strategy != "continuous" and batching.batch_size > 1:
-        fact = f"transformers does not mask padding in a {kind} model, so batches change the tokens of shorter prompts."
+        fact = f"transformers does not mask padding in a {kind} model, so padding changes shorter prompts' tokens."
         yield Objection("padding_changes_tokens", "batching.batch_size", fact)
 
 

@@ -132,7 +132,7 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 def environment(shown_gpus: str | None) -> dict[str, str]:
     """Return the environment for a server: this process's environment without the variables that launchers set.
 
-    With it, the server sees only `shown_gpus`; if `shown_gpus` is None, the visibility of GPUs is unchanged.
+    With these variables, the server sees only the GPUs in `shown_gpus` or, if that is None, those that lem sees.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     # This variable is meant for lem's own processes; a user's server may import modules from its own directory.

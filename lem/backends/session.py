@@ -281,7 +281,7 @@ class SessionBackend(Backend, Generic[S]):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the model and its adapter, determined from files by the pytorch backend's method."""
+        """Return the sizes of the model and its adapter, determined in the same way as in the pytorch backend."""
         loaded = needed(self._loaded)
         return loaded.checkpoint.architecture(loaded.adapter_weights)
 

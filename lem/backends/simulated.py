@@ -134,7 +134,7 @@ class Simulated(Backend):
             yield from super().serve(arrivals, at_most)
 
     def under_way(self) -> Sequence[Begun]:
-        """Return the running requests if batching is continuous, else none, because a batch finishes as a whole."""
+        """Return the running requests of continuous batching; none for static batches, which finish as a whole."""
         return self._session.under_way()
 
     def peak_memory(self) -> Memory:
@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, limited to its duration, so that no work is rushed after an interruption."""
+        """Record how late the work ended, but at most the time since it began, so that long delays are not made up."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 
@@ -273,7 +273,7 @@ class SimulatedSession(Session[_Running]):
         self.running[key] = _Running(prompt, batch, arrived_ns, output=output, given_ns=now_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Sleep through a step."""
+        """Sleep through one step, and return the outputs that it has finished, by key."""
         start_ns = self.clock.now_ns()
         self._work.begin(start_ns)
         for request in self.running.values():

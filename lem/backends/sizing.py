@@ -1,4 +1,4 @@
-"""Finds the sizes that determine a model's FLOPs by running the model's text part without values.
+"""Finds the sizes that determine a model's FLOPs by running the model's text part on tensors without values.
 
 The text part is built on PyTorch's device `meta`, where tensors have shapes but no values. PyTorch's own FLOP counter
 counts the matrix products of a few short forward passes. In each layer, the cost that grows linearly with the number of
@@ -211,7 +211,7 @@ def _counted(decoder: Any, layers: Sequence[Any], experts: Mapping[str, Any], le
 
 @contextmanager
 def _counting(into: _Pass, layers: Sequence[Any], experts: Mapping[str, Any]) -> Iterator[None]:
-    """Attribute the FLOPs of each operation to the layer and the experts whose modules are running."""
+    """Add the FLOPs of each operation in the block to the layer and the experts whose modules are running."""
     running: list[tuple[str, Any]] = []
     with ExitStack() as ending:
         for kind, modules in (("layer", list(enumerate(layers))), ("experts", list(experts.items()))):
@@ -279,7 +279,7 @@ def _linear(costs: Sequence[int]) -> Fraction:
 
 
 def _grouped(costs: Sequence[Fraction], config: Any) -> tuple[Attention, ...]:
-    """Return the attention of all layers, added up over the layers that attend equally far back."""
+    """Return the attention of all layers; layers that attend equally far back are added up in one entry."""
     widths: dict[tuple[int | None, bool], Fraction] = {}
     for index, cost in enumerate(costs):
         reach = _reach(config, index)

@@ -118,7 +118,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; if the engine cannot split prompts, reject those too long for one step."""
+        """Tokenize each text separately; if the engine cannot split prompts, reject any that is too long for a step."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -278,7 +278,7 @@ def _positions(model: Model, args: Any) -> int | None:
 def _model_info(
     args: Any, read: Checkpoint, adapter: str | None, adapter_weights: int, random_weights: bool
 ) -> ModelInfo | None:
-    """Describe the model by its checkpoint, as the engine reports nothing; None if transformers cannot build it."""
+    """Describe the model from its files, since the engine reports nothing; None if transformers cannot build it."""
     if read.hollow is None:
         return None
     parameters = int(read.hollow.num_parameters()) + adapter_weights
@@ -350,7 +350,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for requests to finish; if none finishes for a while, check that the engine is alive."""
+        """Wait for requests to finish, and return their outputs by key; check now and then that the engine is alive."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:
@@ -412,7 +412,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the times of the tokens; an end token that the engine withholds gets the request's end time."""
+        """Return the request's tokens with their times; an end token that the engine withholds gets the end time."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)

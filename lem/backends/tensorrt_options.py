@@ -361,7 +361,7 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
-    """Return what sets an argument in lem (see `set_by_lem`), or None if nothing does.
+    """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it.
 
     No option sets a nested config, such as `kv_cache_config`, that is given as a mapping: its fields are added to those
     that lem sets.

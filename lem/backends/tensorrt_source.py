@@ -44,7 +44,7 @@ class Argument:
 
 
 def version() -> str:
-    """Return the installed version."""
+    """Return the version of the installed TensorRT-LLM."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -171,7 +171,10 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return the attributes that the files read, each after its owner: `a.b.c` and `getattr(b, "c")` give (b, c)."""
+    """Return the attributes that the code in these files reads, as pairs of owner and name.
+
+    For example, both `a.b.c` and `getattr(b, "c")` give (b, c).
+    """
     found = set()
     for file in [file for pattern in patterns for file in package.glob(pattern)]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):

@@ -22,12 +22,12 @@ READS_BOTH_WAYS = "as a standalone, add `is_decoder=True"
 
 
 def version() -> str:
-    """Return the installed version."""
+    """Return the version of the installed transformers."""
     return installed_version("transformers") or "unknown"
 
 
 def language_models() -> Mapping[str, str]:
-    """Return the name of the class for text generation for each model type; empty if unknown."""
+    """Return, for each model type, the name of its class for text generation; empty if unknown."""
     return _table("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 
 
@@ -114,7 +114,7 @@ def _table(file: str, name: str) -> dict[str, str]:
 
 @cache
 def _expressions(file: str, name: str) -> dict[str, str]:
-    """Return a table like that of `_table`, with the source text of its values, which may be expressions."""
+    """Return a table as `_table` does, but with the source text of each value, which may be any expression."""
     value = _assigned(file, name)
     pairs = value.args[0] if isinstance(value, ast.Call) and value.args else None
     if not isinstance(pairs, ast.List):
@@ -155,7 +155,7 @@ def _text(file: str) -> str:
 
 
 def _pairs(node: ast.expr) -> dict[str, str]:
-    """Return the pairs of strings in a literal list; if a model type has several classes, the first one counts."""
+    """Return the pairs of strings in a literal list; if a model type has several classes, the first one is used."""
     try:
         pairs = ast.literal_eval(node)
         return {key: value if isinstance(value, str) else value[0] for key, value in pairs}

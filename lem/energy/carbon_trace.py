@@ -58,7 +58,7 @@ class CarbonTrace:
         return 2 * self.starts_s[-1] - self.starts_s[-2]
 
     def at(self, time_s: float) -> Piece:
-        """Return the stretch that contains a time; raises `BadInput` if the trace does not cover it."""
+        """Return the stretch that contains a time; raise `BadInput` if the trace does not cover it."""
         place = bisect_right(self.starts_s, time_s) - 1
         if place < 0 or time_s >= self.end_s:
             raise BadInput(self._outside(time_s))
@@ -82,7 +82,7 @@ class CarbonTrace:
         return Weighted(weighted / sum(weights), by_energy)
 
     def _pieces(self, start_s: float, end_s: float) -> Iterator[Piece]:
-        """Yield the parts of a window with one intensity each; at least one, even if the window has no length."""
+        """Yield the parts of a window, each with a single intensity; a window of length zero has one part."""
         while True:
             found = self.at(start_s)
             yield Piece(start_s, min(found.end_s, end_s), found.intensity_g_per_kwh)
@@ -103,7 +103,7 @@ def read_carbon_trace(path: str) -> CarbonTrace:
     """Read a trace.
 
     Raises:
-        BadInput: the trace cannot be read, has too few values, or has an invalid line; the message gives its number.
+        BadInput: the trace cannot be read, has too few values, or has an invalid line; the message says which line.
     """
     content, text = _content(path)
     rows = csv.reader(io.StringIO(text))
@@ -181,7 +181,7 @@ def _intensity(text: str) -> float:
 
 
 def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
-    """Raise `ValueError` unless a time is as long after the previous one as the second time is after the first."""
+    """Raise `ValueError` if a time is not later than the previous one, or if the times are not equally spaced."""
     if not before_s:
         return
     step_s = time_s - before_s[-1]

@@ -51,7 +51,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class CodecarbonMeter(ImmediateMeter):
-    """Reads codecarbon's offline tracker, using one tracker task per window."""
+    """Measures each window as a task of codecarbon's offline tracker."""
 
     def __init__(self) -> None:
         self._tracker: Any = None
@@ -94,7 +94,7 @@ class CodecarbonMeter(ImmediateMeter):
         )
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Add up the samples that the tracker's own thread has taken; this takes about 20 µs.
+        """Return the sum of the samples that the tracker's own thread has taken; this takes about 20 µs.
 
         The last sample can be up to a second old. Taking an extra sample here would change the final result, because
         the power that codecarbon derives is not linear in the CPU's load.

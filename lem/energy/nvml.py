@@ -271,7 +271,7 @@ def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
     if gained_mj < 0:
-        return None, "it went backwards (driver reloaded?)"
+        return None, "it went backwards (was the driver reloaded?)"
     # Every GPU draws some power, so a counter that does not advance is not working.
     return (gained_mj * J_PER_MJ, None) if gained_mj else (None, "it did not advance")
 
@@ -295,7 +295,7 @@ class Device:
 
     @property
     def component(self) -> Component:
-        """`module` if the driver's values cover the whole module (see zeus's NVIDIA device layer), otherwise `gpu`."""
+        """`module` if the driver's values cover the whole module (such as a GH200), otherwise `gpu`."""
         return "module" if any(name in self.gpu.name for name in MODULES) else "gpu"
 
     @property

@@ -9,6 +9,6 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Discard output to stdout: on import, some libraries print which hardware they did not find."""
+    """Discard all output to stdout in the block: on import, some libraries print which hardware they did not find."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

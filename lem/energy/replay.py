@@ -140,7 +140,7 @@ def _samples(path: Path) -> dict[Component, list[tuple[float, float]]]:
                 raise ValueError(f"unknown component '{component}'")
             sample = (_number(row["t_s"]), _number(row["power_w"]))
             if not np.isfinite(sample).all() or sample[1] < 0:
-                raise ValueError(f"{sample[1]} W at {sample[0]} s is not a valid power")
+                raise ValueError(f"{sample[1]} W at {sample[0]} s is not a valid sample")
             samples.setdefault(component, []).append(sample)  # type: ignore[arg-type]
     return samples
 

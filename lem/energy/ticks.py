@@ -236,16 +236,16 @@ class Counter:
 
 
 def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
-    """Return whether enough ticks were seen to determine their period, or time is up; slow calls need more ticks."""
+    """Return whether to stop reading after `seconds`: the ticks give a precise period, none came, or time is up."""
     if seconds < LEARN_S or not ticks or seconds > LEARN_MOST_S:
         return seconds >= LEARN_S
     return 2 * statistics.median(tick.within_ns for tick in ticks) <= PERIOD_WITHIN * (ticks[-1].at_ns - ticks[0].at_ns)
 
 
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
-    """Return the times of the ticks, extrapolated from `tick`, and the counter's value after each, in order of time.
+    """Return the time of each tick, extrapolated from `tick`, and the counter's value after it, in order of time.
 
-    If a reading was taken so close to a tick that its side of the tick is unclear, the reading is left out.
+    A reading is left out if it is so close to a tick that it may have been taken before or after the tick.
     """
     values = {-1: tick.before_mj, 0: tick.after_mj}
     for reading in readings:

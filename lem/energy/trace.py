@@ -46,7 +46,7 @@ class RunningIntegral:
     """The integral of each device's samples since a start time; each update processes only the new samples."""
 
     def __init__(self, sampler: Sampler, seen: int, start_ns: int) -> None:
-        # `seen` is the number of earlier samples. The next samples were taken just before the window opened.
+        # `seen` is the number of samples to skip. The samples after them begin just before the window's opening.
         self._sampler = sampler
         self._seen = seen
         self._start_ns = start_ns
@@ -54,7 +54,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return each device's energy in joules up to its last sample, if it was also sampled before the start."""
+        """Return the energy in joules, up to its last sample, of each device that was also sampled before the start."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:
@@ -102,7 +102,7 @@ class Sampler:
 
     @property
     def count(self) -> int:
-        """Number of samples so far."""
+        """The number of samples so far."""
         with self._lock:
             return len(self._samples)
 

@@ -26,7 +26,7 @@ J_PER_MJ = 1e-3
 
 
 class ZeusMeter(ImmediateMeter):
-    """Reads zeus's monitor, using one zeus window for each window of lem."""
+    """Measures each window of lem with a window of zeus's monitor."""
 
     def __init__(self, gpus: Sequence[Gpu]) -> None:
         # The GPUs in use, if NVML knows them; otherwise all visible GPUs are read.
@@ -47,7 +47,10 @@ class ZeusMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object if zeus is not installed, or if the run uses no GPU (without NVIDIA GPUs: if zeus finds no GPU)."""
+        """Object if zeus is not installed, or if the run uses no GPU.
+
+        On a machine without NVIDIA GPUs, a GPU is considered to be in use if zeus finds one.
+        """
         if not host.has("zeus"):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)
@@ -84,7 +87,7 @@ class ZeusMeter(ImmediateMeter):
             raise BadInput("energy=zeus found no GPU that it can read; use energy=auto instead.")
 
     def _indices(self) -> list[int] | None:
-        """Return zeus's numbers for the GPUs in use, which count visible GPUs; None if NVML does not know the GPUs."""
+        """Return the positions of the GPUs in use among the visible GPUs; None if NVML does not know the GPUs."""
         if not self._gpus:
             return None
         shown = list(dict.fromkeys(each.uuid for each in gpu.visible()))
@@ -102,7 +105,7 @@ class ZeusMeter(ImmediateMeter):
         self._begun_j = {index: self._counter_j(index)[0] for index in self._labels}
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """End the window and return each GPU's energy; if one GPU is lost, zeus fails, and all energy is None."""
+        """End the window and return each GPU's energy; if one GPU is lost, zeus fails, and every energy is None."""
         measured, failure = None, self._failure
         if failure is None:
             measured, failure = self._try(lambda: self._monitor.end_window(WINDOW, sync_execution=False).gpu_energy)
@@ -110,7 +113,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each counter once, without zeus's window; a GPU without a counter has no energy before the end."""
+        """Return each counter's increase, read without ending zeus's window; None for a GPU without a counter."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

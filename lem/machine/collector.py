@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
-    """Pause garbage collection, unless it is already off. Nothing may be measured in the meantime."""
+    """Pause garbage collection in the block, unless it is already off. Nothing may be measured in the block."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -45,7 +45,7 @@ CONTAINER_VARIABLES = {"apptainer": "APPTAINER_CONTAINER", "singularity": "SINGU
 
 @dataclass(frozen=True)
 class Host:
-    """The facts about the machine that preflight needs, and that are found without running anything on the machine."""
+    """The facts about the machine that preflight needs; they are found without starting another process."""
 
     gpus: tuple[gpu.Gpu, ...]
 
@@ -64,12 +64,15 @@ class Host:
         return util.find_spec(package) is not None
 
     def is_built_for_cpu(self, package: str) -> bool:
-        """Return whether the installed build of a package is without CUDA; False if the package is not installed."""
+        """Return whether the installed build of a package lacks CUDA; False if the package is not installed."""
         return is_built_for_cpu(package)
 
 
 def is_built_for_cpu(package: str) -> bool:
-    """Return whether the installed build of a package is without CUDA, by its name (`…-cpu`) or version (`…+cpu`)."""
+    """Return whether the installed build of a package lacks CUDA, according to its name (`…-cpu`) or version (`…+cpu`).
+
+    If the package is not installed, the result is False.
+    """
     _, _, local = (installed_version(package) or "").partition("+")
     return installed_version(f"{package}-cpu") is not None or "cpu" in local.split(".")
 

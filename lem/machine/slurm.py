@@ -65,7 +65,7 @@ class Unreachable(Exception):
 
 
 def queue(ids: Sequence[str]) -> dict[str, Queued]:
-    """Return, by id, those of the jobs that Slurm's controller still knows; the id of an array's task is like `123_4`.
+    """Return, by id, those of the jobs that Slurm's controller still knows; a task's id has the form `123_4`.
 
     Arrays are queried as a whole, so that one query is enough for thousands of tasks.
 
@@ -92,7 +92,7 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
 
 
 def submitted_from(folder: Path) -> list[str]:
-    """Return the ids of the jobs and arrays of this user that the controller knows, with a batch file in a directory.
+    """Return the ids of this user's jobs and arrays whose batch file is in a directory and that the controller knows.
 
     Raises:
         Unreachable: the controller does not respond.
@@ -247,7 +247,7 @@ def expanded(names: str) -> list[str]:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return the short form of node names, such as gpu[1-3,7]; separate names if Slurm does not respond."""
+    """Return the short form of node names, such as gpu[1-3,7]; all names in full if Slurm does not respond."""
     code, text, _ = _run("scontrol", "show", "hostlistsorted", ",".join(names))
     return ",".join(names) if code else text.strip()
 

@@ -97,7 +97,7 @@ class _Seen:
         return {POLICIES[f.fieldId]: f.value.ullVal / NS_PER_S for f in fields or () if f.nvmlReturn == 0}
 
     def throttled_s(self) -> dict[str, float] | None:
-        """Return how long each policy has throttled the GPU since `begin`, omitting zeros; None without counters."""
+        """Return how long each policy has throttled the GPU since `begin`, omitting zeros; None if that is unknown."""
         now_s = self._counters_s()
         known = self._begun_s.keys() & now_s.keys()
         if not known:

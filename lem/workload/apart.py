@@ -46,7 +46,7 @@ def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.
 def call_without(
     hidden: Sequence[str], library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs
 ) -> T:
-    """Call a function like `call`, in a process in which the hidden libraries do not seem to be installed.
+    """Call a function like `call`, in a process in which the hidden libraries appear not to be installed.
 
     A library that imports another library only if it is installed, as transformers does with torch, then loads in a
     fraction of the time.
@@ -86,8 +86,8 @@ def _answer(request: bytes, hidden: Sequence[str]) -> tuple[str, Any]:
 
 # ------------------------------------------------------------------ in the other process
 def main() -> None:
-    """Read a call from standard input, and write its result to the original standard output."""
-    # Whatever libraries print goes to standard error.
+    """Read a function and its arguments from standard input, call it, and write the outcome to standard output."""
+    # Standard output carries only the outcome; whatever libraries print goes to standard error.
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for name in sys.argv[1:]:

@@ -35,7 +35,10 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
 
 
 def _needs_library(dataset: Dataset, path: str) -> bool:
-    """Return whether the library `datasets` has to read the prompts: from the hub, or as a dataset card describes."""
+    """Return whether the library `datasets` has to read the prompts.
+
+    This is so if the prompts are on the hub, or if a directory's dataset card describes how to read its files.
+    """
     local = expanded(path)
     if os.path.isdir(local):
         return folder.needs_library(local, dataset)

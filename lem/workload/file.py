@@ -108,7 +108,7 @@ def _json_kind(text: str) -> str | None:
 
 
 def _like_no_text(text: str) -> str | None:
-    """Return what a text seems to be if not prompts: markup, YAML, or damaged JSON; None if it may be prompts."""
+    """Return why a text does not look like prompts (it looks like markup, YAML or JSON); None if it may be prompts."""
     if MARKUP.match(text):
         return "begins like HTML or XML"
     if LIKE_YAML.match(text):

@@ -24,7 +24,7 @@ class UnknownArchitecture(LemError):
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one or more layers, added up.
+    """The width of one or more attention layers, added up, and how far back all of these layers attend.
 
     `width` is heads·head_dim; if the heads of keys and values differ in size, `width` is the mean of both products. By
     default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to the last

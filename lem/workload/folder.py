@@ -177,7 +177,7 @@ def _splits(folder: Path) -> Mapping[str, list[Path]]:
 
 
 def _all_files(folder: Path) -> Iterator[PurePosixPath]:
-    """Yield the paths, relative to the folder, of all files whose names may determine the splits, data or not."""
+    """Yield the relative paths of all files whose names may determine the splits, whether or not they hold data."""
     for where, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
@@ -190,7 +190,7 @@ def _name_in(folder: Path, path: Path) -> PurePosixPath:
 
 
 def _numbered_parts(names: Sequence[PurePosixPath]) -> list[str]:
-    """Return the splits of numbered parts, beginning with those that have the usual names."""
+    """Return the names of the splits that are stored in numbered parts; names in `KEYWORDS` come first."""
     found = {match[1] for name in names if (match := NUMBERED_PART.fullmatch(str(name)))}
     return [split for split in KEYWORDS if split in found] + sorted(found - KEYWORDS.keys())
 
@@ -201,14 +201,14 @@ def _numbered_split(folder: Path, path: Path) -> str | None:
 
 
 def _is_in_folder_of(name: PurePosixPath, split: str) -> bool:
-    """Return whether a file is in a folder whose name contains a keyword of the split between separators."""
+    """Return whether a keyword of the split, set off by separators, is in the name of a folder above a file."""
     return any(
         re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]})({SEPARATOR}.*)?", each) for each in name.parent.parts
     )
 
 
 def _is_named_after(name: PurePosixPath, split: str) -> bool:
-    """Return whether a file's name contains a keyword of the split between separators, or begins with one."""
+    """Return whether a keyword of the split, set off by separators, is in a file's name."""
     return bool(re.fullmatch(rf"(.*{SEPARATOR})?({KEYWORDS[split]}){SEPARATOR}.*", name.name))
 
 

@@ -97,7 +97,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}.") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{file} is not a model's configuration.")
+        raise ModelError(f"{file} is not a model's configuration: it contains no JSON object.")
     for part in (content, *(content[name] for name in LANGUAGE_PARTS if isinstance(content.get(name), dict))):
         _refuse_odd_values(file, part)
     return content

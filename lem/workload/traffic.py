@@ -80,18 +80,20 @@ def read_trace(path: Path, count: int) -> list[float]:
     try:
         times = _times(path)
     except FileNotFoundError:
-        raise BadInput(f"The trace {path} does not exist.") from None
+        raise BadInput(f"The traffic trace {path} does not exist.") from None
     except KeyError:
-        raise BadInput(f"The trace {path} has no column t_s.") from None
+        raise BadInput(f"The traffic trace {path} has no column t_s.") from None
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise BadInput(f"The trace {path} cannot be read: {' '.join(str(error).split())}.") from None
+        raise BadInput(f"The traffic trace {path} cannot be read: {' '.join(str(error).split())}.") from None
     if len(times) < count:
-        raise BadInput(f"The trace {path} has {len(times)} arrivals, fewer than the {count} requests.")
+        raise BadInput(
+            f"The traffic trace {path} has {len(times)} arrivals, fewer than the {count} requests of the run."
+        )
     return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
 
 
 def _times(path: Path) -> list[float]:
-    """Return the times of a trace in ascending order; raise ValueError with the number of a line with a wrong time."""
+    """Return the times of a trace in ascending order; raise ValueError, with the line's number, if one is invalid."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         found = [(row["t_s"], rows.line_num) for row in rows]

@@ -157,7 +157,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 
 def _damaged_index(index: Path) -> Flaw | None:
-    return None if _weight_map(index) else Flaw("damaged", f"{index} is not an index of weights.")
+    return None if _weight_map(index) else Flaw("damaged", f"{index} is not an index that maps weights to files.")
 
 
 def _name(index: Path | None) -> str:
