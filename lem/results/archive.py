@@ -132,7 +132,7 @@ class _Writer:
         self.files: dict[str, Entry] = {}
 
     def add(self, name: str, source: IO[bytes], changed_s: float) -> None:
-        """Add a file; `changed_s` is its time of change, in seconds since 1970."""
+        """Add a file; `changed_s` is its modification time, in seconds since 1970."""
         # Zip files cannot store a time before 1980.
         info = zipfile.ZipInfo(name, time.localtime(max(changed_s, 315_619_200.0))[:6])
         info.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -306,7 +306,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
         which = "missing" if odd[0] in manifest.files else "not in its manifest"
         raise ValueError(f"{one_line(odd[0][:100])} is {which}")
     if len(names) > MOST_FILES or manifest.size_bytes > MOST_BYTES:
-        raise ValueError("it is larger than any results directory")
+        raise ValueError("it holds more files or bytes than any results directory")
 
 
 def is_safe(name: str) -> bool:

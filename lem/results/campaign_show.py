@@ -179,7 +179,7 @@ def _digits(low: float, high: float) -> int:
 
 
 def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, then a line with labels for its ends and for 1.
+    """Yield a line for each pair's interval on a logarithmic scale, then a line that labels the scale's ends and 1.
 
     Args:
         pairs: the pairs to draw.

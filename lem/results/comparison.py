@@ -303,7 +303,7 @@ def _ratio(metric: str, base: Case, other: Case, confidence: float) -> Ratio | N
         center = after / before
     if lacking := sum(not _is_positive(value) for side in repeated for value in side):
         verb = "has" if lacking == 1 else "have"
-        reason = f"{lacking} of the {basis} {verb} no value for {metric} above 0"
+        reason = f"{lacking} of the {basis} {verb} no positive value for {metric}"
     elif center is None:
         reason = f"one side has no value for {metric}"
     elif (half := _half_width([[math.log(v) for v in side if v] for side in repeated], confidence)) is None:

@@ -225,7 +225,7 @@ class Ledger:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Remove whatever follows the last line break of a file: a command was killed while writing it."""
+    """Remove an unfinished last line from a file, left by a command that was killed while writing it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) not in (b"\n", b""):

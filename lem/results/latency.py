@@ -33,8 +33,8 @@ class Limits(Protocol):
 class Extent(NamedTuple):
     """The span of a cycle's requests according to their own times, which start again from 0 in each attempt's window.
 
-    The extent consists of the earliest start, the sum over attempts of the latest end, and the time in which at least
-    one request was running.
+    `first_s` is the earliest start. `last_s` is the latest end, and `busy_s` the time in which at least one request was
+    running; both are added up over the attempts.
     """
 
     first_s: float
@@ -43,7 +43,7 @@ class Extent(NamedTuple):
 
 
 def extent(requests: Sequence[RequestRecord]) -> Extent | None:
-    """Return the extent of the requests, or None without requests."""
+    """Return the extent of the requests, or None if there are none."""
     by_attempt: dict[int, list[tuple[float, float]]] = {}
     for r in requests:
         by_attempt.setdefault(r.attempt, []).append((r.start_s, r.end_s))
@@ -74,7 +74,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
 
 
 def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Return summaries of TTFT and TPOT over requests, and of ITL over all their tokens; empty unless streaming."""
+    """Return summaries of TTFT and TPOT over requests, and of ITL over all tokens; empty if tokens were not timed."""
     timed = [r for r in requests if r.ttft_s is not None]
     if not timed:
         return {}
@@ -86,7 +86,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def samples(counts: Sequence[Mapping[str, int]]) -> dict[str, list[int | None]]:
-    """Return the columns with the numbers of samples, given the `sample_counts` of several cycles."""
+    """Return the columns that hold the numbers of samples, given the `sample_counts` of several cycles."""
     return {f"{stem}_samples": [each.get(name) for each in counts] for stem, name in SAMPLED.items()}
 
 

@@ -409,7 +409,7 @@ def _warm_up(noise: Noise) -> Advice:
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of these warnings that most cells have; None if most cells have none of them."""
+    """Return advice on the first of the given warnings that most cells have, or None if there is no such warning."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

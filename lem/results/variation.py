@@ -203,7 +203,10 @@ def slot_names(times: Sequence[datetime]) -> dict[time, str]:
 
 
 def _levels(names: Sequence[str], cells: Sequence[_Cell], logs: Sequence[float]) -> tuple[Level, ...]:
-    """Return the levels in order of their names; each of the cells is one day of its level."""
+    """Return a level for each distinct name, sorted by name; `names` has the name of each cell's level.
+
+    Each cell is one day of its level, so the intervals cover the variation from day to day.
+    """
     found: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
         found[name].append(place)
