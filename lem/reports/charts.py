@@ -264,7 +264,7 @@ def _quantiles(ordered: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart | None:
-    """Return the chart of throughput against energy per token, with intervals and the Pareto front."""
+    """Return a chart of energy per token against throughput; None if no experiment has a value for both."""
     known = [row for row in rows if row.output_tokens_per_s and row.energy_per_output_token_j]
     if not known:
         return None
@@ -413,7 +413,7 @@ def flat_config(row: ExperimentRow) -> dict[str, str]:
 
 
 def forest(answer: Answer) -> Chart | None:
-    """Return the forest plot of a campaign: each arm's ratio to the baseline, with its interval; None without ratios."""
+    """Return the forest plot of a campaign, with each arm's ratio to the baseline; None if there are no ratios."""
     pairs = [pair for pair in answer.pairs if pair.is_primary and pair.ratio is not None]
     if not pairs:
         return None
