@@ -74,7 +74,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ what to archive
 @dataclass(frozen=True)
 class Content:
-    """The experiments and campaigns for an archive; `left_out` has a sentence for each experiment that is not ready."""
+    """The experiments and campaigns for an archive; `left_out` has a sentence for each experiment that is running."""
 
     ids: list[str]
     campaigns: list[str] = field(default_factory=list)
@@ -85,7 +85,7 @@ def content(store: Store, texts: Sequence[str], campaign: str | None, *, everyth
     """Return the experiments and campaigns that a command is to archive.
 
     Raises:
-        ResultsError: nothing or too much was selected, or a selected experiment is running.
+        ResultsError: no experiment or more than one kind of selection was given, or a selected experiment is running.
     """
     from lem.results.campaign import folder_of, names_in, read_definition
 
@@ -261,7 +261,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
         ResultsError: the file is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
     """
     if file.exists() and not file.is_file():  # opening a pipe could block forever
-        raise ResultsError(f"{file} is not a file.")
+        raise ResultsError(f"{file} is not a plain file.")
     try:
         with file.open("rb") as source, zipfile.ZipFile(source) as archive:
             manifest = _manifest(file, archive)
@@ -401,7 +401,7 @@ def report_check(file: Path) -> int:
 
 
 def words(manifest: Manifest) -> str:
-    """Describe an archive, such as `3 experiments, 1 campaign, 24 files`."""
+    """Describe an archive in words, such as `3 experiments, 1 campaign, 24 files`."""
     counts = (
         ("experiment", len(manifest.experiments)),
         ("campaign", len(manifest.campaigns)),

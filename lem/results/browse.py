@@ -608,7 +608,7 @@ def _environment_lines(here: Environment) -> Iterator[tuple[str, str]]:
     driver = [f"driver {here.driver_version}" if here.driver_version else ""]
     yield "Driver", " · ".join(filter(None, [*driver, f"CUDA {here.cuda_version}" if here.cuda_version else ""]))
     yield "Software", ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    yield "Commit", " ".join(filter(None, [here.git_commit, "with changes" if here.git_dirty else ""]))
+    yield "Commit", " ".join(filter(None, [here.git_commit, "with uncommitted changes" if here.git_dirty else ""]))
     yield "SLURM", ", ".join(f"{name}={value}" for name, value in here.slurm.items())
     for when, states in (("before", here.devices_before), ("after", here.devices_after)):
         for state in states:

@@ -383,7 +383,7 @@ def _begun(cells: Sequence[CellEntry]) -> list[int]:
 
 
 def has_ended(cells: Sequence[CellEntry]) -> bool:
-    """Return whether no further cycle will be measured, because the campaign stopped early or all cycles are over."""
+    """Return whether a campaign will measure no further cycle, because it stopped early or its last cycle is over."""
     last = max((cell.cycle for cell in cells), default=0)
     return any(cell.status == NOT_NEEDED for cell in cells) or all(
         cell.status in ("completed", "failed") or cell.given_up for cell in cells if cell.cycle == last
@@ -391,7 +391,7 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 
 
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
-    """Return whether an adaptive campaign is over after a cycle, because its intervals are narrow enough.
+    """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
     This depends only on the completed cells up to that cycle, so interrupting a campaign does not change the result.
 

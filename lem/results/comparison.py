@@ -144,7 +144,7 @@ class Limit:
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
         """Return the outcome of a comparison, and the reason in words.
 
-        The outcome is `failed` only if the interval lies beyond the limit, and `passed` only if it lies within.
+        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if all of it is within.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -155,7 +155,8 @@ class Limit:
             return "cannot tell", f"neither side has a value for {self.metric}"
         if found.ci_low is None or found.ci_high is None:
             return "cannot tell", found.reason or "there is no interval"
-        words = f"{percent(found.confidence)} interval of the change {change(found.ci_low)} to {change(found.ci_high)}"
+        interval = f"{change(found.ci_low)} to {change(found.ci_high)}"
+        words = f"the {percent(found.confidence)} interval of the change is {interval}"
         low, high = (found.ci_low, found.ci_high) if self.is_upper else (-found.ci_high, -found.ci_low)
         limit = self.ratio if self.is_upper else -self.ratio
         if low > limit:

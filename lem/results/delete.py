@@ -48,7 +48,7 @@ class Deletion:
         return (self.store.directory(name).path for name in self.statuses)
 
     def words(self) -> str:
-        """Describe what would be deleted, such as `2 experiments (1.2 MB)`."""
+        """Describe in words what would be deleted, such as `2 experiments (1.2 MB)`."""
         count = len(self.statuses)
         of_campaigns = "".join(f" and campaign {folder.name}" for folder in self.campaigns)
         return f"{count} experiment{'s' * (count != 1)}{of_campaigns} ({quantity(self.size_bytes, 'B', 3)})"

@@ -139,7 +139,7 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
-    """Merge a process's attempts at one cycle, in order; windows follow each other and never span a gap.
+    """Merge a process's attempts at one cycle, in order; the windows are joined without the gaps between them.
 
     An attempt without a window is ignored, except that the last attempt's status and error are kept.
     """

@@ -114,7 +114,7 @@ def _alarm(noise: Noise) -> str:
 
 
 def _drift(noise: Noise) -> str:
-    text = _change(noise.drift, "over the whole")
+    text = _change(noise.drift, "over the whole campaign")
     if noise.drift_per_cycle.change is None:
         return text
     return f"{text}; {percent(noise.drift_per_cycle.change, '+')} a cycle"

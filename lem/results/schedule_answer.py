@@ -227,7 +227,7 @@ def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
         ways = ", ".join(dict.fromkeys(f"{row.energy_components} ({row.energy_source})" for row in rows))
         yield warning("schedule_meters_differ", f"the energy {of}was obtained in different ways: {ways}.")
     if len({row.prompts_sha256 for row in rows}) > 1:
-        yield warning("schedule_work_differs", f"the runs {of}did not have the same prompts.")
+        yield warning("schedule_work_differs", f"the runs {of}did not all use the same prompts.")
     lengths = [row.output_tokens for row in rows]
     if lengths and max(lengths) > (1 + LENGTHS_DIFFER) * min(lengths):
         text = (

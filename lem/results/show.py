@@ -61,7 +61,7 @@ def _console_class() -> type[Console]:
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr that escapes control characters; it is very wide without a terminal."""
+    """Return a console on stdout or stderr that escapes control characters and, without a terminal, does not wrap."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
     return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False, soft_wrap=not stream.isatty())
@@ -116,7 +116,7 @@ def cell(text: str) -> str:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without borders, or its rows as paragraphs if the table fits only with words cut."""
+    """Print a table without borders, or its rows as paragraphs if words would have to be cut to fit the table."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)

@@ -65,7 +65,7 @@ class Tables:
         return self.locations(alone=False).get(experiment_id)
 
     def locations(self, *, alone: bool = True) -> dict[str, RowLocation]:
-        """Return the locations of all experiments' rows or, without `alone`, only of rows in shared files.
+        """Return the locations of all experiments' rows or, if `alone` is false, only of rows in shared files.
 
         Raises:
             ResultsError: a file with the rows of several experiments cannot be read.

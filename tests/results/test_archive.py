@@ -95,7 +95,7 @@ def test_the_content_of_a_link_is_not_archived(lem, store, tmp_path):
         (["--all", "--output", "results"], "--output: results is a directory"),
         (["--all", "--check", "x.zip"], "--check only reads an archive; leave out the experiments and --output."),
         (["--check", "none.zip"], "none.zip cannot be read: No such file or directory."),
-        (["--check", "pipe"], "pipe is not a file."),
+        (["--check", "pipe"], "pipe is not a plain file."),
         (["--check", "text"], "text is not an intact archive: File is not a zip file;"),
         (["--all", "--output", "x.zip", "-o", "nowhere"], "There are no experiments in nowhere."),
     ],
