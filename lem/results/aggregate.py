@@ -283,7 +283,7 @@ def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> di
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:
-    """Write the rows that are missing, or older than their experiment's state; yield the outcome of each experiment.
+    """Write rows that are missing or older than their experiment's state, and yield the outcome of each experiment.
 
     An experiment that cannot be aggregated does not stop the others. Running experiments are skipped.
 
@@ -431,7 +431,7 @@ def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
 def _reason_to_skip(
     tables: Tables, directory: ExperimentDir, state: State, at: RowLocation | None
 ) -> Aggregated | None:
-    """Return the outcome of an experiment that need not or cannot be aggregated now, or None for any other."""
+    """Return the outcome of an experiment that is skipped or has an up-to-date row; None if it is to be aggregated."""
     if state.status == "running":
         return Aggregated(
             "skipped", f"{directory.id} was skipped: it is running (process {state.pid} on {state.host})."

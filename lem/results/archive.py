@@ -163,7 +163,7 @@ class _Writer:
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
     """Yield the files below a directory in a fixed order, except for hidden ones (locks, scratch files).
 
-    The file or subdirectory named `but_for`, directly in the directory, is left out as well.
+    A file or subdirectory named `but_for` at the top level is left out as well.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:

@@ -234,7 +234,7 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
 
 
 def campaign_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the campaign that a text names; None if it names none, or is an experiment's id."""
+    """Return the directory of the campaign that a text names; None if it names no campaign or is an experiment's id."""
     from lem.results.campaign import DEFINITION, folder_named
 
     if ID.fullmatch(text) and store.directory(text).path.is_dir():

@@ -762,7 +762,7 @@ def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Se
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
-    """Return the change over the positions as text, from a straight line through the values; None if not significant.
+    """Return, as text, how far a line through the values rises or falls over the positions; None if not significant.
 
     The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """

@@ -144,7 +144,7 @@ class Limit:
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
         """Return the outcome of a comparison, and the reason in words.
 
-        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if all of it is within.
+        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -359,8 +359,8 @@ def _is_positive(value: float | None) -> bool:
 def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | None:
     """Return half the width of the interval of a difference between two means; None if a side has a single value.
 
-    The sides may vary differently. Source: B. L. Welch, The generalization of "Student's" problem when several
-    different population variances are involved, Biometrika 34 (1947).
+    The variances of the two sides may differ. Source: B. L. Welch, The generalization of "Student's" problem when
+    several different population variances are involved, Biometrika 34 (1947).
     """
     if any(len(side) < 2 for side in sides):
         return None

@@ -166,7 +166,10 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the experiment's state: interrupted if its process is gone; inferred if state.json cannot be read."""
+        """Return the experiment's state, inferred from its other files if state.json cannot be read.
+
+        If the process that was running the experiment is gone, the state is `interrupted`.
+        """
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):

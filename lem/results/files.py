@@ -38,7 +38,7 @@ class DiskFull(RunError):
 
 @contextmanager
 def needs_space(folder: Path, remedy: str = "") -> Iterator[None]:
-    """Turn an error that means that there is no space left in a folder into `DiskFull`, with the remedy."""
+    """Within the block, turn an error about a full disk into `DiskFull`, which names the folder and the remedy."""
     try:
         yield
     except OSError as error:

@@ -258,7 +258,7 @@ def awaited(store: Store) -> list[Ledger]:
 
 
 def queued_in(store: Store) -> dict[str, str]:
-    """Return the experiments that jobs have yet to run or to finish, by id, with the names of their studies.
+    """Return the ids of the experiments that jobs have yet to run or to finish, with the names of their studies.
 
     Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
     """

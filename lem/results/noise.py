@@ -152,7 +152,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with at least two significant digits; `sign="+"` adds its sign."""
+    """Return a share as a percentage with at least two significant digits; `sign="+"` adds a sign to positive ones."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'} %"
@@ -248,7 +248,7 @@ def finds(sd: float, cycles: int) -> float:
 
 
 def cycles_for(sd: float, difference: float) -> int | None:
-    """Return the fewest cycles, at least `LEAST_PAIRS`, that detect a difference; None if more than `MOST_CYCLES`."""
+    """Return how many cycles, at least `LEAST_PAIRS`, are needed to detect a difference; None if over `MOST_CYCLES`."""
     enough = (n for n in range(LEAST_PAIRS, MOST_CYCLES + 1) if finds(sd, n) <= difference)
     return next(enough, None)
 
@@ -318,7 +318,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbors(values: Sequence[float]) -> Correlation:
-    """Return the correlation of each cell with the cell before it, tested by permuting the residuals of a line."""
+    """Return the correlation between successive cells without the linear trend, tested by permuting the residuals."""
     import numpy as np
 
     n = len(values)

@@ -122,7 +122,7 @@ def _by_arm(rows: Mapping[tuple[str, int | None], ExperimentRow]) -> ByArm:
 
 
 def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
-    """Return the rows of the schedule's experiments, from the tables or, if they lack one, from its records."""
+    """Return the rows of the schedule's experiments, from the tables or, where these lack a row, from the records."""
     catch_up(store)
     rows, _ = Tables(store).rows()
     own = {row.experiment_id: row for row in rows if row.schedule == manifest.name}

@@ -258,7 +258,7 @@ def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
 
 
 def _sample_sizes(row: ExperimentRow) -> str:
-    """Return how many values each set of percentiles rests on."""
+    """Return, as text, how many values each set of percentiles is computed from."""
     counts = {stem: getattr(row, f"{stem}_samples") for stem in SAMPLE_NAMES}
     return _listed(*(f"{SAMPLE_NAMES[stem]} {count}" for stem, count in counts.items() if count is not None))
 
