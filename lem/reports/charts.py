@@ -98,7 +98,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
             Chart(
                 key,
                 heading,
-                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in all.",
+                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in total.",
                 spec,
                 ("experiment", "part", "energy (J)", "source"),
                 [(each["name"], each["part"], each["joules"], each["kind"]) for each in values],

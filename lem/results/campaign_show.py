@@ -139,7 +139,7 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
         )
     jointly = " jointly" if len(answer.definition.arms) > 2 else ""
     yield (
-        f"Its intervals have{jointly} a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
+        f"Its intervals{jointly} have a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
         "95 % of campaigns, although the data decide when to stop. There are no p-values."
     )
 

@@ -61,7 +61,7 @@ class Deletion:
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
-            raise ResultsError(f"{root} is a link; remove it, because deleted files are moved there.")
+            raise ResultsError(f"{root}, to which deleted files are moved, is a link; remove the link.")
         try:
             with ExitStack() as locks:
                 for folder in self.campaigns:  # a campaign that is being measured keeps its cells
