@@ -200,7 +200,7 @@ def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
 
 
 def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return a chart for each kind of mean latency that shows how it is distributed over many experiments."""
+    """Return the charts that show how each kind of mean latency is distributed over many experiments."""
     found = []
     for stem, name in LATENCIES.items():
         label = f"mean {name}"

@@ -99,7 +99,7 @@ def for_paper(chart: Chart) -> Spec:
 
 
 def _legend_columns(chart: Chart) -> int:
-    """Return the number of columns of a chart's legend: one if any name is too long for three."""
+    """Return the number of columns of a chart's legend: three, or one if any name is too long for three."""
     longest = max((len(line[0]) for line in chart.lines if isinstance(line[0], str)), default=0)
     return 3 if longest <= SHORT_NAME else 1
 

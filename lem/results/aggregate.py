@@ -348,7 +348,8 @@ def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
             if name in there and not directory.plan().unfinished_cycles(directory.finished()):
                 store.mark_finished(name)
     except OSError as error:
-        return [f"The tables in {store.root} lack rows and cannot be written ({error.strerror or error})."]
+        reason = error.strerror or error
+        return [f"The tables in {store.root} lack rows of some experiments, but cannot be written ({reason})."]
     except ResultsError as error:
         return [str(error)]
     return [one.text for one in found if one.kind == "failed"]
