@@ -114,7 +114,7 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
             Chart(
                 key,
                 heading,
-                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in all.",
+                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in total.",
                 spec,
                 ("experiment", "part", "energy (J)", "source"),
                 [(each["name"], each["part"], each["joules"], each["kind"]) for each in values],
@@ -231,13 +231,13 @@ def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
 
 
 def _over_the_window(column: str, title: str, mark: Spec, samples: Sequence[Mapping[str, Any]], several: bool) -> Spec:
-    """Return the layer with one line for each device."""
+    """Return a layer that plots a column against the time since the window opened, with one line for each device."""
     values = [{key: each[key] for key in ("t_s", "device", column)} for each in samples]
     return {"data": {"values": values}, **_line(column, title, mark, several=several)}
 
 
 def _line(column: str, title: str, mark: Spec, *, several: bool) -> Spec:
-    """Return the mark and the encoding of lines over the time since the window opened."""
+    """Return the mark and the encoding of lines that show a column against the time since the window opened."""
     return {
         "mark": {"type": "line", **mark},
         "encoding": {
@@ -254,13 +254,13 @@ def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return the distribution of the average power over many experiments."""
+    """Return a chart of how the average power is distributed over many experiments; none if no power is known."""
     columns = {"average_power_w": "average over the window"}
     return _over_experiments("power", "Power", "power", "W", rows, columns)
 
 
 def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return the distributions of the experiments' own mean latencies, for reports on many experiments."""
+    """Return the charts that show how each kind of mean latency is distributed over many experiments."""
     found = []
     for stem, name in LATENCIES.items():
         label = f"mean {name}"
@@ -273,7 +273,7 @@ def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
 def _over_experiments(
     key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
 ) -> list[Chart]:
-    """Return the distributions of columns over experiments as one chart; none if there are no values."""
+    """Return one chart of how columns are distributed over experiments, or no chart if there are no values."""
     values = {
         name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
     }
@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, one line for each name; None without values."""
+    """Return a chart of cumulative distributions, with one line for each name; None if there are no values."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -324,7 +324,7 @@ def _quantiles(ordered: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart | None:
-    """Return the chart of throughput against energy per token, with intervals and the Pareto front."""
+    """Return a chart of energy per token against throughput; None if no experiment has a value for both."""
     known = [row for row in rows if row.output_tokens_per_s and row.energy_per_output_token_j]
     if not known:
         return None
@@ -379,8 +379,8 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
     return Chart(
         "throughput-and-energy",
         "Throughput and energy per token",
-        f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment is "
-        "both faster and cheaper.",
+        f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment has "
+        "both a higher throughput and a lower energy per token.",
         spec,
         (
             "experiment", "output tokens/s", "95 % from", "95 % to", "J/token", "95 % from", "95 % to", "energy",
@@ -410,7 +410,11 @@ def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
 
 
 def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
-    """Return a heat map of the energy per token or, without it, of throughput, if exactly two settings vary."""
+    """Return a heat map of the energy per token or, if no energy is known, of throughput.
+
+    None is returned unless exactly two settings vary, there are from 4 to `MOST_CELLS` experiments, and at least one of
+    them has a value.
+    """
     if not 4 <= len(rows) <= MOST_CELLS:
         return None
     configs = [flat_config(row) for row in rows]
@@ -464,12 +468,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def flat_config(row: ExperimentRow) -> dict[str, str]:
-    """Return an experiment's configuration by dotted keys."""
+    """Return the values of an experiment's configuration as text, by dotted key."""
     return _flat(config_of(row))
 
 
 def forest(answer: Answer) -> Chart | None:
-    """Return the forest plot of a campaign: each arm's ratio to the baseline, with its interval."""
+    """Return the forest plot of a campaign, with each arm's ratio to the baseline; None if there are no ratios."""
     pairs = [pair for pair in answer.pairs if pair.is_primary and pair.ratio is not None]
     if not pairs:
         return None

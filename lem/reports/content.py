@@ -107,10 +107,10 @@ class Content:
 
 
 def of_experiments(store: Store, ids: Sequence[str]) -> Content:
-    """Return the content of a report on experiments, or on all of a results directory if none is named.
+    """Return the content of a report on the given experiments or, if none are given, on all that have a row.
 
     Raises:
-        ResultsError: an experiment does not exist, or there are none.
+        ResultsError: an experiment does not exist, or there is none to report on.
     """
     late = catch_up(store)
     if ids:
@@ -251,7 +251,7 @@ def _trust_in(note: CodedWarning) -> Trust:
 
 
 def _trust(rows: Sequence[ExperimentRow], answer: Answer | None) -> Iterator[Trust]:
-    """Yield the warnings of the campaign, and then of the experiments, the most frequent first."""
+    """Yield the campaign's warnings, and then the kinds of warning that the experiments have, most frequent first."""
     for note in answer.warnings if answer else ():
         yield _trust_in(note)
     counts: Counter[str] = Counter()
@@ -370,7 +370,7 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 
 
 def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
-    """Return about `most` samples, evenly from each device, and about as many more with a temperature."""
+    """Return about `most` evenly spaced samples, plus about as many of those that have a temperature."""
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)
@@ -384,7 +384,7 @@ def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
 
 
 def _spread(own: Sequence[PowerRecord], step: int, warm_step: int) -> Iterator[PowerRecord]:
-    """Yield every `step`th sample, and of those with a temperature, every `warm_step`th."""
+    """Yield every `step`th sample, plus every `warm_step`th of the samples that have a temperature."""
     warm = 0
     for place, each in enumerate(own):
         is_warm = each.temperature_c is not None
@@ -394,7 +394,7 @@ def _spread(own: Sequence[PowerRecord], step: int, warm_step: int) -> Iterator[P
 
 
 def _edges(samples: Sequence[Mapping[str, Any]], window_s: float | None) -> list[tuple[float, float, str]]:
-    """Return the phases of a trace; the window opens at 0."""
+    """Return the start, end and name of each phase of a trace; times are relative to the opening of the window."""
     first_s, last_s = min(each["t_s"] for each in samples), max(each["t_s"] for each in samples)
     before = [(first_s, 0.0, "before the window")] if first_s < 0 else []
     if not window_s:
@@ -435,7 +435,7 @@ def _requests(store: Store, experiment_id: str, problems: list[str]) -> list[Any
 
 
 def _settings(rows: Sequence[ExperimentRow]) -> list[Setting]:
-    """Return the environment and the configuration, first the values that differ between experiments."""
+    """Return the settings of environment and configuration, beginning with those that differ between experiments."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in ENVIRONMENT}
     for name in ENVIRONMENT:
         counts[name].update(str(getattr(row, name) or "–") for row in rows)

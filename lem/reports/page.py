@@ -46,7 +46,7 @@ ENERGY = ("energy_j", "energy_per_output_token_j", "average_power_w", "co2e_g")
 
 
 def page(content: Content, created_at: str) -> str:
-    """Return the page; `created_at` is shown as the time at which it was made."""
+    """Return a report as HTML; `created_at` is shown as the time at which it was made."""
     scripts = [_asset(name) for name in SCRIPTS]
     policy = " ".join(
         (
@@ -146,7 +146,7 @@ def _period(rows: Sequence[ExperimentRow]) -> str:
 
 
 def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
-    """Yield a list of what was measured, and with what."""
+    """Yield the section that lists what was measured, and with what."""
     yield '<section id="measured"><h2>What was measured</h2><dl>'
     for name, columns in MEASURED.items():
         found = Counter(" ".join(filter(None, (getattr(row, each) for each in columns))) for row in rows)

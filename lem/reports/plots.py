@@ -47,7 +47,7 @@ FORMATS = ("svg", "png")
 def check(folder: Path) -> None:
     """Raise `ResultsError` if plots cannot be drawn, or if the given path is not a directory."""
     if find_spec(PACKAGE) is None:
-        raise ResultsError("--plots needs the package vl-convert-python, for SVG too (pip install 'lem[plots]').")
+        raise ResultsError("--plots needs the package vl-convert-python (pip install 'lem[plots]').")
     if folder.exists() and not folder.is_dir():
         raise ResultsError(f"--plots: {folder} is not a directory; give the name of a directory.")
 
@@ -123,7 +123,7 @@ def _panels_for_paper(chart: Chart) -> Spec:
 
 
 def _legend_columns(chart: Chart) -> int:
-    """Return how many of the chart's names fit beside each other."""
+    """Return the number of columns of a chart's legend: three, or one if any name is too long for three."""
     longest = max((len(line[0]) for line in chart.lines if isinstance(line[0], str)), default=0)
     return 3 if longest <= SHORT_NAME else 1
 

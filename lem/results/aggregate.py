@@ -148,7 +148,7 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot belong to the plan, or None; with `foreign`, it may come from another backend."""
+    """Return why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
@@ -171,7 +171,7 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
             names = ", ".join(map(str, sorted(ranks)))
             missing.append(f"no record from process {names} of {plan.processes} in cycle {cycle}")
         elif left:
-            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle}")
+            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle} have no result")
     if missing:
         raise ResultsError(
             f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate what is there."
@@ -198,9 +198,10 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
 
 
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
-    """Return the ranks of two processes whose windows do not overlap, or None if there are none.
+    """Return the ranks of two processes whose windows do not overlap, or None if all windows overlap.
 
-    Killed processes are left out: a journal says when its process reached the window, not when all windows opened.
+    Processes that were killed are ignored: their journals state when each of them reached its window, not when the
+    windows of all processes opened.
     """
     windows = [
         (record.window_opened_unix_s, window.duration_s, record.rank)
@@ -252,7 +253,7 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 
 
 def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> dict[str, ExperimentRow]:
-    """Write the rows of experiments that have none yet, many experiments to a file; return the rows by id.
+    """Write the rows of experiments that have none yet, with many experiments in a file; return the rows by id.
 
     An experiment that already has a row, or whose files cannot be read, is left out.
 
@@ -282,7 +283,7 @@ def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> di
 def aggregate_all(
     store: Store, ids: Sequence[str], *, strict: bool = True, force: bool = False, mixed: bool = False
 ) -> Iterator[Aggregated]:
-    """Write the rows that are missing, or older than their experiment's state; yield the outcome of each experiment.
+    """Write rows that are missing or older than their experiment's state, and yield the outcome of each experiment.
 
     An experiment that cannot be aggregated does not stop the others. Running experiments are skipped.
 
@@ -347,7 +348,8 @@ def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
             if name in there and not directory.plan().unfinished_cycles(directory.finished()):
                 store.mark_finished(name)
     except OSError as error:
-        return [f"The tables in {store.root} lack rows and cannot be written ({error.strerror or error})."]
+        reason = error.strerror or error
+        return [f"The tables in {store.root} lack rows of some experiments, but cannot be written ({reason})."]
     except ResultsError as error:
         return [str(error)]
     return [one.text for one in found if one.kind == "failed"]
@@ -372,7 +374,7 @@ def _with_neighbors(
 class _Writer:
     """Writes the rows of several experiments, then marks their directories as aggregated.
 
-    Records are converted to Arrow tables in small groups, so that a group stays in the processor's cache. Many
+    Records are converted to Arrow tables in small groups, so that each group fits in the processor's cache. Many
     experiments share a file, because writing a file takes a few milliseconds.
     """
 
@@ -430,7 +432,7 @@ def _beyond(directory: ExperimentDir, error: OverflowError) -> str:
 def _reason_to_skip(
     tables: Tables, directory: ExperimentDir, state: State, at: RowLocation | None
 ) -> Aggregated | None:
-    """Return the outcome of an experiment that need not or cannot be aggregated now; None if it is to be aggregated."""
+    """Return the outcome of an experiment that is skipped or has an up-to-date row; None if it is to be aggregated."""
     if state.status == "running":
         return Aggregated(
             "skipped", f"{directory.id} was skipped: it is running (process {state.pid} on {state.host})."
@@ -442,7 +444,7 @@ def _reason_to_skip(
     if at and is_fresh(tables, directory.id, at, state):
         if state.status == "completed":
             directory.mark_aggregated(state.now("aggregated"))
-        return Aggregated("fresh", f"{directory.id} already has its row.")
+        return Aggregated("fresh", f"{directory.id} already has an up-to-date row.")
     return None
 
 
@@ -466,8 +468,8 @@ def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) 
 def _mark_aggregated(store: Store, completed: Sequence[tuple[ExperimentDir, State]]) -> None:
     """Record that completed experiments have their rows.
 
-    For many experiments this is one file, hard-linked into each directory, because writing a file for each would take
-    longer than everything else.
+    A single file is written and hard-linked into each experiment's directory, because writing thousands of files would
+    take longer than the rest of the aggregation.
     """
     for attempt in sorted({state.attempt for _, state in completed}):
         source = store.root / "raw" / f".aggregated_a{attempt}"

@@ -75,7 +75,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ what to archive
 @dataclass(frozen=True)
 class Content:
-    """What to put into an archive; `left_out` has a sentence for each experiment that is not ready."""
+    """What to put into an archive; `left_out` has a sentence for each experiment or schedule that is not ready."""
 
     ids: list[str]
     campaigns: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ def content(
     """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
-        ResultsError: nothing or too much was selected, or a selected experiment is running.
+        ResultsError: no experiment or more than one kind of selection was given, or a selected experiment is running.
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
@@ -146,7 +146,7 @@ class _Writer:
         self.files: dict[str, Entry] = {}
 
     def add(self, name: str, source: IO[bytes], changed_s: float) -> None:
-        """Add a file; `changed_s` is its time of change, in seconds since 1970."""
+        """Add a file; `changed_s` is its modification time, in seconds since 1970."""
         # Zip files cannot store a time before 1980.
         info = zipfile.ZipInfo(name, time.localtime(max(changed_s, 315_619_200.0))[:6])
         info.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -177,7 +177,7 @@ class _Writer:
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
     """Yield the files below a directory in a fixed order, except for hidden ones (locks, scratch files).
 
-    The file or subdirectory named `but_for`, directly in the directory, is left out as well.
+    A file or subdirectory named `but_for` at the top level is left out as well.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:
@@ -277,7 +277,7 @@ def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
         ResultsError: the file is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
     """
     if file.exists() and not file.is_file():  # opening a pipe could block forever
-        raise ResultsError(f"{file} is not a file.")
+        raise ResultsError(f"{file} is not a plain file.")
     try:
         with file.open("rb") as source, zipfile.ZipFile(source) as archive:
             manifest = _manifest(file, archive)
@@ -322,7 +322,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
         which = "missing" if odd[0] in manifest.files else "not in its manifest"
         raise ValueError(f"{one_line(odd[0][:100])} is {which}")
     if len(names) > MOST_FILES or manifest.size_bytes > MOST_BYTES:
-        raise ValueError("it is larger than any results directory")
+        raise ValueError("it holds more files or bytes than any results directory")
 
 
 def is_safe(name: str) -> bool:
@@ -416,7 +416,7 @@ def report_check(file: Path) -> int:
 
 
 def words(manifest: Manifest) -> str:
-    """Describe an archive, such as `3 experiments, 1 campaign, 24 files`."""
+    """Describe an archive in words, such as `3 experiments, 1 campaign, 24 files`."""
     counts = (
         ("experiment", len(manifest.experiments)),
         ("campaign", len(manifest.campaigns)),

@@ -35,9 +35,9 @@ from lem.results.tables import Tables
 
 
 def store_at(results_dir: Path | None) -> Store:
-    """Return the store in --results-dir or, without it, in the directory that `default_root` returns.
+    """Return the results directory given by --results-dir or, if that was not given, the default one.
 
-    An earlier deletion that was cut short is finished first, unless the directory cannot be written to.
+    A deletion that was cut short earlier is finished first, unless the directory cannot be written to.
     """
     store = Store(results_dir or default_root())
     with suppress(OSError):
@@ -65,7 +65,9 @@ class Selection:
         check_status(self.status)
         if self.sort is not None and self.sort not in ExperimentRow.__struct_fields__:
             close = did_you_mean(self.sort, ExperimentRow.__struct_fields__)
-            raise ResultsError(f"--sort: no column '{self.sort}'.{close} docs/reference/results.md lists the columns.")
+            raise ResultsError(
+                f"--sort: there is no column '{self.sort}'.{close} docs/reference/results.md lists the columns."
+            )
         self._first_id()
 
     def _first_id(self) -> str:
@@ -232,7 +234,7 @@ def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment:
 
 
 def campaign_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the campaign that a text names; None if it names none, or is an experiment's id."""
+    """Return the directory of the campaign that a text names; None if it names no campaign or is an experiment's id."""
     from lem.results.campaign import DEFINITION, folder_named
 
     if ID.fullmatch(text) and store.directory(text).path.is_dir():
@@ -344,7 +346,7 @@ def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return the rows from the tables or, if missing or outdated, from the records; None if there are no records."""
+    """Return an experiment's rows: from the tables if they are there and up to date, else from its records, if any."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -433,7 +435,7 @@ def aggregate_experiments(
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print an experiment's outcome, unless `everything` is set and its row was up to date; return the kind."""
+    """Print an experiment's outcome, unless `everything` is set and its row was up to date; return its kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):
@@ -480,7 +482,7 @@ def show_list(listed: Sequence[Listed]) -> None:
     _print([*(WIDE_HEADERS if wide else NARROW_HEADERS)], [_cells(one, wide) for one in listed])
     say_estimates(one.row for one in listed if one.row)
     if any(one.row and one.row.cycles_completed > 1 for one in listed):
-        print("± is half of the 95 % interval over the cycles")
+        print("± is half the width of the 95 % interval over the cycles")
     for one in listed:
         if one.detail:
             print(one_line(f"{one.experiment_id}: {one.detail}"))
@@ -521,7 +523,7 @@ def _with_interval(
 
 
 def _print(headers: list[str], lines: list[list[str]]) -> None:
-    """Print a table, laid out on a terminal, or line by line if the table is long or there is no terminal."""
+    """Print a table: fitted to the terminal, or as plain lines if the table is long or stdout is not a terminal."""
     if sys.stdout.isatty() and len(lines) < MANY:
         _print_laid_out(headers, lines)
         return
@@ -606,7 +608,7 @@ def _environment_lines(here: Environment) -> Iterator[tuple[str, str]]:
     driver = [f"driver {here.driver_version}" if here.driver_version else ""]
     yield "Driver", " · ".join(filter(None, [*driver, f"CUDA {here.cuda_version}" if here.cuda_version else ""]))
     yield "Software", ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    yield "Commit", " ".join(filter(None, [here.git_commit, "with changes" if here.git_dirty else ""]))
+    yield "Commit", " ".join(filter(None, [here.git_commit, "with uncommitted changes" if here.git_dirty else ""]))
     yield "SLURM", ", ".join(f"{name}={value}" for name, value in here.slurm.items())
     for when, states in (("before", here.devices_before), ("after", here.devices_after)):
         for state in states:

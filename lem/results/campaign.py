@@ -370,7 +370,7 @@ def answer(definition: Definition, cells: Sequence[CellEntry]) -> Answer:
 
 
 def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
-    """Return the last planned cycle or, in an adaptive campaign, the last cycle that is needed so far."""
+    """Return the last planned cycle or, in an adaptive campaign, the last one that has begun or must be measured."""
     rule = definition.rule
     if rule is None:
         return definition.campaign.cycles
@@ -383,7 +383,7 @@ def _begun(cells: Sequence[CellEntry]) -> list[int]:
 
 
 def has_ended(cells: Sequence[CellEntry]) -> bool:
-    """Return whether no further cycle will be measured, because the campaign stopped early or all cycles are over."""
+    """Return whether a campaign will measure no further cycle, because it stopped early or its last cycle is over."""
     last = max((cell.cycle for cell in cells), default=0)
     return any(cell.status == NOT_NEEDED for cell in cells) or all(
         cell.status in ("completed", "failed") or cell.given_up for cell in cells if cell.cycle == last
@@ -391,7 +391,7 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 
 
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
-    """Return whether an adaptive campaign is over after a cycle, because its intervals are narrow enough.
+    """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
     This depends only on the completed cells up to that cycle, so interrupting a campaign does not change the result.
 
@@ -593,7 +593,8 @@ def _of_nodes(
         if test.p_adjusted < SUSPICIOUS:
             text = (
                 f"the ratio of {names[test.arm]} to {definition.baseline} differs between {test.by}s (F-test, p = "
-                f"{test.p_adjusted:.2g}), so its interval is that of a mean over the {test.by}s of this campaign only."
+                f"{test.p_adjusted:.2g}), so its interval applies to the {test.by}s of this campaign only, not to "
+                "others."
             )
             yield warning("campaign_nodes_interact", text)
 
@@ -617,7 +618,11 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
     """Before anything is measured, warn about an order in which a drift can look like a difference between arms."""
     if campaign.structure in ("interleaved", "grouped"):
-        yield warning("campaign_fixed_order", f"the order is {campaign.structure}, so it is the same in each cycle.")
+        text = (
+            f"the order is {campaign.structure}, and therefore the same in each cycle, so a drift can look like a "
+            "difference between arms."
+        )
+        yield warning("campaign_fixed_order", text)
     size = square_size(arms)
     if campaign.structure == "latin" and campaign.until_ci is None and campaign.cycles % size:
         above = whole_squares(campaign.cycles, size)
@@ -672,11 +677,12 @@ def _different(campaign: Campaign, names: Sequence[str], found: Found) -> Iterat
     cycles = {cycle for cycle, _ in found}
     of_cycles = [[cell.row for (number, _), cell in found.items() if number == cycle and cell.row] for cycle in cycles]
     if any(len({row.prompts_sha256 for row in each}) > 1 for each in of_cycles):
-        yield warning("campaign_prompts_differ", "the arms did not run the same prompts.")
+        yield warning("campaign_prompts_differ", "in at least one cycle, the arms did not run the same prompts.")
     lengths = {name: sum(r.output_tokens for r in own) / len(own) for name, own in rows.items() if own}
     if lengths and max(lengths.values()) > (1 + LENGTHS_DIFFER) * min(lengths.values()):
         words = ", ".join(f"{name} {length:.6g}" for name, length in lengths.items())
-        yield warning("campaign_lengths_differ", f"the numbers of output tokens differ: {words}.")
+        text = f"the arms did not generate the same number of output tokens per cell: {words}."
+        yield warning("campaign_lengths_differ", text)
 
 
 def _moved(campaign: Campaign, names: Sequence[str], found: Found) -> Iterator[CodedWarning]:
@@ -756,7 +762,7 @@ def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Se
 
 
 def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
-    """Return the change over the positions as text, from a straight line through the values; None if not significant.
+    """Return, as text, how far a line through the values rises or falls over the positions; None if not significant.
 
     The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
     """

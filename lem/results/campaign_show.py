@@ -139,7 +139,7 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
         )
     jointly = " jointly" if len(answer.definition.arms) > 2 else ""
     yield (
-        f"Its intervals have{jointly} a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
+        f"Its intervals{jointly} have a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
         "95 % of campaigns, although the data decide when to stop. There are no p-values."
     )
 
@@ -179,7 +179,7 @@ def _digits(low: float, high: float) -> int:
 
 
 def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, then a line with labels for its ends and for 1.
+    """Yield a line for each pair's interval on a logarithmic scale, then a line that labels the scale's ends and 1.
 
     Args:
         pairs: the pairs to draw.

@@ -50,7 +50,7 @@ class After:
 
 @dataclass(frozen=True)
 class CarryOver:
-    """The effects of predecessors; `p_value` is from the F-test for whether there are any."""
+    """The effects of predecessors; `p_value` is from the F-test of whether there are any."""
 
     after: tuple[After, ...]
     p_value: float

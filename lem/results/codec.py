@@ -24,7 +24,7 @@ _READERS: dict[Any, Callable[[str | bytes], Any]] = {}
 
 
 def adapter(cls: Any) -> Any:
-    """Return pydantic's reader and writer for a type."""
+    """Return the pydantic object that reads and writes values of a type."""
     if cls not in _ADAPTERS:
         from pydantic import TypeAdapter
 
@@ -92,7 +92,7 @@ AMOUNT = re.compile(
 
 
 def check_numbers(content: bytes) -> None:
-    """Check the numbers in JSON lines that could not be read as their type, to find a clearer reason for the error.
+    """Check whether an impossible number is the reason why JSON or JSON lines could not be read.
 
     Raises:
         ValueError: a number is too large, or one that cannot be negative is negative; the message says which.
@@ -102,7 +102,7 @@ def check_numbers(content: bytes) -> None:
 
 
 def _documents(content: bytes) -> Iterator[Any]:
-    """Yield the parts of JSON or JSON lines that can be parsed; the rest is reported by other errors."""
+    """Yield the parsed JSON document or, if it is not a single document, each line of it that can be parsed."""
     whole = _plain(content)
     parts = [whole] if whole is not None else map(_plain, content.splitlines())
     yield from (part for part in parts if part is not None)

@@ -85,7 +85,7 @@ def where(shown: Sequence[bool], values: Values) -> list[float | None]:
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long no request was present in each window; 0 if there is no queue or the length is unknown."""
+    """Return how long no request was present in each window; 0 if there is no queue or the length is not known."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 

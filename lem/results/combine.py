@@ -1,6 +1,6 @@
 """Merges results directories and archives into one results directory: `lem results merge`.
 
-    <target>/.merging/                 what is being copied; left behind if the merge is killed, and removed by the next
+    <target>/.merging/                 what is being copied; left if the merge is killed; the next one removes it
     <target>/raw/<id>/merged.json      for an experiment that was renamed: its original id and its digest in the source
 
 An experiment is copied completely and then moved to its place, so the target contains either all of it or none of it.

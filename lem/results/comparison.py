@@ -144,7 +144,7 @@ class Limit:
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
         """Return the outcome of a comparison, and the reason in words.
 
-        The outcome is `failed` only if the interval lies beyond the limit, and `passed` only if it lies within.
+        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -155,7 +155,8 @@ class Limit:
             return "cannot tell", f"neither side has a value for {self.metric}"
         if found.ci_low is None or found.ci_high is None:
             return "cannot tell", found.reason or "there is no interval"
-        words = f"{percent(found.confidence)} interval of the change {change(found.ci_low)} to {change(found.ci_high)}"
+        interval = f"{change(found.ci_low)} to {change(found.ci_high)}"
+        words = f"the {percent(found.confidence)} interval of the change is {interval}"
         low, high = (found.ci_low, found.ci_high) if self.is_upper else (-found.ci_high, -found.ci_low)
         limit = self.ratio if self.is_upper else -self.ratio
         if low > limit:
@@ -303,7 +304,7 @@ def _ratio(metric: str, base: Case, other: Case, confidence: float) -> Ratio | N
         center = after / before
     if lacking := sum(not _is_positive(value) for side in repeated for value in side):
         verb = "has" if lacking == 1 else "have"
-        reason = f"{lacking} of the {basis} {verb} no value for {metric} above 0"
+        reason = f"{lacking} of the {basis} {verb} no positive value for {metric}"
     elif center is None:
         reason = f"one side has no value for {metric}"
     elif (half := _half_width([[math.log(v) for v in side if v] for side in repeated], confidence)) is None:
@@ -358,8 +359,8 @@ def _is_positive(value: float | None) -> bool:
 def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | None:
     """Return half the width of the interval of a difference between two means; None if a side has a single value.
 
-    The sides may vary differently. Source: B. L. Welch, The generalization of "Student's" problem when several
-    different population variances are involved, Biometrika 34 (1947).
+    The variances of the two sides may differ. Source: B. L. Welch, The generalization of "Student's" problem when
+    several different population variances are involved, Biometrika 34 (1947).
     """
     if any(len(side) < 2 for side in sides):
         return None

@@ -141,7 +141,7 @@ def _worst(statuses: Sequence[Status]) -> Status:
 
 
 def _averaged(groups: Sequence[Sequence[int]], of_cycles: Columns) -> Columns:
-    """Combine several cycles: means, quotients of the means, and the spread of the cycles' own values."""
+    """Return the columns of each group of cycles: means, quotients of the means, and the spread of the cycles."""
 
     def over(some: Iterable[str], summed_up: Callable[[Sequence[Any]], Any]) -> Columns:
         return {name: _of_groups(summed_up, groups, of_cycles[name]) for name in some}
@@ -176,7 +176,7 @@ def _intensity(group: Sequence[int], of_cycles: Columns) -> float | None:
 def _kinds(group: Sequence[int], of_cycles: Columns, labels: Sequence[str]) -> list[str]:
     """Return the distinct kinds of energy in the given cycles; a cycle without energy has none.
 
-    Counters, integrals of sampled power and replayed traces are all measurements.
+    Energy from counters, from integrals of sampled power and from replayed traces is all of the same kind, "measured".
     """
     found = dict.fromkeys(zip(*(_at(group, of_cycles[name]) for name in labels), strict=True))
     known = [(is_estimated(source), *others) for source, *others in found if source is not None]

@@ -48,7 +48,7 @@ class Deletion:
         return (self.store.directory(name).path for name in self.statuses)
 
     def words(self) -> str:
-        """Describe what would be deleted, such as `2 experiments (1.2 MB)`."""
+        """Describe in words what would be deleted, such as `2 experiments (1.2 MB)`."""
         count = len(self.statuses)
         of_campaigns = "".join(f" and campaign {folder.name}" for folder in self.campaigns)
         return f"{count} experiment{'s' * (count != 1)}{of_campaigns} ({quantity(self.size_bytes, 'B', 3)})"
@@ -61,7 +61,7 @@ class Deletion:
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
-            raise ResultsError(f"{root} is a link; remove it, because deleted files are moved there.")
+            raise ResultsError(f"{root}, to which deleted files are moved, is a link; remove the link.")
         try:
             with ExitStack() as locks:
                 for folder in self.campaigns:  # a campaign that is being measured keeps its cells

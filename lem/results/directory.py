@@ -166,7 +166,10 @@ class ExperimentDir:
 
     # -------------------------------------------------------------- state
     def state(self) -> State:
-        """Return the experiment's state: interrupted if its process is gone; inferred if state.json cannot be read."""
+        """Return the experiment's state, inferred from its other files if state.json cannot be read.
+
+        If the process that was running the experiment is gone, the state is `interrupted`.
+        """
         try:
             state = from_json(State, self._content("state.json")).believed()
         except (OSError, ValueError):
@@ -191,17 +194,18 @@ class ExperimentDir:
         return max((int(match.groups()[-1]) for match in found if match), default=0)
 
     def write_state(self, state: State) -> None:
-        """Replace the state atomically."""
+        """Replace the state file, completely or not at all."""
         write_atomically(self.path / "state.json", to_json(state))
 
     def mark_aggregated(self, state: State) -> None:
-        """Record in a file next to the state that this completed experiment has its rows."""
+        """Record, in a file beside the state file, that the experiment's rows have been written to the tables."""
         write_atomically(self.path / AGGREGATED, to_json(state))
 
     def link_aggregated(self, source: Path) -> None:
-        """Do the same as `mark_aggregated`, but by linking a file that is shared with other experiments.
+        """Do the same as `mark_aggregated`, but with a hard link to a file that other experiments share.
 
-        Linking takes a third of the time that writing a file takes.
+        Making a link takes a third of the time that writing a file takes. Where links cannot be made, the file is
+        copied.
         """
         try:
             os.link(source, f"{self._folder}/{AGGREGATED}")
@@ -331,7 +335,7 @@ class ExperimentDir:
         ended = record.requests_completed + record.requests_failed
         if ended != rows:
             file = self.journal_file(record.rank, record.attempt)
-            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {ended}"
+            counts = f"has {rows} rows of cycle {record.cycle}, but the record says {ended} requests ended"
             raise ResultsError(f"{file} {counts}.")
 
     def records(self) -> list[ProcessRecord]:

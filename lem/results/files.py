@@ -30,7 +30,7 @@ class DiskFull(RunError):
     """A disk is full; everything written before is kept. Exit code 1."""
 
     def __init__(self, folder: Path, remedy: str = "") -> None:
-        """Build the message; `remedy` says how to continue, and a study replaces it with advice of its own."""
+        """Make the message; `remedy` says how to continue, and a study may replace it with advice of its own."""
         self.folder = folder
         reason = f"{NO_SPACE} in {folder} (the disk at {_mount_point(folder)}); everything written so far is kept."
         super().__init__(" ".join(filter(None, (reason, remedy))))
@@ -38,7 +38,7 @@ class DiskFull(RunError):
 
 @contextmanager
 def needs_space(folder: Path, remedy: str = "") -> Iterator[None]:
-    """Turn errors about a lack of space in a folder into `DiskFull`, with the remedy."""
+    """Within the block, turn an error about a full disk into `DiskFull`, which names the folder and the remedy."""
     try:
         yield
     except OSError as error:
@@ -64,9 +64,10 @@ _synced_later = ContextVar("synced_later", default=False)
 
 @contextmanager
 def synced_later() -> Iterator[None]:
-    """Within the block, write each file completely or not at all, but let `sync` make the files survive a crash.
+    """Within the block, write each file completely or not at all, but without waiting for the disk.
 
-    Waiting for the disk takes milliseconds for each file, which adds up if a study writes thousands of plans.
+    The files survive a crash of the machine only once `sync` has been called. Waiting takes milliseconds for each file,
+    which adds up if a study writes thousands of plans.
     """
     token = _synced_later.set(True)
     try:

@@ -166,7 +166,7 @@ def not_ai_energy_score(row: Row) -> list[str]:
         f"the energy of the GPUs is {_of_source(row['gpu_energy_source'])}": row["gpu_energy_source"] not in MEASURED,
     }
     found = [reason for reason, is_true in checks.items() if is_true]
-    return [*found, "the window has no preprocessing of the prompts"]
+    return [*found, "the window does not include the preprocessing of the prompts"]
 
 
 def _is_h100(device: str) -> bool:

@@ -225,7 +225,7 @@ class Ledger:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Remove whatever follows the last line break of a file: a command was killed while writing it."""
+    """Remove an unfinished last line from a file, left by a command that was killed while writing it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) not in (b"\n", b""):
@@ -258,7 +258,7 @@ def awaited(store: Store) -> list[Ledger]:
 
 
 def queued_in(store: Store) -> dict[str, str]:
-    """Return the experiments that jobs have yet to run or to finish, by id, with the names of their studies.
+    """Return the ids of the experiments that jobs have yet to run or to finish, with the names of their studies.
 
     Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
     """

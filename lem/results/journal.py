@@ -63,7 +63,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     under_way: UnderWay | None = None
 
     def energy_behind_s(self, end_s: float) -> float | None:
-        """Return the maximum time between the last known energy and the end of the window; None if nothing was read.
+        """Return an upper bound on how long before `end_s` the energy was last known; None if nothing was read.
 
         A counter's value may be as old as its last tick, and a trace's integral as old as its last sample. An estimate
         states the time that it covers.

@@ -33,8 +33,8 @@ class Limits(Protocol):
 class Extent(NamedTuple):
     """The span of a cycle's requests according to their own times, which start again from 0 in each attempt's window.
 
-    The extent consists of the earliest start, the sum over attempts of the latest end, the time in which at least one
-    request was running, and the number of attempts.
+    `first_s` is the earliest start. `last_s` is the latest end, and `busy_s` the time in which at least one request was
+    running; both are added up over the attempts. `attempts` is the number of attempts.
     """
 
     first_s: float
@@ -72,7 +72,7 @@ def summaries(stem: str, groups: Sequence[Sequence[float]]) -> dict[str, list[fl
 
 
 def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
-    """Return summaries of TTFT and TPOT over requests, and of ITL over all their tokens; empty unless streaming."""
+    """Return summaries of TTFT and TPOT over requests, and of ITL over all tokens; empty if tokens were not timed."""
     timed = [r for r in requests if r.ttft_s is not None]
     if not timed:
         return {}
@@ -84,7 +84,7 @@ def of_tokens(requests: Sequence[RequestRecord]) -> dict[str, float | None]:
 
 
 def samples(counts: Sequence[Mapping[str, int]]) -> dict[str, list[int | None]]:
-    """Return the columns with the numbers of samples, given the `sample_counts` of several cycles."""
+    """Return the columns that hold the numbers of samples, given the `sample_counts` of several cycles."""
     return {f"{stem}_samples": [each.get(name) for each in counts] for stem, name in SAMPLED.items()}
 
 

@@ -123,13 +123,13 @@ def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyR
 
 
 def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
-    """Return a reading without energy for each device that was metered in an earlier phase."""
+    """Return a reading without energy, but with a reason, for each device of the last phase that was metered."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in metered)
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight (at least one request) after `by_s` more seconds in which nothing was finished."""
+    """Return the work in flight, now at least one request, after `by_s` more seconds in which no request finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known
@@ -139,7 +139,7 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 
 # ------------------------------------------------------------------ attempts of a process at one cycle
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
-    """Merge a process's attempts at one cycle, in order; windows follow each other and never span a gap.
+    """Merge a process's attempts at one cycle, in order; the windows are joined without the gaps between them.
 
     An attempt without a window is ignored, except that the last attempt's status and error are kept.
     """
@@ -214,7 +214,7 @@ def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
 
 
 def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Phase]) -> EnergyReading:
-    """Return the sum of a device's readings, even if some of the windows have no reading of the device."""
+    """Return the sum of a device's readings over all windows; `found` has None for a window without a reading."""
     readings = [r for r in found if r is not None]
     known_j = [r.energy_j for r in readings if r.energy_j is not None]
     covered_s = [
@@ -231,10 +231,10 @@ def _merged_reading(found: Sequence[EnergyReading | None], windows: Sequence[Pha
 
 
 def _seconds_without(device: EnergyReading, window: Phase) -> float:
-    """Return how many seconds of a window count as covered although a device has no reading in it.
+    """Return how many seconds of a window count as covered for a device that has no reading in it.
 
-    If other devices of the same component were metered in the same way, this device was not in use and adds nothing to
-    the energy; otherwise its energy is unknown.
+    If other devices of the same component were metered in the same way, this device was not in use and used no energy,
+    so the time covered by their readings counts. Otherwise its energy is unknown, and the result is 0.
     """
     alike = [r for r in window.energy if (r.component, r.is_measured) == (device.component, device.is_measured)]
     return min((r.seconds_of(window.duration_s) for r in alike), default=0.0)

@@ -34,13 +34,13 @@ class Block:
     positions: tuple[int, ...]
 
     def place(self, by: By) -> str:
-        """Return the name of the board's model or of the node."""
+        """Return the name of the board model or of the node."""
         return self.board if by == "board" else self.node
 
 
 @dataclass(frozen=True)
 class RatioThere:
-    """The ratio of an arm to the baseline on one model of board.
+    """The ratio of an arm to the baseline on one board model.
 
     The 95 % interval is not adjusted for the number of ratios. It is None if the cycles leave no degrees of freedom for
     the noise.
@@ -74,8 +74,8 @@ class Spread:
     """How far nodes and boards differ.
 
     `node_sd_log` and `board_sd_log` are the standard deviations of the level (a cycle's mean logarithm) from node to
-    node and from one model of board to another, without the noise within a node or model. They are None if there is
-    only one node or model, or if none of them ran two complete cycles.
+    node and from one board model to another, without the noise within a node or model. They are None if there is only
+    one node or model, or if none of them ran two complete cycles.
     """
 
     nodes: tuple[str, ...]
@@ -148,7 +148,11 @@ def _grouped(cycles: Sequence[Block], place: Callable[[Block], str]) -> dict[str
 
 
 def _blocks(pairs: Sequence[Block]) -> list[By]:
-    """Return the kinds of block that divide the cycles; nodes are not tested if each has its own model of board."""
+    """Return the groupings of the cycles to test: by board, by node, both or neither.
+
+    Boards are tested if there are at least two models. Nodes are tested if there are more nodes than models; otherwise,
+    grouping by node would give the same groups as grouping by board.
+    """
     boards, nodes = len({each.board for each in pairs}), len({each.node for each in pairs})
     return [by for by in BLOCKS if (boards > 1 if by == "board" else nodes > max(boards, 1))]
 

@@ -29,7 +29,7 @@ LEAST_NEIGHBORS = 10
 PERMUTATIONS = 2000
 # The numbers of cycles for which the detectable difference is shown.
 EXAMPLES = (3, 5, 10, 20)
-# If more cycles than this were needed, the advice is to make the machine quieter.
+# If more cycles than this were needed, the advice is to reduce the machine's noise.
 MOST_CYCLES = 100
 # The noise measured in a few cycles may be too low by chance. Campaigns planned with the upper limit of the noise at
 # this confidence have at least the planned power in that share of cases: R. H. Browne, On the use of a pilot sample
@@ -83,7 +83,7 @@ class Tested:
 class Change(Tested):
     """A change in the primary metric, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
 
-    `p_value` tests for no change, and is adjusted for the number of tests (Holm).
+    `p_value` is for the hypothesis of no change, and is adjusted for the number of tests (Holm).
     """
 
     n: int
@@ -152,7 +152,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with at least two significant digits; `sign="+"` adds its sign."""
+    """Return a share as a percentage with at least two significant digits; `sign="+"` adds a sign to positive ones."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'} %"
@@ -248,7 +248,7 @@ def finds(sd: float, cycles: int) -> float:
 
 
 def cycles_for(sd: float, difference: float) -> int | None:
-    """Return the fewest cycles, at least `LEAST_PAIRS`, that detect a difference; None if more than `MOST_CYCLES`."""
+    """Return how many cycles, at least `LEAST_PAIRS`, are needed to detect a difference; None if over `MOST_CYCLES`."""
     enough = (n for n in range(LEAST_PAIRS, MOST_CYCLES + 1) if finds(sd, n) <= difference)
     return next(enough, None)
 
@@ -318,7 +318,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbors(values: Sequence[float]) -> Correlation:
-    """Return the correlation of each cell with the cell before it, tested by permuting the residuals of a line."""
+    """Return the correlation between successive cells without the linear trend, tested by permuting the residuals."""
     import numpy as np
 
     n = len(values)
@@ -365,7 +365,10 @@ def _cycles(noise: Noise) -> Advice:
     cycles = cycles_for(floor.planning, noise.difference)
     planned = f"up to {percent(floor.planning)} (its upper limit, at {percent(PLANNING_CONFIDENCE)} confidence)"
     if cycles is None:
-        why = f"with noise of {planned}, even {MOST_CYCLES} cycles would not detect {wanted}: make the machine quieter."
+        why = (
+            f"with noise of {planned}, even {MOST_CYCLES} cycles would not detect a difference of {wanted}; reduce the "
+            "machine's noise first."
+        )
         return Advice("cycles", f"more than {MOST_CYCLES}", why)
     why = f"with noise of {planned}, this detects a difference of {wanted} with a probability of at least 80 %."
     return Advice("cycles", f"--cycles {cycles}", why)
@@ -387,7 +390,7 @@ def _gap(noise: Noise) -> Advice:
     unknown = noise.position.reason or noise.neighbors.reason
     keep = f"--config-gap {gap_s:g}, unchanged"
     if unknown is not None:
-        return Advice("gap", keep, f"nothing suggests a change, but {unknown}.")
+        return Advice("gap", keep, f"nothing suggests a longer gap, but {unknown}.")
     return Advice("gap", keep, "the preceding cell has no visible effect.")
 
 
@@ -404,12 +407,12 @@ def _warm_up(noise: Noise) -> Advice:
         return warned
     unknown = noise.first.reason or noise.drift.reason
     if unknown is not None:
-        return Advice("warm-up", "unchanged", f"nothing suggests a change, but {unknown}.")
+        return Advice("warm-up", "unchanged", f"nothing suggests a longer warm-up, but {unknown}.")
     return Advice("warm-up", "unchanged", "neither a trend nor an unusual first cell is visible.")
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of these warnings that most cells have; None if most cells have none of them."""
+    """Return advice on the first of the given warnings that most cells have, or None if there is no such warning."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

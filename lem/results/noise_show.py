@@ -107,14 +107,14 @@ def _alarm(noise: Noise) -> str:
     if noise.is_false_alarm:
         return FALSE_ALARM.format(sentence=said)
     if noise.pair.ci_low is None or noise.pair.cycles < LEAST_PAIRS:
-        return f"not known: {noise.pair.cycles} cycle{'s' * (noise.pair.cycles != 1)} cannot show a false alarm"
+        return f"not known: {noise.pair.cycles} cycle{'s' * (noise.pair.cycles != 1)} cannot reveal a false alarm"
     ratios = (noise.pair.ratio, noise.pair.ci_low, noise.pair.ci_high)
     change, low, high = (percent((each or 1.0) - 1, "+") for each in ratios)
     return f"none: the two arms differ by {change} (95 % interval {low} to {high})"
 
 
 def _drift(noise: Noise) -> str:
-    text = _change(noise.drift, "over the whole")
+    text = _change(noise.drift, "over the whole campaign")
     if noise.drift_per_cycle.change is None:
         return text
     return f"{text}; {percent(noise.drift_per_cycle.change, '+')} a cycle"

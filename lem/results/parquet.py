@@ -66,7 +66,7 @@ def _column(name: str, annotation: Any, marked: Any) -> Column:
 
 
 def defaults(record_type: type[Any]) -> dict[str, Any]:
-    """Return the default of each field that has one, except for empty lists."""
+    """Return the default of each field that has one, except where it is an empty list."""
     values = reversed(record_type.__struct_defaults__)
     return {
         name: value

@@ -111,7 +111,7 @@ class State(Struct, frozen=True):
     error: str | None = None
 
     def now(self, status: StateName, error: str | None = None) -> State:
-        """Return the next state, in which no process runs the experiment."""
+        """Return the next state of the experiment, with the given status and no running process."""
         return State(status, self.attempt, timestamp(), error=error)
 
     def believed(self) -> State:

@@ -383,7 +383,7 @@ def _repeated(records: Sequence[Sequence[ProcessRecord]], durations_s: Sequence[
 
 
 def _streamed_and_queued(cycles: Sequence[Cycle], durations_s: Sequence[float | None]) -> Columns:
-    """Return the columns that only streaming or traffic fills."""
+    """Return the columns that have values only if tokens were timed or requests arrived over time."""
     found = [
         of_tokens(cycle.requests)
         | under_load(cycle.requests, duration_s, cycle.plan.experiment.traffic, cycle.opened_s)
@@ -465,5 +465,5 @@ def _of_times(requests: Sequence[RequestRecord], duration_s: float) -> Iterator[
 
 def _why_queue_is_lost(cycle: Cycle) -> str:
     if None in cycle.opened_s.values():
-        return "an attempt began with an empty queue."
+        return "an attempt after an interruption began with an empty queue."
     return "requests that were in flight at an interruption waited again and were run again."

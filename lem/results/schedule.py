@@ -173,7 +173,7 @@ def load_schedule(store: Store, name_or_id: str) -> ScheduleManifest:
     for name in known:
         if (found := read_manifest(folder_of(store, name))).id == name_or_id:
             return found
-    hint = did_you_mean(name_or_id, known) or (f" The schedules there are: {', '.join(known)}." if known else "")
+    hint = did_you_mean(name_or_id, known) or (f" Existing schedules: {', '.join(known)}." if known else "")
     raise ResultsError(f"There is no schedule '{name_or_id}' in {store.root}.{hint}")
 
 

@@ -122,7 +122,7 @@ def _by_arm(rows: Mapping[tuple[str, int | None], ExperimentRow]) -> ByArm:
 
 
 def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
-    """Return the rows of the schedule's experiments, from the tables or, if they lack one, from its records."""
+    """Return the rows of the schedule's experiments, from the tables or, where these lack a row, from the records."""
     catch_up(store)
     rows, _ = Tables(store).rows()
     own = {row.experiment_id: row for row in rows if row.schedule == manifest.name}
@@ -227,15 +227,18 @@ def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
         ways = ", ".join(dict.fromkeys(f"{row.energy_components} ({row.energy_source})" for row in rows))
         yield warning("schedule_meters_differ", f"the energy {of}was obtained in different ways: {ways}.")
     if len({row.prompts_sha256 for row in rows}) > 1:
-        yield warning("schedule_work_differs", f"the runs {of}did not have the same prompts.")
+        yield warning("schedule_work_differs", f"the runs {of}did not all use the same prompts.")
     lengths = [row.output_tokens for row in rows]
     if lengths and max(lengths) > (1 + LENGTHS_DIFFER) * min(lengths):
-        text = f"the runs {of}generated between {min(lengths)} and {max(lengths)} output tokens."
+        text = (
+            f"the runs {of}did not generate the same number of output tokens: from {min(lengths)} to {max(lengths)} "
+            "per run."
+        )
         yield warning("schedule_work_differs", text)
 
 
 def _changes(store: Store, runs: Sequence[Run]) -> Iterator[CodedWarning]:
-    """Warn about machines and software that changed between two runs."""
+    """Warn if the machine, the engine or the software changed from one run to the next."""
     found = []
     before: dict[str, str] = {}
     for run in runs:
@@ -247,11 +250,11 @@ def _changes(store: Store, runs: Sequence[Run]) -> Iterator[CodedWarning]:
         ]
         before |= now
     if found:
-        yield warning("schedule_environment_changed", f"these changed during the schedule: {', '.join(found)}.")
+        yield warning("schedule_environment_changed", f"the machine or its software changed: {', '.join(found)}.")
 
 
 def _surroundings(store: Store, rows: ByArm) -> dict[str, str]:
-    """Return what the experiments of a run ran on; each arm has its own device and engine."""
+    """Return the machine, devices and software that a run used; each arm has its own device and engine."""
     known: dict[str, str] = {}
     for arm, row in ((arm, row) for arm, of_arm in rows.items() for row in of_arm):
         for what, column in OF_ROWS.items():

@@ -115,7 +115,10 @@ def _cells(start: Start) -> tuple[str, ...]:
 
 
 def _clock(text: str) -> str:
-    """Return a time for people: without the seconds if they are 0; the UTC offset distinguishes two times of 02:30."""
+    """Return a time as text, without seconds if they are 0.
+
+    Its UTC offset distinguishes the two times of 02:30 on a day on which the clocks are set back.
+    """
     at = datetime.fromisoformat(text)
     seconds = f":{at:%S}" if at.second else ""
     return f"{at:%a %Y-%m-%d %H:%M}{seconds} {at:%z}"

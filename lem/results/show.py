@@ -61,7 +61,7 @@ def _console_class() -> type[Console]:
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console on stdout or stderr that escapes control characters; it is very wide without a terminal."""
+    """Return a console on stdout or stderr that escapes control characters and, without a terminal, does not wrap."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
     return _console_class()(stderr=stderr, width=width, highlight=False, emoji=False, soft_wrap=not stream.isatty())
@@ -116,7 +116,7 @@ def cell(text: str) -> str:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without borders, or its rows as paragraphs if the table fits only with words cut."""
+    """Print a table without borders, or its rows as paragraphs if words would have to be cut to fit the table."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)
@@ -258,7 +258,7 @@ def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
 
 
 def _sample_sizes(row: ExperimentRow) -> str:
-    """Return how many values each set of percentiles rests on."""
+    """Return, as text, how many values each set of percentiles is computed from."""
     counts = {stem: getattr(row, f"{stem}_samples") for stem in SAMPLE_NAMES}
     return _listed(*(f"{SAMPLE_NAMES[stem]} {count}" for stem, count in counts.items() if count is not None))
 

@@ -135,7 +135,10 @@ def _of_directory(store: Store, text: str) -> Side:
 
 
 def _cycles_of(store: Store, row: ExperimentRow, together: int) -> Sequence[Any]:
-    """Return the rows of an experiment's cycles, which are needed only if it is the only experiment of its case."""
+    """Return the rows of an experiment's cycles, or nothing if they are not needed.
+
+    They are needed only if the experiment has several cycles and is the only one of its case (`together` is 1).
+    """
     tables = Tables(store)
     at = tables.location(row.experiment_id) if together == 1 and row.cycles_completed > 1 else None
     return tables.cycles(row.experiment_id, at) if at else ()

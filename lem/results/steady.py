@@ -26,7 +26,7 @@ class Steady(NamedTuple):
 
 
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
-    """Return how many requests a fully used engine has in flight; None if nothing keeps it fully used.
+    """Return how many requests an engine has in flight when its slots are full; None if nothing keeps them full.
 
     Two things leave slots empty: padded batches, as soon as their first request ends, and open-loop traffic.
 

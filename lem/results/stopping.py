@@ -102,12 +102,12 @@ def cycles_at_most(campaign: Campaign, arms: int) -> int:
 
 
 def level_for(analysis: Analysis, least: int, most: int) -> float:
-    """Return the lowest nominal level that was calibrated for limits that enclose `least` and `most`.
+    """Return the lowest nominal level that was calibrated for a range of cycles that contains `least` to `most`.
 
-    A campaign with narrower limits looks at its data less often, so its coverage at that level is at least as high.
+    A campaign with a narrower range looks at its data less often, so its coverage at that level is at least as high.
 
     Raises:
-        ConfigError: no level was calibrated for limits that enclose these.
+        ConfigError: no level was calibrated for such a range.
     """
     known = [each for each in levels() if each.analysis == analysis]
     found = [each.level for each in known if each.least <= least and most <= each.most]

@@ -39,7 +39,7 @@ _last_claims: dict[Path, tuple[str, int]] = {}
 
 
 def default_root() -> Path:
-    """Return the default results directory: the environment variable's value or, without that variable, results/."""
+    """Return the default results directory: the environment variable's value or, if that is unset, results/."""
     return Path(os.environ.get(RESULTS_DIR_VARIABLE) or DEFAULT_RESULTS_DIR)
 
 
@@ -109,11 +109,11 @@ class Store:
 
     # -------------------------------------------------------------- unfinished experiments
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
-        """Make an experiment findable by its fingerprint until it is completed and has its rows."""
+        """Mark an experiment as unfinished, so that it can be found by its fingerprint."""
         write_atomically(self.root / "unfinished" / experiment_id, fingerprint)
 
     def mark_finished(self, experiment_id: str) -> None:
-        """Remove the mark by which an unfinished experiment is found by its fingerprint."""
+        """Remove the mark that `mark_unfinished` made."""
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def marked(self) -> list[str]:

@@ -65,7 +65,7 @@ class Tables:
         return self.locations(alone=False).get(experiment_id)
 
     def locations(self, *, alone: bool = True) -> dict[str, RowLocation]:
-        """Return the locations of all experiments' rows or, without `alone`, only of rows in shared files.
+        """Return the locations of all experiments' rows or, if `alone` is false, only of rows in shared files.
 
         Raises:
             ResultsError: a file with the rows of several experiments cannot be read.
@@ -83,9 +83,9 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files of this table that are missing or damaged in the other two, with a message about any damage.
+        """Return the files that are missing or damaged in one of the other two tables, with a message about any damage.
 
-        Files of single experiments are not checked for damage, because there may be thousands.
+        Files of single experiments are not checked for damage, because there may be thousands of them.
         """
         files = self.files()
         found: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""Tests whether runs vary with the time of day and the weekday by more than runs at the same time do.
+"""Tests whether runs differ more between times of day, or between weekdays, than runs at the same time do.
 
 The replicate is a day: the runs of one slot on one day are averaged, on a logarithmic scale. All tests are F-tests of
 nested linear models, computed by least squares, so that days with missing runs need no special treatment. This module
@@ -51,7 +51,7 @@ class Point:
 
 @dataclass(frozen=True)
 class FTest:
-    """An F-test of `values` values: statistic, degrees of freedom, p-value, and the standard deviation of the error."""
+    """An F-test; `values` is the number of values, and `error_sd` the standard deviation of the error."""
 
     statistic: float
     numerator: int
@@ -168,7 +168,7 @@ def _tested(
     factor: Sequence[Hashable],
     error: Sequence[Hashable] | None = None,
 ) -> Variation:
-    """Add a test to a variation, or the reason why there can be none."""
+    """Return a variation with a test added or, if the test is impossible, with the reason why."""
     logs = [cell.log for cell in cells]
     result = f_test(logs, without=without, factor=factor, error=error)
     if result is None:
@@ -203,7 +203,10 @@ def slot_names(times: Sequence[datetime]) -> dict[time, str]:
 
 
 def _levels(names: Sequence[str], cells: Sequence[_Cell], logs: Sequence[float]) -> tuple[Level, ...]:
-    """Return the levels in order of their names; each of the cells is one day of its level."""
+    """Return a level for each distinct name, sorted by name; `names` has the name of each cell's level.
+
+    Each cell is one day of its level, so the intervals cover the variation from day to day.
+    """
     found: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
         found[name].append(place)

@@ -151,14 +151,14 @@ def _simulation(experiment: Experiment) -> Iterator[Objection]:
     reasons = {
         f"energy={meter} reads a sensor": meter not in WITHOUT_SENSORS,
         f"{processes} processes would wait for each other": processes > 1,
-        "GPUs are watched": options.gpus > 0,
+        "GPUs are metered": options.gpus > 0,
     }
     for fact in (fact for fact, is_so in reasons.items() if is_so):
         yield Objection("simulated_time", "backend.sleep", f"{fact}, which takes real time.")
 
 
 def unmeasured(experiment: Experiment, measure: Measure) -> Iterator[Objection]:
-    """Object to an arm that cannot have a value for the metric by which the campaign compares its arms."""
+    """Yield an objection if an arm cannot have a value for the metric by which the campaign compares its arms."""
     if measure == "ttft_mean_s" and not experiment.streaming.enabled:
         yield Objection("primary_without_ttft", "streaming.enabled", f"without it, an arm has no {measure}.")
     if measure in OF_ENERGY and experiment.energy.name == "none":

@@ -331,7 +331,7 @@ class Experiment:
         ),
     ] = 0
     chat_template: Annotated[
-        bool, Field(description="Wrap each prompt as a user turn of the model's chat template.")
+        bool, Field(description="Wrap each prompt in the model's chat template, as a user turn.")
     ] = False
     seed: Annotated[
         int, Field(ge=0, le=2**32 - 1, description="Seed for drawing prompts from the dataset and for sampling tokens.")

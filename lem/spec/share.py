@@ -1,4 +1,4 @@
-"""Shares between 0 and 1 as people write them: 0.02, "0.02" or "2%". Flags and campaign files read them alike."""
+"""Shares between 0 and 1 as people write them: 0.02, "0.02" or "2%". Flags and campaign files accept the same forms."""
 
 from __future__ import annotations
 

@@ -87,9 +87,9 @@ class SlurmOptions:
             "closed partition) before it is canceled and counts as failed, in seconds.",
         ),
     ] = 60.0
-    poll_s: Annotated[float, Field(ge=0.2, description="Longest pause between two looks at the queue, in seconds.")] = (
-        15.0
-    )
+    poll_s: Annotated[
+        float, Field(ge=0.2, description="Longest pause between two checks of the queue, in seconds.")
+    ] = 15.0
     settle_s: Annotated[
         float,
         Field(

@@ -98,7 +98,7 @@ def test_the_content_of_a_link_is_not_archived(lem, store, tmp_path):
         (["--all", "--output", "results"], "--output: results is a directory"),
         (["--all", "--check", "x.zip"], "--check only reads an archive; leave out the experiments and --output."),
         (["--check", "none.zip"], "none.zip cannot be read: No such file or directory."),
-        (["--check", "pipe"], "pipe is not a file."),
+        (["--check", "pipe"], "pipe is not a plain file."),
         (["--check", "text"], "text is not an intact archive: File is not a zip file;"),
         (["--all", "--output", "x.zip", "-o", "nowhere"], "There are no experiments in nowhere."),
     ],
@@ -199,7 +199,7 @@ TAMPERING = {
     "a longer file": (grow, "is not the file that MANIFEST.json describes"),
     "no manifest": (no_manifest, "it has no MANIFEST.json"),
     "a later format": (of_the_future, "bad.zip has the archive format 99, which this version of lem cannot read"),
-    "a huge file": (huge, "it is larger than any results directory"),
+    "a huge file": (huge, "it holds more files or bytes than any results directory"),
     **{
         f"the path {name}": (renamed(name), "does not belong in a results directory")
         for name in (

@@ -59,7 +59,7 @@ def test_one_experiment_and_then_all(lem, store):
     first, second = finished(store), finished(store)
     done = lem("aggregate", first.id)
     assert (done.code, done.out) == (0, f"{first.id}: completed\n")
-    assert lem("aggregate", first.id).out == f"{first.id} already has its row.\n"
+    assert lem("aggregate", first.id).out == f"{first.id} already has an up-to-date row.\n"
     done = lem("aggregate", "--all")
     assert done.code == 0
     assert done.out == f"{second.id}: completed\nSkipped because their rows are up to date: 1.\n"
@@ -79,7 +79,7 @@ def test_what_is_missing_is_named_and_ends_with_1(lem, store):
     directory = interrupted(store)
     done = lem("aggregate", directory.id)
     assert done.code == 1
-    assert f"{directory.id} is incomplete: 2 of 3 prompts in cycle 1" in done.err
+    assert f"{directory.id} is incomplete: 2 of 3 prompts in cycle 1 have no result" in done.err
     assert not store.experiments_table.exists() or not list(store.experiments_table.iterdir())
     assert lem("aggregate", directory.id, "--no-strict").code == 0
 
@@ -180,7 +180,7 @@ def test_the_list_has_numbers_with_intervals(lem, store):
     (line,) = [line for line in out.splitlines() if line.startswith(directory.id)]
     assert "102 J ±2.4%" in line  # 101, 102, 103: t(0.975, 2) / sqrt(3) = 2.48
     assert "3/3" in line
-    assert "± is half of the 95 % interval" in out
+    assert "± is half the width of the 95 % interval" in out
 
 
 def test_without_a_row_only_with_all(lem, store):

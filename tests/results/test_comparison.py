@@ -81,7 +81,7 @@ def test_without_enough_values_there_is_no_interval(row, after):
 def test_a_missing_value_is_never_averaged_over(row):
     found = compared(row, [1.0, 1.1], [1.3, None]).ratio(METRIC)
     assert (found.value, found.ratio) == (None, None)
-    assert found.reason == f"1 of the experiments has no value for {METRIC} above 0"
+    assert found.reason == f"1 of the experiments has no positive value for {METRIC}"
 
 
 def test_two_single_experiments_are_compared_by_their_cycles(tmp_path):

@@ -355,7 +355,7 @@ def test_only_what_differs_from_the_protocol_is_named(store):
         store, device="NVIDIA H100 80GB HBM3", config_json=config, requests_planned=1000, dtype="float16",
         cycles_completed=10,
     )  # fmt: skip
-    assert foreign.not_ai_energy_score(like) == ["the window has no preprocessing of the prompts"]
+    assert foreign.not_ai_energy_score(like) == ["the window does not include the preprocessing of the prompts"]
     for change in (
         {"device": "NVIDIA H100 NVL"}, {"device": "NVIDIA H100 80GB HBM3 MIG 1g.10gb"}, {"device": None},
         {"batch_size": 8}, {"dtype": "float32"}, {"gpu_energy_source": "estimate"}, {"config_json": "{}"},

@@ -124,7 +124,7 @@ def test_rows_that_are_gone_are_missed(tmp_path):
     directory = finished(Store(tmp_path))
     lines = directory.journal_file(0, 1).read_text().splitlines(keepends=True)
     directory.journal_file(0, 1).write_text("".join(lines[:-1]))
-    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows of cycle 1, but the record says 3"):
+    with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 2 rows of cycle 1, but the record says 3 req"):
         directory.records()
     directory.journal_file(0, 1).unlink()
     with pytest.raises(ResultsError, match=r"journal_0_a1\.jsonl has 0 rows of cycle 1, but the record"):
