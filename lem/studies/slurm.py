@@ -248,7 +248,7 @@ class SlurmRunner(Runner):
             self.submit_more()
 
     def look_once(self, *, submits: bool) -> None:
-        """Take one look, which lasts until it is clear what became of jobs that are gone."""
+        """Look at the jobs; repeat this until it is clear what became of jobs that are gone or lack files."""
         self.looks_once = True
         self.look(submits=submits)
         while any(job.gone_since_s is not None or self._has_missing_files(job) for job in self.jobs):
@@ -335,12 +335,12 @@ class SlurmRunner(Runner):
             job.cells = cells[job.id]
 
     def adopt_plan(self, number: int, directory: ExperimentDir) -> None:
-        """Submit a cell that has been planned, but not submitted."""
+        """Add a cell that was planned, but not submitted, to those that are to be submitted."""
         self.steps[number] = Step(str(directory.path), directory.state().attempt)
         self.unsubmitted.append(number)
 
     def peek(self) -> None:
-        """Look at the jobs, but record nothing, because another command does that."""
+        """Look at the jobs and note which cells are running, without saving this, because another command does."""
         with suppress(Unreachable):
             self.seen = slurm.queue([job.id for job in self.jobs])
         for job in self.jobs:
@@ -393,7 +393,7 @@ class SlurmRunner(Runner):
         self._submit_array([list(numbers)])
 
     def submit_planned(self) -> None:
-        """Submit all planned cells as arrays that the cluster allows, in the order of the cells."""
+        """Submit all planned cells in order, as arrays no larger than the cluster allows."""
         if self.unsubmitted:
             size, per_job = slurm.max_array_size(), self.options.per_job or 1
             for alike in self._by_resources(self.unsubmitted):
@@ -687,7 +687,7 @@ class SlurmRunner(Runner):
         return found.sentence + (f"; its log ends: {' | '.join(log)}" if log else "")
 
     def _lose(self, lost: Sequence[tuple[Job, str]]) -> None:
-        """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
+        """Record lost jobs: their cells fail for the given reasons, except those that will be submitted again."""
         failures = []
         adopted = self.ledger.adopted_ids if self.ledger else set()
         for job, reason in lost:
@@ -748,7 +748,10 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- ends
     def _fail(self, failures: Sequence[tuple[int, str, str]]) -> None:
-        """Record cells as failed and write their rows; each has a job's id (empty if there is no job) and a message."""
+        """Record cells as failed and write their rows.
+
+        `failures` holds each cell's number, its job's id (empty if there is no job) and a message.
+        """
         outcomes: dict[int, Outcome] = {}
         with synced_later():
             for number, job_id, message in failures:
