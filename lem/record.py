@@ -426,7 +426,8 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         list[Amount] | None, quantities.SECOND, "Inter-token latencies, one per token after the first."
     ] = None
     itl_spread: Annotated[
-        bool | None, "Whether itl_s spreads the tokens of a chunk evenly over the time since the previous chunk."
+        bool | None,
+        "Whether itl_s was computed by spreading the tokens of a chunk evenly over the time since the previous chunk.",
     ] = None
     error: Annotated[str | None, "Why the request failed; null if it succeeded."] = None
 
