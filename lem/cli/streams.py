@@ -42,7 +42,7 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as any closed descriptor from 0 to 2; otherwise, stray output could reach the next open file."""
+    """Open /dev/null in place of closed descriptors 0 to 2; otherwise, a file opened later could get stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
