@@ -173,7 +173,7 @@ def _code_files(folder: Path) -> list[Path]:
 
 # ------------------------------------------------------------------ keys
 def _key(backend: OpenaiBackend) -> Iterator[Asked]:
-    """Yield the request to send an API key to another machine, if there is one."""
+    """Yield the request to send the API key, if the key is set and the server is on another machine."""
     if not os.environ.get(backend.api_key_env) or backend.url is None:
         return
     if machine := _other_machine(backend):

@@ -259,7 +259,7 @@ class _OwnContent:
         return self.document.locations.get(at) or Location(self.path)
 
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
-        """Record the option that the value chooses; return the group's values as a mapping to merge."""
+        """Record the option that the value chooses; return a mapping of the group to its values, to be merged."""
         if group == "preset":
             self._preset(value)
             return {}

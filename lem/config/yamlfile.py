@@ -241,7 +241,11 @@ class _Walk:
 
     @contextmanager
     def _opened(self, node: yaml.Node) -> Iterator[None]:
-        """Mark a collection as open while its content is read; meeting it again inside means a recursive anchor."""
+        """Mark a collection as open while its content is read.
+
+        Raises:
+            Problems: the collection contains itself, or collections are nested too deeply.
+        """
         location = _location(self.path, node.start_mark)
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
