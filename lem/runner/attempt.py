@@ -44,7 +44,10 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a process has after loading the model; `phases` and `warnings` go into the record of every cycle."""
+    """All that a process needs to measure cycles once the model is loaded.
+
+    `phases` and `warnings`, those of the attempt so far, go into the record of every cycle.
+    """
 
     bench: Bench
     prompts: Sequence[Encoded]

@@ -238,7 +238,7 @@ class Bench:
         self.backend.reset_peak_memory()
 
     def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], warmup: Warmup) -> WarmupInfo:
-        """Run whole batches, starting over if there are too few, until enough prompts have run or the time is up.
+        """Run whole batches, repeating them if necessary, until enough prompts have run or the time is up.
 
         Batches are never cut short, so the last one may end after the time limit.
         """
