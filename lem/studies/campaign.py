@@ -281,7 +281,10 @@ def _resume_command(name: str, store: Store, presentation: Presentation) -> str:
 
 @contextmanager
 def _where_it_began(kept: Definition) -> Iterator[None]:
-    """Work in the directory in which a campaign was started, because relative paths in its arms start there."""
+    """Within the block, make the directory in which a campaign was started the working directory.
+
+    Relative paths in the campaign's arms refer to that directory.
+    """
     before = os.getcwd()
     try:
         os.chdir(kept.working_dir or before)

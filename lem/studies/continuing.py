@@ -37,9 +37,9 @@ BUSY_S = 2.0
 
 @dataclass(frozen=True)
 class Submitted:
-    """A study whose jobs were submitted: its directory, and how its kind of study is continued and shown.
+    """A study whose jobs were submitted: its directory, and the functions with which it is continued and shown.
 
-    `present` shows the outcome and returns the exit code.
+    `read` returns the manifest, `runner` makes a runner, and `present` shows the outcome and returns the exit code.
     """
 
     directory: Path
@@ -241,7 +241,10 @@ def _alone(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def working_in(directory: str) -> Iterator[None]:
-    """Work in the directory in which a study was started, because relative paths in its experiments start there."""
+    """Within the block, make the directory in which a study was started the working directory.
+
+    Relative paths in the study's experiments refer to that directory.
+    """
     before = os.getcwd()
     try:
         os.chdir(directory)

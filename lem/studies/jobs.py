@@ -147,7 +147,7 @@ def _lines(seen: Seen) -> Iterator[str]:
     if waiting := ", ".join(f"{count} for {reason}" for reason, count in reasons.most_common() if reason != "None"):
         yield f"  waiting: {waiting}"
     if left := sum(not each.job_id for each in seen.in_jobs.values()):
-        yield f"  {left} not submitted yet; the next lem jobs submits them if Slurm accepts more jobs"
+        yield f"  experiments not submitted yet: {left}; the next lem jobs submits them if Slurm accepts more jobs"
     yield f"  {'to see the outcome' if seen.ledger.is_over else 'to follow them'}: lem jobs {name}"
 
 

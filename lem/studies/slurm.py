@@ -355,7 +355,7 @@ class SlurmRunner(Runner):
         slurm.cancel([job.id for job in self.jobs])
 
     def in_jobs(self) -> dict[Path, InJob]:
-        """Return what Slurm says about each experiment that has not ended, by the experiment's directory."""
+        """Return, by directory, what Slurm says about the experiments that have not ended."""
         found = {Path(self.steps[number].directory): InJob("") for number in self._not_submitted()}
         if self.ledger is not None and self.ledger.unknown is not None:
             found |= {Path(self.steps[number].directory): InJob("") for number in self.ledger.unknown.cells}
@@ -484,7 +484,7 @@ class SlurmRunner(Runner):
         return self.experiments[number]
 
     def _accepted(self, ids: Sequence[str], jobs: Sequence[Sequence[int]]) -> None:
-        """Add jobs that Slurm has accepted."""
+        """Add jobs that Slurm has accepted, and record their cells as queued."""
         self.jobs += [Job(job_id, list(cells)) for job_id, cells in zip(ids, jobs, strict=True)]
         with self.manifest.together():
             for job_id, cells in zip(ids, jobs, strict=True):
