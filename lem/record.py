@@ -111,7 +111,7 @@ class Phase(Struct, frozen=True, gc=False):
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
-        """Return the readings, with None and a reason in place of any energy that covers only part of the phase."""
+        """Return the readings; an energy that covers only part of the phase is replaced by None, with the reason."""
         if all(map(self.is_covered_by, self.energy)):
             return self.energy
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
@@ -157,7 +157,7 @@ class PowerRecord(Struct, frozen=True, gc=False):
     temperature_c: Annotated[
         int | None,
         quantities.CELSIUS,
-        "Temperature reported by the driver, which is read about once a second; null in the samples in between.",
+        "Temperature reported by the driver; read about once a second, and null in the samples in between.",
     ] = None
 
 

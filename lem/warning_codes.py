@@ -484,7 +484,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "schedule_runs_missing": WarningKind(
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
-        "If they are always the runs at the same time of day, the other runs may not show how that time differs.",
+        "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
+        "others.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
     ),
     "schedule_environment_changed": WarningKind(
