@@ -188,7 +188,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker on the GPUs that the experiment names."""
+    """Run as a worker on the GPUs that the experiment names; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

@@ -73,12 +73,12 @@ class _Guard:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write a string, escaped; return its original length in characters."""
+        """Write a string with its control characters escaped; return the length of the original string."""
         self.rich_proxied_file.write(printable(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write strings, escaped."""
+        """Write strings with their control characters escaped."""
         for line in lines:
             self.write(line)
 
