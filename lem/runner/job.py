@@ -45,7 +45,7 @@ Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 class Outcome:
     """How an experiment ended, and where its files are.
 
-    `problem` is the reason why the row is missing from the tables, if it should have been written.
+    `problem` is the reason why writing the row to the tables failed; None if it did not fail or was not requested.
     """
 
     row: ExperimentRow

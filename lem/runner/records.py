@@ -370,7 +370,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
 
 
 def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -> Iterator[PowerRecord]:
-    """Yield the rows of a power trace, with times relative to `zero_ns`, when the window opened."""
+    """Yield the rows of a power trace, with times relative to `zero_ns`."""
     for sample in samples:
         yield PowerRecord(
             **vars(window),

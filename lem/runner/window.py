@@ -361,8 +361,8 @@ class _Window:
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
-    were killed during a long batch. The lock keeps the thread and the process from using the meter and the journal at
-    the same time.
+    were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
+    journal at the same time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
