@@ -511,7 +511,7 @@ def _machine(machine: host.Host | None) -> Machine:
 
 
 def _changes(kept: Definition, now: Definition) -> list[str]:
-    """Return what has changed since a campaign began and makes its cells hard to compare."""
+    """Return the changes since a campaign began that make its cells hard to compare."""
     changed = [
         f"{what}: {before or 'none'} then, {after or 'none'} now"
         for what, before, after in (

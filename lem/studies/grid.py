@@ -82,7 +82,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """A base, the axes that vary, and all points."""
+    """A base file, the axes that vary, and the points: every combination of the axes' values."""
 
     base: UserFile
     axes: tuple[Axis, ...]

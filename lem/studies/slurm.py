@@ -75,7 +75,7 @@ UNLIMITED = 1_000_000
 
 # ------------------------------------------------------------------ what a job needs
 def gpus_of_job(experiment: Experiment, options: SlurmOptions) -> int:
-    """Return the number of GPUs that an experiment's job requests: the option's value, or what the experiment needs."""
+    """Return how many GPUs an experiment's job requests: `gpus_per_node`, if set, or else as many as it needs."""
     if options.gpus_per_node is not None:
         return options.gpus_per_node
     if not backend_class(experiment.backend.name).wants_gpu(experiment, _machine(MANY)):
