@@ -111,7 +111,7 @@ class Phase(Struct, frozen=True, gc=False):
     energy: tuple[EnergyReading, ...] = ()
 
     def usable(self) -> tuple[EnergyReading, ...]:
-        """Return the readings, with None and a reason in place of any energy that covers only part of the phase."""
+        """Return the readings; an energy that covers only part of the phase is replaced by None, with the reason."""
         if all(map(self.is_covered_by, self.energy)):
             return self.energy
         return tuple(r if self.is_covered_by(r) else _without_energy(r, self.duration_s) for r in self.energy)
@@ -159,7 +159,7 @@ class PowerRecord(Struct, frozen=True, gc=False):
     temperature_c: Annotated[
         int | None,
         quantities.CELSIUS,
-        "Temperature reported by the driver, which is read about once a second; null in the samples in between.",
+        "Temperature reported by the driver; read about once a second, and null in the samples in between.",
     ] = None
 
 
@@ -428,7 +428,8 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         list[Amount] | None, quantities.SECOND, "Inter-token latencies, one per token after the first."
     ] = None
     itl_spread: Annotated[
-        bool | None, "Whether itl_s spreads the tokens of a chunk evenly over the time since the previous chunk."
+        bool | None,
+        "Whether itl_s was computed by spreading the tokens of a chunk evenly over the time since the previous chunk.",
     ] = None
     error: Annotated[str | None, "Why the request failed; null if it succeeded."] = None
 

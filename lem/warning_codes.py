@@ -484,7 +484,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "schedule_runs_missing": WarningKind(
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
-        "If they are always the runs at the same time of day, the other runs may not show how that time differs.",
+        "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
+        "others.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
     ),
     "schedule_environment_changed": WarningKind(
@@ -581,7 +582,8 @@ def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator
             if r.trace_reach_s and duration_s:
                 share = min(r.trace_reach_s / duration_s, 1.0)
                 late = (
-                    f"; its samples show power up to {r.trace_reach_s:.3g} s late, which is {share:.0%} of the window"
+                    f"; its samples lag behind the actual power by up to {r.trace_reach_s:.3g} s, "
+                    f"which is {share:.0%} of the window"
                 )
             yield warning("energy_integrated", f"{r.device}: {r.method}{late}.")
 
@@ -680,7 +682,7 @@ def _of_strangers(devices: Sequence[DeviceState | DeviceWindow]) -> Iterator[Cod
 
 
 def _held_down(window: DeviceWindow) -> list[str]:
-    """Return the reasons for which a GPU's clocks were held down, each with its share of the window."""
+    """Return the reasons why a GPU's clocks were held down, each with its share of the window."""
     counted_s = window.throttled_s
     shares = {} if counted_s is None else {name: min(s / window.duration_s, 1.0) for name, s in counted_s.items()}
     for reason, share in (window.reasons or {}).items():
@@ -743,7 +745,7 @@ ByColumn = Mapping[str, Sequence[Any]]
 
 
 def of_rows(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> list[list[CodedWarning]]:
-    """Return the warnings about derived numbers, such as violated identities and negative differences.
+    """Return, for each row, the warnings about its derived numbers, such as violated identities.
 
     Args:
         rows: cycle rows, by column.
@@ -796,7 +798,10 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
 
 
 def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
-    """Yield a warning if parts of a run were measured in different places; `places` lists the places of each kind."""
+    """Yield a warning if parts of a run were measured in different places.
+
+    `places` lists the hosts, devices and engine versions, by `host`, `device` and `engine`.
+    """
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
         yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")

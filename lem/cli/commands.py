@@ -90,7 +90,7 @@ def _lem(
         bool, typer.Option("--verbose", help="Log lem's steps and the tracebacks of errors to stderr.")
     ] = False,
 ) -> None:
-    """Read .env before any command reads the environment; variables already set take precedence."""
+    """With --verbose, start the log; then load .env, before any command reads the environment."""
     if verbose:
         _log_to_stderr()
     load_dotenv()
@@ -144,7 +144,7 @@ def _listing() -> typer.Typer:
 
 
 def _not_run() -> None:
-    raise AssertionError("a command of the listing was run")
+    raise AssertionError("the listing only prints help, but one of its commands was run")
 
 
 def _asked(arguments: list[str]) -> str | None:
@@ -157,7 +157,10 @@ def _asked(arguments: list[str]) -> str | None:
 @cache
 @paused_collector()
 def _command(asked: str | None) -> Callable[..., Any]:
-    """Return a click command that includes the requested command; it is cached, because building it takes a while."""
+    """Return the click command that includes the requested command or, if there is none, that only prints help.
+
+    The result is cached, because building it takes a while.
+    """
     if "_LEM_COMPLETE" in os.environ:
         return typer.main.get_command(all_commands())
     if asked is None or not HELP.isdisjoint(sys.argv):
@@ -213,7 +216,7 @@ def _misused(error: Any) -> int:
 
 
 def _wrong_value(error: Any) -> str | None:
-    """If an error is about a flag's value of the wrong type, return a sentence about the value; else return None."""
+    """Return a sentence about a flag's value of the wrong type; None if the error is about something else."""
     from pydantic import ValidationError  # the library with which typer converts values
 
     cause, parameter = error.__cause__, getattr(error, "param", None)
@@ -225,7 +228,7 @@ def _wrong_value(error: Any) -> str | None:
 
 
 def _with_flag(line: str) -> str:
-    """If an error message starts with the path of a configuration value, add the flag that sets the value."""
+    """Return an error message; if it starts with the path of a value that a flag sets, add the flag after the path."""
     path = line.partition(":")[0]
     return line.replace(path, f"{path} ({FLAGS[path]})", 1) if path in FLAGS else line
 
@@ -233,7 +236,7 @@ def _with_flag(line: str) -> str:
 def _with_output(code: int) -> int:
     """Return the given exit code, but 1 instead of 0 if some of the output was lost.
 
-    A closed pipe (lem … | head) is not an error: the reader has all it wanted.
+    A closed pipe (lem … | head) is not an error, because the reader has read all that it wanted.
     """
     lost = lost_output()
     if lost is None or isinstance(lost, BrokenPipeError):

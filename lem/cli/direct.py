@@ -106,7 +106,7 @@ def _ready(config_file: Path | None, overrides: Sequence[str], started: int, opt
 
 
 def _check_all_started(environ: os._Environ[str]) -> None:
-    """Raise if accelerate was asked for several processes but silently started only this one."""
+    """Raise `ConfigError` if accelerate was asked for several processes but silently started only this one."""
     by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in environ, "MASTER_PORT" in environ
     if by_accelerate and several and "WORLD_SIZE" not in environ:
         raise ConfigError(
@@ -188,7 +188,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker on the GPUs that the experiment names."""
+    """Run as a worker on the GPUs that the experiment names; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

@@ -60,7 +60,7 @@ LOADERS = re.compile(
 
 
 def loads_code(name: str) -> bool:
-    """Return whether a variable can make processes load code, or changes where they look for code or consents."""
+    """Return whether a variable can make processes load code, or change where they look for code or saved consents."""
     return LOADERS.fullmatch(name) is not None and name not in OF_PYTHON
 
 

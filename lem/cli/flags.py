@@ -67,7 +67,7 @@ Launcher = Annotated[
         "--launcher",
         metavar="NAME",
         help="Where to run: basic (this machine, the default), slurm (jobs on a Slurm cluster), or a launcher of your "
-        "own in --config-dir. Short for hydra/launcher=NAME; options are hydra.launcher.… overrides.",
+        "own in --config-dir. Short for hydra/launcher=NAME; hydra.launcher.… overrides set its options.",
     ),
 ]
 
@@ -126,7 +126,10 @@ def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
 def launcher_of(
     name: str | None, overrides: list[str], config_dir: Path | None
 ) -> tuple[config_launcher.Launcher | None, list[str]]:
-    """Return the launcher for Slurm, or None if no such launcher is chosen, and the overrides not meant for it."""
+    """Return the Slurm launcher, or None if none is chosen, and the overrides to apply to the experiments.
+
+    The overrides that choose the launcher or set its options are left out if it is the Slurm launcher.
+    """
     given = [*choice_overrides({"hydra/launcher": name}), *overrides]
     if not any(text.lstrip("+").startswith("hydra/launcher=") for text in given):
         return None, overrides

@@ -100,7 +100,7 @@ def results_delete(
     ] = None,
     yes: Yes = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Delete single cells of a campaign too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also delete single cells of a campaign.")] = False,
 ) -> None:
     """Delete experiments: their raw files and their rows."""
     from lem.results import browse

@@ -75,7 +75,7 @@ def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> i
         rows = [_dataset_row(option) for option in found if (option.name, option.file) != (CUSTOM, None)]
         _print_table(("dataset", "source", "split", "column", "description"), rows)
         print("\nA hub dataset (owner/name) or a json, jsonl, csv, tsv, parquet or txt file can be used as well.")
-        print("The default is ai-energy-score.")
+        print("The default dataset is ai-energy-score.")
         _print_folders(found)
     return _print_errors(errors)
 

@@ -103,7 +103,7 @@ def results_list(
 
 
 def _in_jobs(store: Store) -> Mapping[Path, InJob]:
-    """Collect jobs of a Slurm cluster that have ended, and return what is known about those that have not."""
+    """Collect the results of Slurm jobs that have ended; return what Slurm reports about the other experiments."""
     from lem.results.jobs import awaited
 
     if not awaited(store):

@@ -122,7 +122,11 @@ def schedule(
 
 
 def _existing(text: str) -> str:
-    """Return the absolute path of the file with carbon intensities, which is read again after each run."""
+    """Return the absolute path of the file with carbon intensities, because each run reads the file again.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     file = expanded(text).absolute()
     if not file.is_file():
         raise ConfigError(f"--carbon-trace: there is no file {text}. Give a CSV file with times and g/kWh.")

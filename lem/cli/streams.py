@@ -42,7 +42,7 @@ def lost_output() -> OSError | None:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open /dev/null as any closed descriptor from 0 to 2; otherwise, stray output could reach the next open file."""
+    """Open /dev/null in place of closed descriptors 0 to 2; otherwise, a file opened later could get stray output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -73,12 +73,12 @@ class _Guard:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write a string, escaped; return its original length in characters."""
+        """Write a string with its control characters escaped; return the length of the original string."""
         self.rich_proxied_file.write(printable(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write strings, escaped."""
+        """Write strings with their control characters escaped."""
         for line in lines:
             self.write(line)
 

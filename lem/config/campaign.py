@@ -72,7 +72,10 @@ def is_campaign(file: Path) -> bool:
 
 
 def check_alone(file: Path) -> None:
-    """Raise `Problems` if the only file given, which is not a campaign file, cannot be read as YAML."""
+    """Raise `Problems` if a file cannot be read as YAML.
+
+    This is for a file that is given alone and does not look like a campaign file: the reason may be a YAML error.
+    """
     if problems := yamlfile.read(file).problems:
         raise Problems(problems)
 
@@ -285,7 +288,9 @@ def _parents(value: Any, file: Path) -> Iterator[Path]:
         if name == "_self_":
             continue
         if "\0" in name:
-            raise Problems.one("missing_parent", "defaults", "not a valid file name.", Location(file))
+            raise Problems.one(
+                "missing_parent", "defaults", "a file name contains a null character; remove it.", Location(file)
+            )
         path = file.parent / name
         yield path if path.suffix in SUFFIXES else path.with_name(f"{path.name}.yaml")
 

@@ -27,7 +27,7 @@ Found = list[tuple[KeyPath, Problem]]
 
 
 def check(values: Values) -> Experiment:
-    """Check a plain mapping against the schema; raises `Problems` (a `ConfigError`)."""
+    """Return the experiment that a plain mapping defines; raises `Problems` (a `ConfigError`) if it is invalid."""
     experiment, found = examine(values)
     if experiment is None:
         raise Problems(problem for _, problem in found)

@@ -81,7 +81,7 @@ def _alternatives(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _group(group: str, mapping: dict[str, Any] | None, options: Options) -> dict[str, Any]:
-    """Return a group's schema: either an option's name, or a mapping of values, which may include a `name`."""
+    """Return a group's schema, which allows an option's name or a mapping of values, possibly with a `name`."""
     names: dict[str, Any] = {"enum": list(options.names(group))}
     if group == "dataset":
         # A hub id or a local file is allowed as well.

@@ -1,7 +1,7 @@
 """The options of each group and their files: the built-in ones in conf/, and the user's own.
 
 A user's options are YAML files in the folders `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one
-directory. This is the directory given by --config-dir or, without that flag, `conf/` beside the config file or one of
+directory. This is the directory given by --config-dir or, if none is given, `conf/` beside the config file or one of
 its parents. Without a config file, it is `conf/` in the working directory. A user's option replaces a built-in one of
 the same name. This module only finds options; `lem.config.layers` reads them.
 """

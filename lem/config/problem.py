@@ -59,7 +59,7 @@ class Problem:
 
 
 class Problems(ConfigError):
-    """All problems found in a configuration."""
+    """The configuration has problems; `found` lists them all."""
 
     def __init__(self, found: Iterable[Problem]) -> None:
         # The same problem may be found twice: a file from which two others inherit is read twice.

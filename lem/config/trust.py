@@ -38,10 +38,11 @@ SHORTEST_SECRET = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """A command, piece of code or API key that a configuration asks to run or send, with its option and wording.
+    """A configuration's request to run a program or code, or to send an API key.
 
-    `digest` identifies the wording and the content of the files that it names. `is_own` means that the command line
-    asks for it; otherwise `where` is the place in a file, if known.
+    `path` is the option that makes the request, and `text` says what would be run or sent. `digest` identifies the
+    request and the content of the files that it names. `is_own` means that the request is on the command line;
+    otherwise, `where` is its place in a file, if known.
     """
 
     kind: Kind
@@ -172,7 +173,7 @@ def _code_files(folder: Path) -> list[Path]:
 
 # ------------------------------------------------------------------ keys
 def _key(backend: OpenaiBackend) -> Iterator[Asked]:
-    """Yield the request to send an API key to another machine, if there is one."""
+    """Yield the request to send the API key, if the key is set and the server is on another machine."""
     if not os.environ.get(backend.api_key_env) or backend.url is None:
         return
     if machine := _other_machine(backend):

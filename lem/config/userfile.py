@@ -77,7 +77,7 @@ class UserFile:
         return flattened(self.layers)
 
     def without_values_of(self, group: str) -> UserFile:
-        """Drop the values that belong to a group's option, because another option replaces it.
+        """Return the file without the values that belong to a group's option, because another option replaces it.
 
         Values that may not suit the other option, such as a dataset's column, are dropped; values that suit any option,
         such as a sample size or a country, are kept.
@@ -93,7 +93,7 @@ class UserFile:
         return replace(self, layers=layers)
 
     def without_group(self, group: str) -> UserFile:
-        """Drop a group's choice and all of its values."""
+        """Return the file without a group's choice and without all of the group's values."""
 
         def rest(mapping: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in mapping.items() if key != group}
@@ -259,7 +259,7 @@ class _OwnContent:
         return self.document.locations.get(at) or Location(self.path)
 
     def _choice(self, group: str, value: Any) -> dict[str, Any]:
-        """Record the option that the value chooses; return the group's values as a mapping to merge."""
+        """Record the option that the value chooses; return a mapping of the group to its values, to be merged."""
         if group == "preset":
             self._preset(value)
             return {}

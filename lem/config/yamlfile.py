@@ -24,6 +24,7 @@ KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 4_000_000
 MAX_DEPTH = 30
+TOO_DEEP = f"the values are nested more than {MAX_DEPTH} levels deep."
 MAX_VALUES = 20_000
 MAX_TEXT = 100_000
 MAX_DIGITS = 400
@@ -51,7 +52,7 @@ class Document:
 
 
 def read(path: Path) -> Document:
-    """Read one file.
+    """Read one file as plain data.
 
     Raises:
         Problems: the file cannot be used at all: it is missing, not text, not valid YAML, or not a mapping.
@@ -136,7 +137,7 @@ def _check_events(path: Path, events: Iterator[yaml.Event]) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", _location(path, event.start_mark))
+            raise _fatal("too_large", TOO_DEEP, _location(path, event.start_mark))
         if documents > 1:
             message = "a second document begins here (---), but a config file must have only one."
             raise _fatal("several_documents", message, _location(path, event.start_mark))
@@ -240,12 +241,16 @@ class _Walk:
 
     @contextmanager
     def _opened(self, node: yaml.Node) -> Iterator[None]:
-        """Mark a collection as open while its content is read; meeting it again inside means a recursive anchor."""
+        """Mark a collection as open while its content is read.
+
+        Raises:
+            Problems: the collection contains itself, or collections are nested too deeply.
+        """
         location = _location(self.path, node.start_mark)
         if id(node) in self.open:
             raise _fatal("yaml_syntax", "broken YAML: an anchor contains its own alias.", location)
         if len(self.open) > MAX_DEPTH:
-            raise _fatal("too_large", f"nested more than {MAX_DEPTH} levels deep.", location)
+            raise _fatal("too_large", TOO_DEEP, location)
         self.open.add(id(node))
         yield
         self.open.discard(id(node))

@@ -75,7 +75,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ what to archive
 @dataclass(frozen=True)
 class Content:
-    """What to put into an archive; `left_out` has a sentence for each experiment or schedule that is not ready."""
+    """What to put into an archive; `left_out` has a sentence for each experiment that is running."""
 
     ids: list[str]
     campaigns: list[str] = field(default_factory=list)

@@ -44,7 +44,10 @@ COOLDOWN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a process has once the model is loaded; the phases and warnings go into the record of every cycle."""
+    """All that a process needs to measure cycles once the model is loaded.
+
+    `phases` and `warnings`, those of the attempt so far, go into the record of every cycle.
+    """
 
     bench: Bench
     prompts: Sequence[Encoded]
@@ -308,7 +311,10 @@ class Attempt:
         return status
 
     def _cut_back_to_journal(self) -> None:
-        """End the window with the last batch in the journal; a signal or a full disk may have lost later batches."""
+        """End the window with the last batch in the journal.
+
+        Later batches may not have been written, because of a signal or a full disk.
+        """
         if self._journal is None:
             return
         windows = read(self._directory.journal_file(self._rank, self._number).read_bytes())

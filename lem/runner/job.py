@@ -45,7 +45,7 @@ Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 class Outcome:
     """How an experiment ended, and where its files are.
 
-    `problem` is the reason why the row is missing from the tables, if it should have been written.
+    `problem` is the reason why writing the row to the tables failed; None if it did not fail or was not requested.
     """
 
     row: ExperimentRow
@@ -233,7 +233,7 @@ def collect(store: Store, directory: ExperimentDir, *, write_tables: bool) -> Ou
 
 
 def collect_together(store: Store, directories: Sequence[ExperimentDir]) -> list[Outcome]:
-    """Write the rows of experiments that have ended to few files; return their outcomes.
+    """Write the rows of experiments that have ended, many rows to one file, and return the experiments' outcomes.
 
     Experiments whose rows cannot be written in this way are left out. For each of these, call `collect`, which writes
     the row or returns the reason why it cannot.
@@ -321,14 +321,14 @@ def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str 
 
 
 def _full_disk(store: Store, directory: ExperimentDir) -> AbstractContextManager[None]:
-    """Turn a full disk into a one-line error with a remedy."""
+    """Turn the error that a full disk raises within the block into a one-line error with a remedy."""
     return needs_space(store.root, f"Free some space, then run {resume_command(store, directory)}")
 
 
 def _row(store: Store, directory: ExperimentDir, write_tables: bool) -> tuple[ExperimentRow, str | None]:
-    """Return an experiment's row and, if the row should have been written to the tables but was not, the reason.
+    """Write an experiment's row to the tables if `write_tables`; return the row, and the reason if writing failed.
 
-    The results can therefore be shown even if the tables are damaged.
+    The row is returned even if the tables are damaged, so that the results can be shown.
     """
     problem = None
     if write_tables:

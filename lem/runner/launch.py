@@ -116,7 +116,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
 
 
 def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment, which names the chosen GPUs and limits threads to the number of cores."""
+    """Return the workers' environment, which names the chosen GPUs and divides the cores among several processes."""
     variables = without_launchers(os.environ)
     # Otherwise, a bullet point printed by a library would end a run on a machine with ASCII encoding.
     variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
@@ -219,9 +219,11 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 
 # ------------------------------------------------------------------ records of workers that wrote none
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, message: str) -> None:
-    """For each worker without a record, write one with this status, from the worker's journal if it exists.
+    """Write the records of killed workers; make sure that some record says why the attempt ended.
 
-    `code` is the exit code of the worker, or of the launcher of several workers, and `message` says why it ended.
+    A killed worker that left a journal gets a record from it, with this status and message. If no record explains the
+    end of the attempt, one without measurements is added. `code` is the exit code of the worker, or of the launcher of
+    several workers, and `message` says why it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]
@@ -242,9 +244,9 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 def record_loss(
     directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None, hostname: str | None
 ) -> None:
-    """Record that an attempt failed because of the scheduler, in the records of interrupted and killed processes.
+    """Record that the scheduler made an attempt fail, in the records of its interrupted and killed processes.
 
-    If every process that left a record has completed, a record without measurements is added for the failure.
+    If the attempt has no records, or only those of completed cycles, a record without measurements is added.
     `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which the attempt began (None if it
     did not begin).
     """

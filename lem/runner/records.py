@@ -199,7 +199,10 @@ def bare_record(
 
 
 def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]:
-    """Return at most `READINGS_KEPT` readings of the window's energy; none if the cycle cannot have a steady state."""
+    """Return at most `READINGS_KEPT` readings of the window's energy; none unless batching is continuous.
+
+    Only continuous batching has a steady state, for which the readings are needed.
+    """
     if plan.experiment.batching.strategy != "continuous":
         return ()
     known = [found for each in measured.readings if (found := _at_one_time(each))]
@@ -293,7 +296,7 @@ def _with_energy(
     reach_s = max(known_s)
     if (prefill.duration_s or 0.0) < LEAST_REACHES * reach_s * len(spans):
         short = f"prefills shorter than {LEAST_REACHES * reach_s:.3g} s on average cannot be resolved by power samples"
-        return replace(prefill, reason=f"{short} that may be {reach_s:.3g} s old")
+        return replace(prefill, reason=f"{short} that may be up to {reach_s:.3g} s old")
     pieces_j = [integral_j(samples, start, end) for samples in by_device.values() for start, end in spans]
     known_j = [piece for piece in pieces_j if piece is not None]
     if len(known_j) < len(pieces_j):
@@ -367,7 +370,7 @@ def request_row(window: WindowId, request: MeasuredRequest) -> RequestRecord:
 
 
 def power_rows(window: WindowId, zero_ns: int, samples: Iterable[PowerSample]) -> Iterator[PowerRecord]:
-    """Yield the rows of a power trace, with times relative to `zero_ns`, when the window opened."""
+    """Yield the rows of a power trace, with times relative to `zero_ns`."""
     for sample in samples:
         yield PowerRecord(
             **vars(window),

@@ -113,8 +113,8 @@ def signals_held() -> Iterator[None]:
 def signals_blocked() -> Iterator[None]:
     """Hold back signals as `signals_held` does, and also keep them from programs that are started within the block.
 
-    A Ctrl-C reaches all processes of a terminal. Blocking it keeps a program from being ended by a signal although its
-    work may already be done.
+    A Ctrl-C reaches all processes of a terminal. Blocking it keeps it from ending a program whose work may already be
+    done.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
     try:

@@ -238,7 +238,7 @@ class Bench:
         self.backend.reset_peak_memory()
 
     def _warm_up_fixed(self, batches: Sequence[Sequence[Encoded]], warmup: Warmup) -> WarmupInfo:
-        """Run whole batches, starting over if there are too few, until enough prompts have run or the time is up.
+        """Run whole batches, repeating them if necessary, until enough prompts have run or the time is up.
 
         Batches are never cut short, so the last one may end after the time limit.
         """
@@ -328,7 +328,7 @@ class Bench:
 
     @contextmanager
     def phase(self, name: PhaseName, into: Measurement) -> Iterator[None]:
-        """Time and meter a phase, and keep it even if it ends in an error."""
+        """Time and meter a phase, and add it to `into` even if it ends in an error."""
         into.current = name
         self.open_together()
         opened_ns = self.now_ns()
@@ -361,8 +361,8 @@ class _Window:
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
-    were killed during a long batch. The lock keeps the thread and the process from using the meter and the journal at
-    the same time.
+    were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
+    journal at the same time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -434,7 +434,7 @@ class _Window:
             self._is_over.set()
 
     def _checkpoint(self, *, asks_engine: bool = True) -> Checkpoint:
-        """Return the progress of the window; reading the meter takes at most 1 % of the time."""
+        """Return the progress of the window; the meter is read so rarely that this takes at most 1 % of the time."""
         now_ns = self._bench.now_ns()
         energy, energy_at_s = None, None
         if now_ns >= self._next_reading_ns:
@@ -523,7 +523,7 @@ class _Failures:
         self._last: Generation | None = None
 
     def tolerated(self, batch: Sequence[Generation]) -> list[Generation]:
-        """Return a batch without the failed requests that exceed the limit."""
+        """Count the requests of a batch; return the batch without the failed requests that exceed the limit."""
         kept = []
         for generation in batch:
             self._ended += 1
@@ -554,7 +554,7 @@ class _Failures:
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Return the prompts in the batches used for measuring; for continuous batching, in groups that run together."""
+    """Divide prompts into the batches used for measuring or, for continuous batching, groups that run together."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]

@@ -69,7 +69,11 @@ def _report(stop: Interrupted) -> int:
 
 
 def _open_progress(fifo: Path) -> int:
-    """Open the parent's FIFO so that neither opening (parent gone) nor writing (parent busy) ever blocks."""
+    """Open the parent's FIFO in non-blocking mode, because the parent may be gone now, or too busy to read later.
+
+    Raises:
+        Interrupted: the parent is gone.
+    """
     try:
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:

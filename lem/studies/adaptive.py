@@ -96,5 +96,5 @@ def expected_words(definition: Definition, rule: Rule, sd_log: float) -> str:
         degrees_of_freedom = expected_degrees_of_freedom(analysis, cycles, arms)
         half = t_quantile(0.5 + level / 2, degrees_of_freedom) * math.sqrt(2) * sd_log / math.sqrt(cycles)
         if math.sinh(half) <= rule.half_width:
-            return f"Judging by the spread of earlier runs, this takes about {cycles} cycles."
-    return f"Judging by the spread of earlier runs, even {rule.most} cycles are not enough for this."
+            return f"Judging by the spread of earlier runs, about {cycles} cycles will be needed."
+    return f"Judging by the spread of earlier runs, even {rule.most} cycles will not make the intervals narrow enough."

@@ -134,7 +134,7 @@ class Check:
         return preflight(experiment, Host(gpus), force=self.force, load=self.prompts)
 
     def _refuse_crowding(self, experiment: Experiment) -> None:
-        """Raise if more experiments would run at once than there are GPUs."""
+        """Raise `ConfigError` if the experiment runs on GPUs, but there are fewer GPUs than simultaneous runs."""
         gpus, at_once = len(self.visible), len(self.shares)
         if 0 < gpus < at_once and backend_class(experiment.backend.name).wants_gpu(experiment, Host(self.visible)):
             raise ConfigError(

@@ -281,7 +281,10 @@ def _resume_command(name: str, store: Store, presentation: Presentation) -> str:
 
 @contextmanager
 def _where_it_began(kept: Definition) -> Iterator[None]:
-    """Work in the directory in which a campaign was started, because relative paths in its arms start there."""
+    """Within the block, make the directory in which a campaign was started the working directory.
+
+    Relative paths in the campaign's arms refer to that directory.
+    """
     before = os.getcwd()
     try:
         os.chdir(kept.working_dir or before)
@@ -497,9 +500,9 @@ def _shifts(campaign: Campaign, places: Sequence[Place]) -> list[int]:
 
 
 def _machine(machine: host.Host | None) -> Machine:
-    """Return the conditions that all cells share.
+    """Return the conditions that all cells share: the machine, its GPUs and the software.
 
-    None stands for the nodes of a cluster. Each row then names the node on which its cell ran.
+    If `machine` is None, the cells run on nodes of a cluster, and each row names the node on which its cell ran.
     """
     if machine is None:
         return Machine("Slurm", None, (), host.versions(), host.git_state()[0])
@@ -508,7 +511,7 @@ def _machine(machine: host.Host | None) -> Machine:
 
 
 def _changes(kept: Definition, now: Definition) -> list[str]:
-    """Return what has changed since a campaign began and makes its cells hard to compare."""
+    """Return the changes since a campaign began that make its cells hard to compare."""
     changed = [
         f"{what}: {before or 'none'} then, {after or 'none'} now"
         for what, before, after in (
@@ -531,7 +534,7 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
 
 
 def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> None:
-    """Raise if the campaign is not the same as before, or if conditions that affect its comparison have changed."""
+    """Raise `ConfigError` if the arms or settings differ or, without `force`, the machine, software or prompts."""
     name = kept.name
 
     def wanted(definition: Definition) -> object:
@@ -605,7 +608,7 @@ def _present_outcome(planned: Planned, store: Store, manifest: Manifest, present
 
 
 def campaign_at(folder: Path, presentation: Presentation = Presentation()) -> Submitted:
-    """Return the campaign in a directory, whose cells are jobs, so that it can be continued.
+    """Return the campaign in a directory as a study whose jobs can be followed.
 
     Raises:
         ResultsError: the campaign's files are missing or damaged.
@@ -662,7 +665,10 @@ def _is_recorded(folder: Path, states: Sequence[CellState]) -> bool:
 
 
 def _begin(manifest: Manifest, definition: Definition) -> None:
-    """Write a new campaign's files, the definition last; if only the definition exists, the list of cells was lost."""
+    """Write a new campaign's files.
+
+    The definition is written last. If it exists and the list of cells does not, the list has therefore been lost.
+    """
     try:
         manifest.open()
         with needs_space(manifest.directory):
@@ -688,7 +694,9 @@ def _present(planned: Planned, store: Store, manifest: Manifest, presentation: P
 def _continued(
     planned: Planned, store: Store, options: RunOptions, resume: str
 ) -> tuple[Planned, list[CellState]] | None:
-    """Return the existing campaign of this name, with its nominal level, and its cells' states; None if there is none.
+    """If a campaign of this name exists, return the campaign and its cells' states; otherwise, return None.
+
+    The intervals keep the nominal level with which the campaign began.
 
     Raises:
         ConfigError: the existing campaign has other arms or settings, or its conditions have changed.
@@ -709,7 +717,7 @@ def _write_answer(folder: Path, found: Answer) -> None:
 
 
 def failures(manifest: Manifest) -> list[str]:
-    """Return a sentence for each cell that failed or was given up."""
+    """Return a sentence for each cell that failed, or that did not run because its arm was abandoned."""
     wrong = [state for state in manifest.states if state.status in ("failed", "not run") and state.error]
     return [f"{state.cell.label}: {state.sentence}" for state in wrong]
 
@@ -778,9 +786,9 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
 
 
 def _ids_of_cells(planned: Planned, store: Store) -> list[str | None]:
-    """Return the id of each cell's latest experiment, or None for a cell without one, according to the plans.
+    """Find each cell's latest experiment by the experiments' plans; return its id, or None for a cell without one.
 
-    This is used if the list of cells is lost.
+    This replaces the list of cells if it is lost.
     """
     ids: list[str | None] = [None] * len(planned.places)
     for experiment_id in store.ids():
@@ -835,7 +843,10 @@ class CampaignRunner(OneByOne):
     before: Place | None = None
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Retry the failed cells of the previous cycle; then run this cell, unless no further cycle is needed."""
+        """Run this cell, unless no further cycle is needed.
+
+        Before the first cell of a new cycle, or of a new arm if grouped, the failed cells so far are retried.
+        """
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
         before, places = self.planned.places[number].cycle - 1, self.planned.places
@@ -847,7 +858,7 @@ class CampaignRunner(OneByOne):
             self.to_retry.append(number)
 
     def finish(self) -> None:
-        """Retry the failed cells of the last cycle."""
+        """Retry the failed cells of the last cycle or, if grouped, of the last arm."""
         self._retry()
 
     def wait_before(self, number: int, report: Report) -> None:
@@ -862,7 +873,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the cell's cycle or, if grouped, of its arm; failed cells are retried when it ends."""
+        """Return the number of the cell's cycle or, if grouped, arm; failed cells are retried at the end of each."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:

@@ -97,7 +97,7 @@ def _send(descriptor: int, what: str, text: str) -> None:
 
 
 def raise_interrupted(number: int, _frame: object) -> None:
-    """Raise `Interrupted`, as the handler of a signal."""
+    """Handle a signal by raising `Interrupted`."""
     raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from lem.errors import ResultsError
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
-from lem.results.jobs import OPEN, InJob, Ledger, attending, awaited, cells_sha256
+from lem.results.jobs import FILE, OPEN, InJob, Ledger, attending, awaited, cells_sha256
 from lem.results.store import Store, results_flag
 from lem.results.tables import Tables
 from lem.studies.ask import RunOptions, print_warnings
@@ -37,9 +37,9 @@ BUSY_S = 2.0
 
 @dataclass(frozen=True)
 class Submitted:
-    """A study whose jobs were submitted: its directory, and how its kind of study is continued and shown.
+    """A study whose jobs were submitted: its directory, and the functions with which it is continued and shown.
 
-    `present` shows the outcome and returns the exit code.
+    `read` returns the manifest, `runner` makes a runner, and `present` shows the outcome and returns the exit code.
     """
 
     directory: Path
@@ -50,7 +50,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Seen:
-    """A study after a look: the states of its cells, and what Slurm reports about those that have not ended."""
+    """What a look at a study found: the states of its cells, and Slurm's report about those that have not ended."""
 
     ledger: Ledger
     manifest: Manifest
@@ -90,7 +90,7 @@ def _submitted_before(cells: Sequence[Cell]) -> Path | None:
 
 
 def sweep_at(directory: Path) -> Submitted:
-    """Return the sweep or batch in a directory, so that it can be continued."""
+    """Return the sweep or batch in a directory as a study whose jobs can be followed."""
 
     def read(ledger: Ledger) -> Manifest:
         return read_manifest(ledger.directory, ledger.terms.head, fail_fast=ledger.terms.fail_fast)
@@ -200,7 +200,9 @@ def ledger_of(directory: Path) -> Ledger:
     """Read the ledger of a study; raises `ResultsError` if it is missing or damaged."""
     ledger = Ledger.read(directory)
     if ledger is None:
-        raise ResultsError(f"{directory} is not a study with jobs on a Slurm cluster.")
+        raise ResultsError(
+            f"{directory} holds no study with Slurm jobs: {FILE} is missing. lem jobs lists the studies."
+        )
     return ledger
 
 
@@ -239,7 +241,10 @@ def _alone(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def working_in(directory: str) -> Iterator[None]:
-    """Work in the directory in which a study was started, because relative paths in its experiments start there."""
+    """Within the block, make the directory in which a study was started the working directory.
+
+    Relative paths in the study's experiments refer to that directory.
+    """
     before = os.getcwd()
     try:
         os.chdir(directory)

@@ -29,7 +29,7 @@ def rows_like(experiment: Experiment, rows: Sequence[ExperimentRow]) -> list[Exp
 
 
 def mean_time_s(rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean time that experiments took, with loading and warm-up; None if there are none."""
+    """Return the mean time, in seconds, that experiments took, including loading and warm-up; None without rows."""
     each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in rows]
     return sum(each_s) / len(each_s) if each_s else None
 

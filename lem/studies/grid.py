@@ -82,7 +82,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """A base, the axes that vary, and all points."""
+    """A base file, the axes that vary, and the points: every combination of the axes' values."""
 
     base: UserFile
     axes: tuple[Axis, ...]
@@ -470,4 +470,4 @@ def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
         first = ", ".join(f"{key}={shortened(flow(value))}" for key, value in same[0].plain.items())
         yield f"{problem} [{len(same)} points; {first}]" if len(same) > 1 else f"{problem} [{first}]"
     if len(found) > limit:
-        yield f"… and {len(found) - limit} more reasons."
+        yield f"… and {len(found) - limit} more."

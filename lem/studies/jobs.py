@@ -74,7 +74,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
 
 
 def look_at_all(store: Store) -> dict[Path, InJob]:
-    """Collect the jobs that have ended, submit none, and return what Slurm reports about the others.
+    """Collect the jobs that have ended, without submitting any; return what Slurm reports about the others.
 
     A study that cannot be read is reported, so that it does not hide the others.
     """
@@ -147,7 +147,7 @@ def _lines(seen: Seen) -> Iterator[str]:
     if waiting := ", ".join(f"{count} for {reason}" for reason, count in reasons.most_common() if reason != "None"):
         yield f"  waiting: {waiting}"
     if left := sum(not each.job_id for each in seen.in_jobs.values()):
-        yield f"  {left} not submitted yet; the next lem jobs submits them if Slurm accepts more jobs"
+        yield f"  experiments not submitted yet: {left}; the next lem jobs submits them if Slurm accepts more jobs"
     yield f"  {'to see the outcome' if seen.ledger.is_over else 'to follow them'}: lem jobs {name}"
 
 

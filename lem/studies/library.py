@@ -63,7 +63,7 @@ class CampaignOutcome:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """A row for each metric of each arm but the baseline: the ratio to the baseline, interval, p-value, verdict."""
+        """A row for each metric of each arm but the baseline: ratio to the baseline, interval, p-value and verdict."""
         return frame_of(PairRow, self.answer.pairs)
 
     @cached_property

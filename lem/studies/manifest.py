@@ -109,7 +109,12 @@ class Manifest:
         self.states = [CellState(cell) for cell in self.cells]
 
     def open(self) -> None:
-        """Create the directory; raises `ResultsError` if it is not writable, `DiskFull` if there is no space."""
+        """Create the directory and write the list of cells.
+
+        Raises:
+            ResultsError: the directory cannot be used.
+            DiskFull: there is no space left.
+        """
         try:
             with needs_space(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)

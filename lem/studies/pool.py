@@ -54,7 +54,7 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     """Split the visible GPUs into `parallel` disjoint sets of the same size; any remainder stays unused.
 
     With fewer GPUs than `parallel`, every slot has all of them. Devices are named as in the user's
-    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden; without that variable, they are named by UUID.
+    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden; if that is unset, they are named by UUID.
     """
     each = len(gpus) // parallel
     if not each:

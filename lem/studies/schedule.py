@@ -84,7 +84,7 @@ def main(request: Request, options: RunOptions) -> int:
         _check_same(manifest, folder, what, request.settings)
         return _go_on(folder, manifest, options)
     if campaign_results.folder_of(store, name).is_dir():
-        raise ConfigError(f"A campaign is already called '{name}' in {store.root}. Choose another --name.")
+        raise ConfigError(f"There is already a campaign called '{name}' in {store.root}. Choose another --name.")
     config, each_s = _checked(what, overrides, request, options, store)
     make = partial(_manifest, name, request.settings, config)
     manifest = make(datetime.now(UTC))

@@ -75,7 +75,7 @@ UNLIMITED = 1_000_000
 
 # ------------------------------------------------------------------ what a job needs
 def gpus_of_job(experiment: Experiment, options: SlurmOptions) -> int:
-    """Return the number of GPUs that an experiment's job requests: the option's value, or what the experiment needs."""
+    """Return how many GPUs an experiment's job requests: `gpus_per_node`, if set, or else as many as it needs."""
     if options.gpus_per_node is not None:
         return options.gpus_per_node
     if not backend_class(experiment.backend.name).wants_gpu(experiment, _machine(MANY)):
@@ -248,7 +248,7 @@ class SlurmRunner(Runner):
             self.submit_more()
 
     def look_once(self, *, submits: bool) -> None:
-        """Take one look, which lasts until it is clear what became of jobs that are gone."""
+        """Look at the jobs; repeat this until it is clear what became of jobs that are gone or lack files."""
         self.looks_once = True
         self.look(submits=submits)
         while any(job.gone_since_s is not None or self._has_missing_files(job) for job in self.jobs):
@@ -335,12 +335,12 @@ class SlurmRunner(Runner):
             job.cells = cells[job.id]
 
     def adopt_plan(self, number: int, directory: ExperimentDir) -> None:
-        """Submit a cell that has been planned, but not submitted."""
+        """Add a cell that was planned, but not submitted, to those that are to be submitted."""
         self.steps[number] = Step(str(directory.path), directory.state().attempt)
         self.unsubmitted.append(number)
 
     def peek(self) -> None:
-        """Look at the jobs, but record nothing, because another command does that."""
+        """Look at the jobs and note which cells are running, without saving this, because another command does."""
         with suppress(Unreachable):
             self.seen = slurm.queue([job.id for job in self.jobs])
         for job in self.jobs:
@@ -355,7 +355,7 @@ class SlurmRunner(Runner):
         slurm.cancel([job.id for job in self.jobs])
 
     def in_jobs(self) -> dict[Path, InJob]:
-        """Return what Slurm says about each experiment that has not ended, by the experiment's directory."""
+        """Return, by directory, what Slurm says about the experiments that have not ended."""
         found = {Path(self.steps[number].directory): InJob("") for number in self._not_submitted()}
         if self.ledger is not None and self.ledger.unknown is not None:
             found |= {Path(self.steps[number].directory): InJob("") for number in self.ledger.unknown.cells}
@@ -393,7 +393,7 @@ class SlurmRunner(Runner):
         self._submit_array([list(numbers)])
 
     def submit_planned(self) -> None:
-        """Submit all planned cells as arrays that the cluster allows, in the order of the cells."""
+        """Submit all planned cells in order, as arrays no larger than the cluster allows."""
         if self.unsubmitted:
             size, per_job = slurm.max_array_size(), self.options.per_job or 1
             for alike in self._by_resources(self.unsubmitted):
@@ -484,7 +484,7 @@ class SlurmRunner(Runner):
         return self.experiments[number]
 
     def _accepted(self, ids: Sequence[str], jobs: Sequence[Sequence[int]]) -> None:
-        """Add jobs that Slurm has accepted."""
+        """Add jobs that Slurm has accepted, and record their cells as queued."""
         self.jobs += [Job(job_id, list(cells)) for job_id, cells in zip(ids, jobs, strict=True)]
         with self.manifest.together():
             for job_id, cells in zip(ids, jobs, strict=True):
@@ -687,7 +687,7 @@ class SlurmRunner(Runner):
         return found.sentence + (f"; its log ends: {' | '.join(log)}" if log else "")
 
     def _lose(self, lost: Sequence[tuple[Job, str]]) -> None:
-        """Record as failed the cells that jobs can no longer finish, with the reason for each job."""
+        """Record lost jobs: their cells fail for the given reasons, except those that will be submitted again."""
         failures = []
         adopted = self.ledger.adopted_ids if self.ledger else set()
         for job, reason in lost:
@@ -748,7 +748,10 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- ends
     def _fail(self, failures: Sequence[tuple[int, str, str]]) -> None:
-        """Record cells as failed and write their rows; each has a job's id (empty if there is no job) and a message."""
+        """Record cells as failed and write their rows.
+
+        `failures` holds each cell's number, its job's id (empty if there is no job) and a message.
+        """
         outcomes: dict[int, Outcome] = {}
         with synced_later():
             for number, job_id, message in failures:

@@ -107,7 +107,7 @@ def run(file: str, task: int) -> None:
 
 
 def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
-    """Name the GPUs that Slurm granted by UUID in CUDA_VISIBLE_DEVICES, and hide all others.
+    """Set CUDA_VISIBLE_DEVICES to the UUIDs of the GPUs that Slurm granted, which hides all others.
 
     A job inherits the variables of the submitting shell. If no GPU was requested, Slurm does not change this variable,
     and without device constraints all GPUs of the node would be visible.
@@ -167,7 +167,9 @@ def _requeue(job: JobFile) -> None:
     """Requeue the job and wait until Slurm ends this process; return only if that fails."""
     if not job.requeue or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.most_requeues:
         print(
-            "The job is not requeued, because this is not allowed or was done too often.", file=sys.stderr, flush=True
+            "The job is not requeued, because requeuing is not allowed or has happened too often.",
+            file=sys.stderr,
+            flush=True,
         )
         return
     problem = slurm.requeue_this_job()
