@@ -35,7 +35,7 @@ LIMITS = {5: {"counter": 0.02, "trace": 0.02}, 20: {"counter": 0.005, "trace": 0
 # reading; it grows with the time that a call takes, including the wait for its turn.
 SLOW_CALLS_MS = (0, 1, 3, 15)
 SLOW_WINDOWS = 3
-BIAS_LIMIT_MS = 5.0  # 0.1 % of the window
+BIAS_LIMIT_MS = 5.0  # 0.1% of the window
 LARGEST_LIMIT_MS = 10.0
 LARGEST_LIMIT_CALLS = 1.5
 RANKS_LIMIT = 0.01

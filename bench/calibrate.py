@@ -2,7 +2,7 @@
 
 Run with `python -m nox -s calibrate`. The functions of `lem campaign` are applied to simulated campaigns of two arms
 that do not differ. From the minimum number of cycles on, the interval is computed at a nominal level after every cycle,
-and the campaign stops as soon as the interval is narrow enough. The calibrated level is the lowest one at which 95 % of
+and the campaign stops as soon as the interval is narrow enough. The calibrated level is the lowest one at which 95% of
 the reported intervals contain the true ratio, even at the noise with the lowest coverage. The result depends only on
 the seed and the number of repetitions.
 """
@@ -104,7 +104,7 @@ def stopped(found: Looks, level: float, noise: float) -> tuple[np.ndarray[Any, A
 
 
 def calibrated(found: Looks, analysis: Analysis) -> Level:
-    """Return the lowest level, to a hundredth of a percent, that gives at least 95 % coverage at every noise."""
+    """Return the lowest level, to a hundredth of a percent, that gives at least 95% coverage at every noise."""
     # The noise with the lowest coverage at one level is among those with the lowest coverage at similar levels.
     near = sorted(NOISES, key=lambda noise: _coverage(found, 0.97, noise))[:8]
     low, high = 9_500, 9_999  # `high` is high enough, `low` is not

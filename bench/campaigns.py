@@ -141,7 +141,7 @@ def _is_out_of_range(found: Found, structure: Structure, cycles: int, drift: flo
     """Return whether a row of the first two tables is outside its limits.
 
     In a shuffled campaign that is too short to fit a line to the positions, a drift counts as noise. If the drift is
-    much larger than the noise, the intervals are too wide, and coverage may be above 96 %.
+    much larger than the noise, the intervals are too wide, and coverage may be above 96%.
     """
     if structure not in ("shuffled", "latin"):
         return False
@@ -154,11 +154,11 @@ def until_narrow() -> bool:
     """Print the coverage of adaptive campaigns of two arms; return whether it is within its limits.
 
     Each row is for the noise with the lowest coverage. For comparison, the table also shows campaigns that stop as soon
-    as an ordinary 95 % interval is narrow enough, and the number of cycles after which the ordinary 95 % intervals of a
+    as an ordinary 95% interval is narrow enough, and the number of cycles after which the ordinary 95% intervals of a
     fixed design are narrow enough on average.
     """
     print(f"adaptive campaigns of two arms, {ORDERS * EACH} each, at the noise with the lowest coverage")
-    heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95 % level", "mean cycles", "fixed design")
+    heads = ("cycles", "level", "noise", "coverage", "mean cycles", "95% level", "mean cycles", "fixed design")
     print(f"{'structure':<12}" + "".join(f"{head:>13}" for head in heads))
     good = True
     everything = {
@@ -179,20 +179,20 @@ def until_narrow() -> bool:
             f"{plain_cycles.mean():13.1f}{_fixed(everything[each.analysis], each.worst_noise):>13}{OUT if bad else ''}",
             flush=True,
         )
-    # A typical case: ratios that vary by 3 % from cycle to cycle, and ±2 % as the target.
+    # A typical case: ratios that vary by 3% from cycle to cycle, and ±2% as the target.
     found, noise = everything["position"].within(5, 30), 0.03 / math.asinh(0.02)
     covers, cycles = stopped(found, level_for("position", 5, 30), noise)
     plain, plain_cycles = stopped(found, 0.95, noise)
     print(
-        f"ratios that vary by 3 %, until ±2 %, 5 to 30 cycles, shuffled: {covers.mean():.1%} after "
-        f"{cycles.mean():.1f} cycles on average (95 % level: {plain.mean():.1%} after "
+        f"ratios that vary by 3%, until ±2%, 5 to 30 cycles, shuffled: {covers.mean():.1%} after "
+        f"{cycles.mean():.1f} cycles on average (95% level: {plain.mean():.1%} after "
         f"{plain_cycles.mean():.1f}; fixed design: {_fixed(everything['position'], noise)})"
     )
     return good
 
 
 def _fixed(found: Looks, noise: float) -> int | str:
-    """Return the smallest number of cycles after which 95 % intervals are narrow enough on average."""
+    """Return the smallest number of cycles after which 95% intervals are narrow enough on average."""
     narrow = found.halves(0.95).mean(0) * noise <= 1
     return found.cycles[int(narrow.argmax())] if narrow.any() else f">{found.cycles[-1]}"
 

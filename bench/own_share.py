@@ -4,7 +4,7 @@ Run with `python -m bench.own_share`; it needs py-spy (`pip install py-spy`). Th
 model with about 6 million parameters, on one thread and without a meter. py-spy notes the stack of the worker's main
 thread 200 times per second. Each sample belongs to the innermost function that is part of lem, torch or transformers,
 so that the standard library counts for its caller, and a hook of lem that transformers calls counts for lem. The CPU
-time of the other threads, of which lem has one, is the kernel's count. The benchmark fails if the sum of both is 1 % of
+time of the other threads, of which lem has one, is the kernel's count. The benchmark fails if the sum of both is 1% of
 the window or more.
 """
 
@@ -96,16 +96,16 @@ def main() -> int:
         record = json.loads(file.read_text())
     own = Counter({stack: count for stack, count in stacks.items() if is_own(stack)})
     percent = 100 * own.total() / stacks.total()
-    print(f"{stacks.total()} samples of the main thread, {own.total()} of them in lem's own code: {percent:.2f} %.")
+    print(f"{stacks.total()} samples of the main thread, {own.total()} of them in lem's own code: {percent:.2f}%.")
     print(
-        f"Other threads used the CPU for {others_percent:.2f} % of the time. The limit for both is {LIMIT_PERCENT:g} %."
+        f"Other threads used the CPU for {others_percent:.2f}% of the time. The limit for both is {LIMIT_PERCENT:g}%."
     )
     window_s = next(phase["duration_s"] for phase in record["phases"] if phase["name"] == "measured")
     recording_s = record["own_time"]["recording_s"]
     print(
         f"Recording each of {CASE.prompts} batches took {1e6 * recording_s / CASE.prompts:.0f} µs on average, ", end=""
     )
-    print(f"{100 * recording_s / window_s:.3f} % of the window.")
+    print(f"{100 * recording_s / window_s:.3f}% of the window.")
     for stack, count in own.most_common(5):
         print(f"  {count}  {stack.split(';')[-1]}")
     return int(percent + others_percent >= LIMIT_PERCENT)

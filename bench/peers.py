@@ -3,7 +3,7 @@
 Run with `python -m nox -s peers`, which creates an environment for each of the other tools, or directly:
 `python -m bench.peers load` compares the load generators, and `python -m bench.peers job` compares whole jobs with a
 bare script. The tools take turns; `--pairs` sets the number of turns. The result is printed as Markdown tables, with
-the median of each figure and, for each other tool, the ratio to lem or to the bare script with its 95 % interval.
+the median of each figure and, for each other tool, the ratio to lem or to the bare script with its 95% interval.
 `--json` writes the figures of every turn to a file.
 """
 
@@ -51,7 +51,7 @@ def compare(turns: Turns, references: Mapping[str, str]) -> dict[str, dict[str, 
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """Return the geometric mean of the ratios of paired figures, with its 95 % interval over the turns."""
+    """Return the geometric mean of the ratios of paired figures, with its 95% interval over the turns."""
     logs = [math.log(own / base) for own, base in pairs if own > 0 and base > 0]
     found = summarize(logs)
     return {

@@ -1,7 +1,7 @@
 """Compares `lem experiment` with a script that calls the engine directly, bench/bare.py, to show what lem changes.
 
 Run with `python -m bench.perturbation`. Each pair runs both in fresh processes with the same model, prompts, settings
-and number of threads. Each ratio is the geometric mean over the pairs, with its 95 % interval (Student's t on the
+and number of threads. Each ratio is the geometric mean over the pairs, with its 95% interval (Student's t on the
 logarithms).
 
 - The windows: in the cases `batch 1`, `batch 8`, `continuous` and those of vLLM, the measured windows are compared,
@@ -254,7 +254,7 @@ def ratios_of(case: Case, lem: Run, bare: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The geometric mean of a ratio over the pairs, with its 95 % interval; no interval with a single pair."""
+    """The geometric mean of a ratio over the pairs, with its 95% interval; no interval with a single pair."""
 
     pairs: int
     mean: float
@@ -289,7 +289,7 @@ def quantity(name: str, run: Run) -> float:
 
 def report(found: dict[str, dict[str, Ratio]]) -> None:
     """Print the ratios as a Markdown table."""
-    print(f"\n| {'case':<12} | {'compared':<23} | pairs | lem | script | lem ÷ script (95 % interval) |")
+    print(f"\n| {'case':<12} | {'compared':<23} | pairs | lem | script | lem ÷ script (95% interval) |")
     print("|---|---|---|---|---|---|")
     for case, ratios in found.items():
         for name, ratio in ratios.items():

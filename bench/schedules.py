@@ -2,7 +2,7 @@
 
 Run with `python -m nox -s accuracy`. The benchmark applies the functions of `lem results show SCHEDULE` to schedules
 with log-normal noise, a level that the runs of a day share, and a difference between day (08:00 to 20:00) and night. It
-prints a table, and fails if a verdict is right in less than 95 % of the repetitions of a design that has a limit. The
+prints a table, and fails if a verdict is right in less than 95% of the repetitions of a design that has a limit. The
 designs without a limit show which schedules are too short for their noise, and how errors that last from one run to the
 next affect the verdict.
 """

@@ -71,8 +71,8 @@ def plain(value: float | None, unit: str = "", digits: int = 4) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage with at most four significant digits: 2 %, 97.34 %."""
-    return f"{100 * share:.4g} %"
+    """Return a share as a percentage with at most four significant digits: 2%, 97.34%."""
+    return f"{100 * share:.4g}%"
 
 
 def timestamp(now: datetime | None = None) -> str:

@@ -137,8 +137,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "few_samples": WarningKind(
         "A percentile rests on too few values. The probability that all of n independent values lie below the true "
-        "percentile p is pⁿ. If pⁿ exceeds 5 %, even the largest value is not an upper bound for the percentile at "
-        "95 % confidence (Wilks 1941). The number of values needed is about 3/(1 - p): 5 for the median, 59 for p95, "
+        "percentile p is pⁿ. If pⁿ exceeds 5%, even the largest value is not an upper bound for the percentile at "
+        "95% confidence (Wilks 1941). The number of values needed is about 3/(1 - p): 5 for the median, 59 for p95, "
         "and 299 for p99.",
         "Run more prompts, or report a lower percentile or the mean.",
     ),
@@ -160,7 +160,7 @@ WARNINGS: dict[str, WarningKind] = {
     "work_repeated": WarningKind(
         "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
         "and energy of both runs; the message gives an upper bound for the share of the window that the repeated work "
-        "took. If this share (`repeated_share`) exceeds 2 %, rates and energies per token and per request are null.",
+        "took. If this share (`repeated_share`) exceeds 2%, rates and energies per token and per request are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -362,7 +362,7 @@ WARNINGS: dict[str, WarningKind] = {
         "The two sides did not run the same prompts.", "Set the same dataset, sample size and seed for both."
     ),
     "compare_lengths": WarningKind(
-        "The mean number of output tokens of a request differs between the two sides by more than 1 %.",
+        "The mean number of output tokens of a request differs between the two sides by more than 1%.",
         "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "compare_window": WarningKind(
@@ -454,7 +454,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Set the same dataset, sample size and seed for all arms.",
     ),
     "campaign_lengths_differ": WarningKind(
-        "The numbers of output tokens that the arms of a campaign generated differ by more than 1 %.",
+        "The numbers of output tokens that the arms of a campaign generated differ by more than 1%.",
         "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "campaign_trend": WarningKind(
@@ -505,7 +505,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "schedule_work_differs": WarningKind(
         "The runs of a schedule did not do the same work: their prompts differ, or their numbers of output tokens "
-        "differ by more than 1 %.",
+        "differ by more than 1%.",
         "Use a dataset that does not change, greedy decoding, and a fixed number of output tokens.",
     ),
     "schedule_runs_warn": WarningKind(
@@ -831,7 +831,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 @cache
 def samples_needed(percent: float) -> int:
-    """Return the sample size at which the largest value is at least the true percentile with 95 % probability.
+    """Return the sample size at which the largest value is at least the true percentile with 95% probability.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """

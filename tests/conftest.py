@@ -46,7 +46,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 # Tests run side by side, so OpenMP's threads would spin against each other for the same cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Composing configurations and importing modules create many long-lived objects, in addition to those of torch. With the
-# default thresholds, searching all of them for reference cycles would take 5 % of the tests' time.
+# default thresholds, searching all of them for reference cycles would take 5% of the tests' time.
 gc.set_threshold(100_000, 50, 100)
 # Property tests use the same examples each time and have no deadline, so their outcome depends only on the commit.
 # `--hypothesis-profile=search` looks for new examples.

@@ -369,7 +369,7 @@ def test_the_gate_works(tmp_path):
     sh(job.replace("1 2 3 4 5", "1 2").replace("<-10%", "<-99%"), tmp_path)
     comparison = (tmp_path / "comparison.md").read_text()
     assert "passed for candidate" in comparison
-    assert "95 % interval of the change" in comparison
+    assert "95% interval of the change" in comparison
 
 
 @pytest.mark.processes

@@ -2,7 +2,7 @@
 
 A thread takes samples at a fixed rate and sleeps in between. The meter adds a sample at each edge of a window, so that
 the integral covers exactly the window. In simulations (`docs/concepts/accuracy.md`), the integral of a square wave of
-up to 3 Hz over 5 s is accurate to within 2 % at 20 samples per second. At 10 samples per second, a wave of 2 Hz is
+up to 3 Hz over 5 s is accurate to within 2% at 20 samples per second. At 10 samples per second, a wave of 2 Hz is
 distorted by aliasing.
 """
 

@@ -383,7 +383,7 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
         "both a higher throughput and a lower energy per token.",
         spec,
         (
-            "experiment", "output tokens/s", "95 % from", "95 % to", "J/token", "95 % from", "95 % to", "energy",
+            "experiment", "output tokens/s", "95% from", "95% to", "J/token", "95% from", "95% to", "energy",
             "on the Pareto front",
         ),
         [
@@ -613,7 +613,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
         f"Means by {variation.factor}{of_arm}",
         f"{len(levels)} means; verdict: {variation.verdict}.",
         spec,
-        (variation.factor, "runs", "days", "mean", "95 % from", "95 % to"),
+        (variation.factor, "runs", "days", "mean", "95% from", "95% to"),
         [(each.name, each.runs, each.days, each.mean, each.ci95_low, each.ci95_high) for each in levels],
         "Geometric means, with Student's t-intervals over the days.",
     )

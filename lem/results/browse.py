@@ -482,7 +482,7 @@ def show_list(listed: Sequence[Listed]) -> None:
     _print([*(WIDE_HEADERS if wide else NARROW_HEADERS)], [_cells(one, wide) for one in listed])
     say_estimates(one.row for one in listed if one.row)
     if any(one.row and one.row.cycles_completed > 1 for one in listed):
-        print("± is half the width of the 95 % interval over the cycles")
+        print("± is half the width of the 95% interval over the cycles")
     for one in listed:
         if one.detail:
             print(one_line(f"{one.experiment_id}: {one.detail}"))
@@ -574,7 +574,7 @@ def _cycle_cells(cycle: CycleRow, several: bool) -> list[str]:
     ]  # fmt: skip
 
 
-SPREAD_LABELS = {"mean": "mean", "sd": "sd", "cv": "CV", "ci95_low": "95 % from", "ci95_high": "95 % to"}
+SPREAD_LABELS = {"mean": "mean", "sd": "sd", "cv": "CV", "ci95_low": "95% from", "ci95_high": "95% to"}
 
 
 def _spread_cells(row: ExperimentRow, part: str, several: bool) -> list[str]:

@@ -139,7 +139,7 @@ class CellEntry:
 
 
 class ArmRow(Struct, frozen=True, kw_only=True):
-    """One arm of a campaign: the means of its cells, with 95 % intervals (Student's t over the cells)."""
+    """One arm of a campaign: the means of its cells, with 95% intervals (Student's t over the cells)."""
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]
@@ -157,8 +157,8 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     mean: Annotated[
         float | None, "Mean over the completed cells; null if there are none, or if one of them lacks a value."
     ]
-    ci95_low: Annotated[float | None, "95 % interval of the mean, lower end; null with fewer than two cells."]
-    ci95_high: Annotated[float | None, "95 % interval of the mean, upper end."]
+    ci95_low: Annotated[float | None, "95% interval of the mean, lower end; null with fewer than two cells."]
+    ci95_high: Annotated[float | None, "95% interval of the mean, upper end."]
     reason: Annotated[str | None, "Why the mean is null; null if it is not."]
 
 
@@ -179,7 +179,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
     confidence: Annotated[
         float,
         quantities.RATIO,
-        "Nominal level of this interval; all pairs' intervals hold jointly at 95 %, for which an adaptive campaign "
+        "Nominal level of this interval; all pairs' intervals hold jointly at 95%, for which an adaptive campaign "
         "needs a higher nominal level.",
     ]
     p_value: Annotated[
@@ -190,7 +190,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
     ]
     p_adjusted: Annotated[float | None, quantities.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
-    cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80 %."]
+    cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80%."]
 
 
 @dataclass(frozen=True)
@@ -774,10 +774,10 @@ def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str 
 
 # ------------------------------------------------------------------ the power of a campaign
 def detectable_ratio(sd_log: float, cycles: int, degrees_of_freedom: int, pairs: int = 1) -> float:
-    """Return the smallest ratio above 1 that a campaign of `cycles` cycles detects with a power of 80 %.
+    """Return the smallest ratio above 1 that a campaign of `cycles` cycles detects with a power of 80%.
 
     `sd_log` is the standard deviation of the logarithm of a cell's value. With several pairs, the intervals are wide
-    enough to hold jointly at 95 % (Bonferroni).
+    enough to hold jointly at 95% (Bonferroni).
     """
     errors = detectable_errors(1 - (1 - CONFIDENCE) / pairs, compare.POWER, degrees_of_freedom)
     return math.exp(errors * math.sqrt(2) * sd_log / math.sqrt(cycles))

@@ -68,7 +68,7 @@ def sentences(answer: Answer) -> Iterator[str]:
     known = sum(pair.ci_low is not None for pair in primary)
     if known > 1:
         which = "Both" if known == 2 else f"All {known}"
-        yield f"{which} intervals hold jointly with a confidence of 95 % (Bonferroni)."
+        yield f"{which} intervals hold jointly with a confidence of 95% (Bonferroni)."
     yield from _how_it_ended(answer)
 
 
@@ -100,7 +100,7 @@ def on_nodes(answer: Answer) -> Iterator[str]:
         where = f"{each.board} ({', '.join(each.nodes)}; {each.cycles} cycle{'s' if each.cycles != 1 else ''})"
         interval = "no interval"
         if each.ci_low is not None and each.ci_high is not None:
-            interval = f"95 % interval {each.ci_low:.4g}–{each.ci_high:.4g}"
+            interval = f"95% interval {each.ci_low:.4g}–{each.ci_high:.4g}"
         yield f"The ratio of {names[each.arm]} to {definition.baseline} on {where} is {each.ratio:.4g} ({interval})."
     for test in found.interactions:
         differs = "differs" if test.p_adjusted < SUSPICIOUS else "does not differ noticeably"
@@ -140,7 +140,7 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
     jointly = " jointly" if len(answer.definition.arms) > 2 else ""
     yield (
         f"Its intervals{jointly} have a nominal level of {percent(rule.level)}, so that they contain the true ratio in "
-        "95 % of campaigns, although the data decide when to stop. There are no p-values."
+        "95% of campaigns, although the data decide when to stop. There are no p-values."
     )
 
 

@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3 %."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3%."""
 
     text: str
     metric: str
@@ -165,8 +165,8 @@ class Limit:
 
 
 def change(ratio: float) -> str:
-    """Return a ratio as a change in percent: +3.1 % for 1.031."""
-    return f"{100 * (ratio - 1):+.3g} %"
+    """Return a ratio as a change in percent: +3.1% for 1.031."""
+    return f"{100 * (ratio - 1):+.3g}%"
 
 
 def is_of_energy(metric: str) -> bool:
@@ -190,7 +190,7 @@ def parse_limit(text: str) -> Limit:
     name, sign, direction, share = match.groups()
     ratio = 1 + float(f"{direction}{share}") / 100
     if ratio <= 0:
-        raise ResultsError(f"--fail-if: '{text}': a value cannot fall by 100 % or more.")
+        raise ResultsError(f"--fail-if: '{text}': a value cannot fall by 100% or more.")
     return Limit(text.strip(), metric_named(name, "--fail-if"), sign == ">", ratio)
 
 

@@ -42,7 +42,7 @@ class Block:
 class RatioThere:
     """The ratio of an arm to the baseline on one board model.
 
-    The 95 % interval is not adjusted for the number of ratios. It is None if the cycles leave no degrees of freedom for
+    The 95% interval is not adjusted for the number of ratios. It is None if the cycles leave no degrees of freedom for
     the noise.
     """
 

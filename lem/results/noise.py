@@ -18,7 +18,7 @@ from lem.results.statistics import CONFIDENCE, Line, line_through, sd_limit, sum
 from lem.results.stopping import ANALYSES
 from lem.warning_codes import WARNINGS
 
-# With two pairs, there is a single degree of freedom, and the ends of the standard deviation's 95 % interval differ by
+# With two pairs, there is a single degree of freedom, and the ends of the standard deviation's 95% interval differ by
 # a factor of 70.
 LEAST_PAIRS = 3
 # With six cells, a line through them leaves four degrees of freedom, and a line through all but the first cell leaves
@@ -52,9 +52,9 @@ LEAST_GAP_S = 10.0
 class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
-    A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95 %
+    A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95%
     interval, and `planning` is the upper confidence limit used to plan campaigns. `finds` maps several numbers of
-    cycles to the smallest difference (as a ratio minus 1) that this many cycles detect with a probability of 80 %. All
+    cycles to the smallest difference (as a ratio minus 1) that this many cycles detect with a probability of 80%. All
     are None, with a reason, if there are too few pairs or if all pairs are equal.
     """
 
@@ -81,7 +81,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Change(Tested):
-    """A change in the primary metric, as a ratio minus 1, with its 95 % interval; None, with a reason, if unknown.
+    """A change in the primary metric, as a ratio minus 1, with its 95% interval; None, with a reason, if unknown.
 
     `p_value` is for the hypothesis of no change, and is adjusted for the number of tests (Holm).
     """
@@ -155,8 +155,8 @@ def percent(share: float, sign: str = "") -> str:
     """Return a share as a percentage with at least two significant digits; `sign="+"` adds a sign to positive ones."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
-        return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'} %"
-    return f"{value:{sign}.0f} %" if abs(value) >= 10 else f"{value:{sign}.2g} %"
+        return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'}%"
+    return f"{value:{sign}.0f}%" if abs(value) >= 10 else f"{value:{sign}.2g}%"
 
 
 def noise_of(answer: Answer, difference: float) -> Noise:
@@ -237,7 +237,7 @@ def _floor(answer: Answer, measure: str) -> Floor:
 
 
 def finds(sd: float, cycles: int) -> float:
-    """Return the smallest difference, as a ratio minus 1, that this many cycles detect with a probability of 80 %.
+    """Return the smallest difference, as a ratio minus 1, that this many cycles detect with a probability of 80%.
 
     Args:
         sd: the standard deviation of the log ratio of two cells in a cycle.
@@ -370,7 +370,7 @@ def _cycles(noise: Noise) -> Advice:
             "machine's noise first."
         )
         return Advice("cycles", f"more than {MOST_CYCLES}", why)
-    why = f"with noise of {planned}, this detects a difference of {wanted} with a probability of at least 80 %."
+    why = f"with noise of {planned}, this detects a difference of {wanted} with a probability of at least 80%."
     return Advice("cycles", f"--cycles {cycles}", why)
 
 

@@ -81,7 +81,7 @@ def _floor(floor: Floor) -> str:
     if floor.sd is None or floor.low is None or floor.high is None:
         return _short(floor)
     return (
-        f"{percent(floor.sd)} between the two cells of a cycle (standard deviation of the log ratio, 95 % interval "
+        f"{percent(floor.sd)} between the two cells of a cycle (standard deviation of the log ratio, 95% interval "
         f"{percent(floor.low)} to {percent(floor.high)}, {floor.pairs} pairs)"
     )
 
@@ -97,7 +97,7 @@ def _finds(floor: Floor) -> str:
     if not floor.finds:
         return ""
     known = ", ".join(f"{percent(found)} with {cycles}" for cycles, found in floor.finds)
-    return f"a difference of {known} cycles, with a probability of 80 %, if the noise is as above"
+    return f"a difference of {known} cycles, with a probability of 80%, if the noise is as above"
 
 
 def _alarm(noise: Noise) -> str:
@@ -110,7 +110,7 @@ def _alarm(noise: Noise) -> str:
         return f"not known: {noise.pair.cycles} cycle{'s' * (noise.pair.cycles != 1)} cannot reveal a false alarm"
     ratios = (noise.pair.ratio, noise.pair.ci_low, noise.pair.ci_high)
     change, low, high = (percent((each or 1.0) - 1, "+") for each in ratios)
-    return f"none: the two arms differ by {change} (95 % interval {low} to {high})"
+    return f"none: the two arms differ by {change} (95% interval {low} to {high})"
 
 
 def _drift(noise: Noise) -> str:
@@ -123,9 +123,7 @@ def _drift(noise: Noise) -> str:
 def _change(found: Change, over: str) -> str:
     if found.change is None or found.low is None or found.high is None:
         return f"not known: {found.reason}"
-    words = (
-        f"{percent(found.change, '+')} {over} (95 % interval {percent(found.low, '+')} to {percent(found.high, '+')}"
-    )
+    words = f"{percent(found.change, '+')} {over} (95% interval {percent(found.low, '+')} to {percent(found.high, '+')}"
     return f"SEEN: {words}, p = {found.p_value:.2g})" if found.is_seen else f"{NONE_SEEN}: {words})"
 
 

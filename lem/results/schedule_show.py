@@ -149,7 +149,7 @@ def _show_means(answer: Answer, arm: str, factor: str) -> None:
     if arm:
         print(f"{arm}:")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    heads = (FACTORS[factor], "runs", "days", HEADS[PRIMARY][0], "95 % interval", *(HEADS[m][0] for m in measures))
+    heads = (FACTORS[factor], "runs", "days", HEADS[PRIMARY][0], "95% interval", *(HEADS[m][0] for m in measures))
     for head in heads:
         table.add_column(head, justify="left" if head == FACTORS[factor] else "right", no_wrap=True)
     by_name = {measure: {level.name: level for level in _variation(own[measure], factor).levels} for measure in own}

@@ -229,26 +229,26 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     # over the cycles
     energy_sd_j: Annotated[Joules, "Standard deviation of energy_j over the cycles."] = None
     energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j over the cycles."] = None
-    energy_ci95_low_j: Annotated[Joules, "Lower end of the 95 % t-interval of the mean of energy_j."] = None
-    energy_ci95_high_j: Annotated[Joules, "Upper end of the 95 % t-interval of the mean of energy_j."] = None
+    energy_ci95_low_j: Annotated[Joules, "Lower end of the 95% t-interval of the mean of energy_j."] = None
+    energy_ci95_high_j: Annotated[Joules, "Upper end of the 95% t-interval of the mean of energy_j."] = None
     output_tokens_per_s_mean: Annotated[TokensPerSecond, "Mean of the cycles' rates; the middle of the interval."] = (
         None
     )
     output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation of the cycles' rates."] = None
     output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation of the cycles' rates."] = None
-    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end of the mean's 95 % t-interval."] = None
-    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end of the mean's 95 % t-interval."] = None
+    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end of the mean's 95% t-interval."] = None
+    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end of the mean's 95% t-interval."] = None
     latency_mean_sd_s: Annotated[Seconds, "Standard deviation of latency_mean_s over the cycles."] = None
     latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s over the cycles."] = None
-    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the mean's 95 % t-interval."] = None
-    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the mean's 95 % t-interval."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the mean's 95% t-interval."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the mean's 95% t-interval."] = None
     energy_per_output_token_mean_j: Annotated[
         JoulesPerToken, "Mean of the cycles' values; the middle of the interval."
     ] = None
     energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation of the cycles' values."] = None
     energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation of the cycles' values."] = None
-    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end of the mean's 95 % t-interval."] = None
-    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95 % t-interval."] = None
+    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end of the mean's 95% t-interval."] = None
+    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95% t-interval."] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
     campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None

@@ -243,7 +243,7 @@ def _time_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
-    idle = "" if row.idle_share is None else f"idle {100 * row.idle_share:.1f} % of the window"
+    idle = "" if row.idle_share is None else f"idle {100 * row.idle_share:.1f}% of the window"
     arrived = "" if row.arrival_rate_per_s is None else plain(row.arrival_rate_per_s, "requests/s")
     yield "Arrivals", _listed(arrived, idle)
     yield "Queueing", _spread(row, "queue", ("mean", "p95", "p99"))
@@ -276,9 +276,9 @@ def _known(value: float | None, unit: str, before: str = "") -> str:
 
 
 def _percent(share: float) -> str:
-    """Return a share as a percentage, to two significant digits or, from 10 % up, as a whole number."""
+    """Return a share as a percentage, to two significant digits or, from 10% up, as a whole number."""
     percent = 100 * share
-    return f"{percent:.0f} %" if abs(percent) >= 10 else f"{percent:.2g} %"
+    return f"{percent:.0f}%" if abs(percent) >= 10 else f"{percent:.2g}%"
 
 
 def _listed(*texts: str) -> str:

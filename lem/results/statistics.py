@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of n values; the interval is Student's t-interval of the mean, with a confidence of 95 %."""
+    """Statistics of n values; the interval is Student's t-interval of the mean, with a confidence of 95%."""
 
     n: int
     mean: float | None
@@ -43,7 +43,7 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(n, mean, sd, sd / abs(mean) if mean else None, mean - half, mean + half)
 
 
-# The quantiles of Student's t for a 95 % interval with 1 to 9 degrees of freedom. With them, up to ten cycles need no
+# The quantiles of Student's t for a 95% interval with 1 to 9 degrees of freedom. With them, up to ten cycles need no
 # scipy; importing it takes longer than computing the rows of a thousand experiments. A test compares them with scipy.
 _T_975 = (
     12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987, 2.570581835636314,
@@ -87,7 +87,7 @@ class Line:
 
     @property
     def half_width(self) -> float:
-        """Half of the slope's 95 % interval (Student's t)."""
+        """Half of the slope's 95% interval (Student's t)."""
         return t_quantile(0.5 + CONFIDENCE / 2, self.degrees_of_freedom) * self.error
 
 

@@ -1,10 +1,10 @@
 """Decides when an adaptive campaign stops, and at which nominal level its intervals are computed.
 
-Suppose that a campaign computed an ordinary 95 % interval after every cycle and stopped once it was narrow enough. The
-interval would contain the true ratio in only 91 to 93 % of cases, because campaigns tend to stop when they
+Suppose that a campaign computed an ordinary 95% interval after every cycle and stopped once it was narrow enough. The
+interval would contain the true ratio in only 91 to 93% of cases, because campaigns tend to stop when they
 underestimate the noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by
 simulation (`nox -s calibrate`) for pairs of limits (a minimum and a maximum number of cycles), so that even at the
-least favorable noise, 95 % of the reported intervals contain the true ratio. This module works on plain numbers, and
+least favorable noise, 95% of the reported intervals contain the true ratio. This module works on plain numbers, and
 does not know what is measured.
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 from lem.results.compare import holm
 from lem.results.statistics import Summary, summarize
 
-# The level of the tests of one schedule together. It is below 5 %, so that "no variation" is right in at least 95 % of
+# The level of the tests of one schedule together. It is below 5%, so that "no variation" is right in at least 95% of
 # schedules without variation even if the assumptions of the tests hold only approximately
 # (docs/concepts/statistics.md).
 LEVEL = 0.04
@@ -63,7 +63,7 @@ class FTest:
 
 @dataclass(frozen=True)
 class Level:
-    """The values of one slot or weekday: geometric mean and 95 % t-interval of the logarithms, back-transformed.
+    """The values of one slot or weekday: geometric mean and 95% t-interval of the logarithms, back-transformed.
 
     The interval is None with fewer than two days.
     """

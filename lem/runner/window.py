@@ -409,7 +409,7 @@ class _Window:
         threading.Thread(target=run, name="window-notes", daemon=True).start()
 
     def until_next_note_s(self) -> float:
-        """Return how long to wait before the next checkpoint: 1 % of the window so far, but at least 100 ms."""
+        """Return how long to wait before the next checkpoint: 1% of the window so far, but at least 100 ms."""
         passed_s = self._into.since_opening_s(self._bench.now_ns())
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
@@ -434,7 +434,7 @@ class _Window:
             self._is_over.set()
 
     def _checkpoint(self, *, asks_engine: bool = True) -> Checkpoint:
-        """Return the progress of the window; the meter is read so rarely that this takes at most 1 % of the time."""
+        """Return the progress of the window; the meter is read so rarely that this takes at most 1% of the time."""
         now_ns = self._bench.now_ns()
         energy, energy_at_s = None, None
         if now_ns >= self._next_reading_ns:

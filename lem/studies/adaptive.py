@@ -78,7 +78,7 @@ def plan_words(rule: Rule) -> str:
     return (
         f"Adaptive: the campaign stops {when}, as soon as the half-width of each interval is at most "
         f"{percent(rule.half_width)} of the ratio. The intervals have a nominal level of {percent(rule.level)}, so "
-        "that they contain the true ratio in 95 % of campaigns."
+        "that they contain the true ratio in 95% of campaigns."
     )
 
 

@@ -1116,6 +1116,6 @@ def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
     elif sd_log is not None and cycles > 1:
         degrees_of_freedom = expected_degrees_of_freedom(ANALYSES[campaign.structure], cycles, arms)
         ratio = results.detectable_ratio(sd_log, cycles, degrees_of_freedom, arms - 1)
-        yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80 %."
+        yield f"With {cycles} cycles, a difference of {ratio - 1:.1%} is detected with a probability of 80%."
     else:
         yield "The detectable difference is unknown: estimating it needs two cycles and two earlier runs of an arm."

@@ -88,7 +88,7 @@ def test_noise_has_the_relative_deviation_that_is_asked_for_and_no_bias():
     for noise in (0.02, 0.3):
         options = replace(AT_ONCE, noise=noise)
         factors = [work_s(options, cell) / 9.0 for cell in cells(3000)]
-        # Over 3000 draws the estimate of a deviation is good to about 1.3 %; of a heavy tail, to less.
+        # Over 3000 draws the estimate of a deviation is good to about 1.3%; of a heavy tail, to less.
         assert statistics.stdev(factors) / statistics.fmean(factors) == pytest.approx(noise, rel=0.06)
         assert statistics.fmean(map(math.log, factors)) == pytest.approx(0, abs=3 * noise / math.sqrt(3000))
 

@@ -292,7 +292,7 @@ def test_what_streaming_and_traffic_measure_is_shown(lem):
     assert lines["Sample sizes"] == f"latency 3 · TTFT 3 · ITL {gaps} · TPOT 3 · queue 3"
     assert (row["latency_samples"], row["itl_samples"]) == (3, gaps)
     assert lines["Arrivals"] == (
-        f"{plain(row['arrival_rate_per_s'])} requests/s · idle {100 * row['idle_share']:.1f} % of the window"
+        f"{plain(row['arrival_rate_per_s'])} requests/s · idle {100 * row['idle_share']:.1f}% of the window"
     )
     of = ("mean", "p95", "p99")
     assert lines["Queueing"] == " · ".join(f"{part} {quantity(row[f'queue_{part}_s'], 's', 3)}" for part in of)

@@ -260,7 +260,7 @@ def test_counter_and_trace_agree_with_the_analytic_integral(driver):
     for i, (counter_j, trace_j, tick_s) in enumerate(window["joules"]):
         truth = constant if i < 2 else square
         assert counter_j == pytest.approx(truth, rel=0.02)
-        # Samples come late on a busy machine, which shows at a step of power; bench/accuracy.py has the limit of 2 %.
+        # Samples come late on a busy machine, which shows at a step of power; bench/accuracy.py has the limit of 2%.
         assert trace_j == pytest.approx(truth, rel=0.02 if i < 2 else 0.05)
         assert tick_s == pytest.approx((0.1, 0.01)[i % 2], rel=0.2)
     assert window["samples"] > 4 * 5 * 15

@@ -180,7 +180,7 @@ def test_the_list_has_numbers_with_intervals(lem, store):
     (line,) = [line for line in out.splitlines() if line.startswith(directory.id)]
     assert "102 J ±2.4%" in line  # 101, 102, 103: t(0.975, 2) / sqrt(3) = 2.48
     assert "3/3" in line
-    assert "± is half the width of the 95 % interval" in out
+    assert "± is half the width of the 95% interval" in out
 
 
 def test_without_a_row_only_with_all(lem, store):
@@ -272,7 +272,7 @@ def test_one_cycle_has_no_table(lem, store):
 
 
 @pytest.mark.parametrize(
-    ("flops_per_s", "shown"), [(3.46e11, "0.035 %"), (9.894e12, "1 %"), (4.1e14, "41 %"), (9.894e14, "100 %")]
+    ("flops_per_s", "shown"), [(3.46e11, "0.035%"), (9.894e12, "1%"), (4.1e14, "41%"), (9.894e14, "100%")]
 )
 def test_a_small_utilisation_is_not_shown_as_none(lem, store, flops_per_s, shown):
     model = ModelInfo("m", None, "A", 1, False, 1, "bfloat16")

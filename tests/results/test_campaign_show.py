@@ -39,7 +39,7 @@ def test_the_labels_of_the_chart_are_whole(low, high, labels):
 
 def test_the_same_is_said_with_its_margin_and_without_the_p_value_of_a_ratio_of_1():
     said = sentence(pair(0.986, 0.990, "the same", 0.0003), "shuffled", margin=0.02)
-    assert said.endswith("shuffled): the same within ±2 %.")
+    assert said.endswith("shuffled): the same within ±2%.")
     assert "p = 0.0003" in sentence(pair(0.97, 0.98, "less", 0.0003), "shuffled", margin=0.02)
 
 

@@ -52,7 +52,7 @@ DESIGNS = [("shuffled", 2, 10), ("shuffled", 4, 6), ("latin", 3, 6), ("latin", 4
 def test_without_carry_over_a_false_alarm_is_as_rare_as_it_says(structure, arms, cycles, drift):
     said = found(structure, arms, cycles, 1000, drift=drift)
     assert len(said) > 900
-    # 5 % of 1000 has a standard error of 0.7 %.
+    # 5% of 1000 has a standard error of 0.7%.
     assert sum(each.p_value < 0.05 for each in said) / len(said) < 0.07
     covered = [all(after.ci_low <= 1 <= after.ci_high for after in each.after) for each in said]
     assert np.mean(covered) > 0.935

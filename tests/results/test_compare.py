@@ -63,7 +63,7 @@ def test_holms_adjustment_is_reproduced():
 
 # The area under the concentration curve of two drugs in twelve subjects, test and reference: the SAS/STAT User's Guide,
 # The TTEST Procedure, example "Equivalence Testing with Lognormal Data", after Wellek, Testing Statistical Hypotheses
-# of Equivalence (2003), p. 212. It prints a geometric mean ratio of 0.9412 with 90 % limits of 0.8634 and 1.0260, and
+# of Equivalence (2003), p. 212. It prints a geometric mean ratio of 0.9412 with 90% limits of 0.8634 and 1.0260, and
 # finds the drugs equivalent within 0.8 and 1.25.
 TEST_AUC = (103.4, 59.92, 68.17, 94.54, 69.48, 72.17, 74.37, 84.44, 96.74, 94.26, 48.52, 95.68)
 REFERENCE_AUC = (90.11, 77.71, 77.71, 97.51, 58.21, 101.3, 79.84, 96.06, 89.30, 97.22, 61.62, 85.80)
@@ -74,7 +74,7 @@ def test_an_example_of_two_one_sided_tests_is_reproduced():
     (_, found) = contrasts(rows, confidence=0.9)
     assert [f"{value:.4f}" for value in (found.ratio, found.ci_low, found.ci_high)] == ["0.9412", "0.8634", "1.0260"]
     assert contrasts(rows)[1].verdict == "cannot tell"
-    # The 90 % limits decide: 0.8634 is 1 less 0.1366.
+    # The 90% limits decide: 0.8634 is 1 less 0.1366.
     assert [contrasts(rows, margin=margin)[1].verdict for margin in (0.2, 0.137, 0.136)] == [
         "the same", "the same", "cannot tell",
     ]  # fmt: skip

@@ -67,7 +67,7 @@ def test_the_interval_covers(row):
         before, after = np.exp(rng.normal(0, 0.03, 3)), np.exp(rng.normal(math.log(1.2), 0.06, 4))
         found = compared(row, before.tolist(), after.tolist()).ratio(METRIC)
         covered += found.ci_low <= 1.2 <= found.ci_high
-    # Welch's degrees of freedom are approximate; three standard errors of 1,000 campaigns are 2 %.
+    # Welch's degrees of freedom are approximate; three standard errors of 1,000 campaigns are 2%.
     assert 930 <= covered <= 975
 
 
@@ -303,7 +303,7 @@ def test_experiments_by_their_ids(lem, tmp_path):
     other = finished(store, energy=(reading(energy_j=150.0),), phases=phases(4.0, (reading(energy_j=150.0),)))
     done = lem("results", "compare", one.id, other.id, "-o", str(store.root))
     assert done.code == 0
-    assert "1.5 (+50 %)" in done.out
+    assert "1.5 (+50%)" in done.out
     assert "an interval needs at least two experiments" in " ".join(done.out.split())
 
 

@@ -24,7 +24,7 @@ CAMPAIGNS = 1000
 
 
 def campaign(random, *, cycles=6, arms=2, interaction=0.0, structure="shuffled"):
-    """Return a campaign on nodes that differ by 20 % in level; H100s multiply the last ratio by exp(interaction)."""
+    """Return a campaign on nodes that differ by 20% in level; H100s multiply the last ratio by exp(interaction)."""
     levels = dict(zip(NODES, random.normal(0, NODE_SD, len(NODES)), strict=True))
     places = order(structure, arms, cycles, int(random.integers(1000)))
     blocks = []
@@ -67,7 +67,7 @@ def test_an_interaction_is_found_and_chance_is_not(analysis):
         tests = [spread(campaign(random, cycles=9, interaction=interaction), 0, analysis) for _ in range(CAMPAIGNS)]
         return sum(any(test.p_adjusted < 0.05 for test in each.interactions) for each in tests) / CAMPAIGNS
 
-    # By board and by node, adjusted for both (Holm): at most 5 % false alarms, and not far below.
+    # By board and by node, adjusted for both (Holm): at most 5% false alarms, and not far below.
     assert 0.02 < share(0.0) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / CAMPAIGNS)
     assert share(0.08) > 0.9
 

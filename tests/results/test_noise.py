@@ -306,8 +306,8 @@ def test_as_plain_data_it_is_json_with_nulls_for_what_is_not_known():
 @pytest.mark.parametrize(
     ("share", "sign", "text"),
     [
-        (0.0123, "", "1.2 %"), (0.02, "+", "+2 %"), (-0.0996, "+", "-10 %"), (0.998, "", "100 %"), (3.0, "+", "+300 %"),
-        (1e-7, "", "under 0.01 %"), (0.0, "+", "0 %"),
+        (0.0123, "", "1.2%"), (0.02, "+", "+2%"), (-0.0996, "+", "-10%"), (0.998, "", "100%"), (3.0, "+", "+300%"),
+        (1e-7, "", "under 0.01%"), (0.0, "+", "0%"),
     ],
 )  # fmt: skip
 def test_percentages_have_no_exponents(share, sign, text):

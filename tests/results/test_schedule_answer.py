@@ -107,7 +107,7 @@ def test_a_difference_between_day_and_night_is_found(three_days):
     assert "two-way analysis of variance with days as blocks, F(3, 6)" in first
     assert second == "Energy per output token by weekday: cannot tell (fewer than two weeks)."
     counted = "means are geometric, and the runs of a slot on one day count once"
-    assert last == f"The p-values are compared with 4 %; {counted}."
+    assert last == f"The p-values are compared with 4%; {counted}."
     assert codes(found) == {"schedule_runs_warn"}
 
 
@@ -119,9 +119,7 @@ def test_without_a_difference_it_says_what_would_have_been_found(three_days):
     assert primary(found).by_time.verdict == "no variation found"
     text = next(sentences(found))
     assert "no more than repeats do" in text
-    assert (
-        "between one half of the times of day and the other would have been found with a probability of 95 %." in text
-    )
+    assert "between one half of the times of day and the other would have been found with a probability of 95%." in text
 
 
 def test_failed_skipped_and_missed_runs_are_named_and_not_averaged(three_days):

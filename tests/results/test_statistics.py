@@ -80,6 +80,6 @@ def test_a_line_needs_a_degree_of_freedom_for_its_error():
 
 
 def test_limits_of_a_standard_deviation_are_those_of_the_tables():
-    # Chi-squared with 4 degrees of freedom: 0.484 and 11.143 at 2.5 and 97.5 %.
+    # Chi-squared with 4 degrees of freedom: 0.484 and 11.143 at 2.5 and 97.5%.
     assert sd_limit(1.0, 4, 0.975) == pytest.approx((4 / 0.484) ** 0.5, rel=1e-3)
     assert sd_limit(1.0, 4, 0.025) == pytest.approx((4 / 11.143) ** 0.5, rel=1e-3)

@@ -43,7 +43,7 @@ def test_levels_of_plain_pairs_are_those_expected(limits):
 def test_a_quick_simulation_with_other_numbers_agrees_with_the_table(analysis):
     repetitions = 10_000
     everything = calibrate.looks(analysis, 5, 20, repetitions, seed=7)
-    # Four standard errors of a coverage of 95 %.
+    # Four standard errors of a coverage of 95%.
     error = 4 * math.sqrt(0.95 * 0.05 / repetitions)
     for each in levels():
         if each.analysis == analysis and each.least >= 5 and each.most <= 20:
@@ -194,15 +194,13 @@ def test_it_says_how_it_ended():
     assert not stopped.warnings
     said = " ".join(sentences(stopped))
     assert (
-        "stopped after 6 cycles (5 to 10 were allowed), because the half-width of each interval is at most 2 %" in said
+        "stopped after 6 cycles (5 to 10 were allowed), because the half-width of each interval is at most 2%" in said
     )
-    assert (
-        f"nominal level of {100 * definition.nominal_level:.4g} %, so that they contain the true ratio in 95 %" in said
-    )
+    assert f"nominal level of {100 * definition.nominal_level:.4g}%, so that they contain the true ratio in 95%" in said
     at_limit = answer(definition, measured(definition, noisy(10, noise=0.2)))
     (note,) = [note for note in at_limit.warnings if note.code == "campaign_limit_reached"]
-    assert "the limit of 10 cycles was reached before every interval was as narrow as ±2 %: b ±" in note.text
-    assert "reached its limit of 10 cycles before the half-width of each interval was at most 2 %" in " ".join(
+    assert "the limit of 10 cycles was reached before every interval was as narrow as ±2%: b ±" in note.text
+    assert "reached its limit of 10 cycles before the half-width of each interval was at most 2%" in " ".join(
         sentences(at_limit)
     )
     under_way = answer(definition, measured(definition, noisy(6), "not run"))

@@ -193,7 +193,7 @@ def test_the_unit_does_not_matter_and_every_value_counts_once(rows, unit):
 @pytest.mark.parametrize("design", [Design("6h", 7), Design("6h", 7, lost=0.1)])
 @pytest.mark.parametrize("difference", [0.0, 0.05])
 def test_the_verdict_is_right(design, difference):
-    """The benchmark shows this with 10,000 repetitions; 300 have a standard error of about 1 %."""
+    """The benchmark shows this with 10,000 repetitions; 300 have a standard error of about 1%."""
     assert share_right(design, noise=0.02, of_day=0.03, difference=difference, times=300) > 0.925
 
 

@@ -21,9 +21,9 @@ SERVICE_S, RATE_PER_S, REQUESTS = 0.08, 6.25, 1875
 LOAD = RATE_PER_S * SERVICE_S
 # M/D/1, by the Pollaczek–Khinchine formula.
 WAIT_S = LOAD * SERVICE_S / (2 * (1 - LOAD))
-# With other seeds, the exact mean wait of so few requests differs from the theory by 9 % (standard deviation); only the
+# With other seeds, the exact mean wait of so few requests differs from the theory by 9% (standard deviation); only the
 # mean over seeds agrees, which the first test checks. With this seed, wait, rate and idle share differ by less than
-# 0.1 %, so any larger difference is caused by the run itself.
+# 0.1%, so any larger difference is caused by the run itself.
 SEED = 621
 WITHIN = 0.03
 # If a sleeping engine wakes this much too late, the whole machine stood still, and the theory does not apply.
@@ -64,7 +64,7 @@ def test_five_minutes_of_poisson_arrivals_queue_as_theory_says(tmp_path):
         f"arrivals  {row['arrival_rate_per_s']:8.3f} /s   asked for {RATE_PER_S:.3f}\n"
         f"service   {1e3 * statistics.fmean(services_s):8.3f} ms   asked for {1e3 * SERVICE_S:.3f}\n"
         f"wait      {1e3 * row['queue_mean_s']:8.3f} ms   theory {1e3 * WAIT_S:.3f}, drawn times {1e3 * exact_s:.3f}\n"
-        f"idle      {100 * row['idle_share']:8.2f} %    theory {100 * (1 - LOAD):.2f}\n"
+        f"idle      {100 * row['idle_share']:8.2f}%    theory {100 * (1 - LOAD):.2f}\n"
         f"between two requests: median {1e6 * statistics.median(between_s):.0f} µs, mean "
         f"{1e6 * statistics.fmean(between_s):.0f} µs"
     )

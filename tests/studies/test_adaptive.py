@@ -73,7 +73,7 @@ def test_a_plan_says_when_it_will_stop_and_at_what_level(lem, arms, value):
     assert (
         "Adaptive: the campaign stops after 5 to 30 cycles, as soon as the half-width of each interval is" in done.out
     )
-    assert "at most 2 % of the ratio." in done.out
+    assert "at most 2% of the ratio." in done.out
     assert "nominal level of 97." in done.out
     assert done.out.count("cycle 30/30") == 2
     latin = lem(*TWO, "--until-ci", value, "--structure", "latin", "--max-cycles", "9", "--dry-run", *QUICK)
@@ -165,7 +165,7 @@ def test_reaching_the_limit_is_said_aloud(lem, arms):
     done = lem(*TWO, "--until-ci", "0.0001%", "--max-cycles", "6", *QUICK)
     assert done.code == 0, done.err
     assert cycles_of(cells_of(arms), "completed") == [1, 2, 3, 4, 5, 6]
-    assert "reached its limit of 6 cycles before the half-width of each interval was at most 0.0001 %" in done.out
+    assert "reached its limit of 6 cycles before the half-width of each interval was at most 0.0001%" in done.out
     assert "campaign_limit_reached: the limit of 6 cycles was reached" in " ".join(done.out.split())
 
 
@@ -183,7 +183,7 @@ def test_an_arm_that_is_given_up_does_not_keep_the_others_from_stopping(lem, arm
     assert [cell["status"] for cell in cells if cell["campaign"]["arm"] == "broken"] == [
         *["failed"] * 3, *["not run"] * 2, *["not needed"] * 2,
     ]  # fmt: skip
-    assert "the half-width of each interval of the arms that were not given up is at most 99 %" in done.out
+    assert "the half-width of each interval of the arms that were not given up is at most 99%" in done.out
 
 
 @pytest.mark.processes

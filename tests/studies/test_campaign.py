@@ -54,7 +54,7 @@ def test_a_campaign_measures_each_arm_in_each_cycle_and_says_how_they_compare(le
     assert pair["ci_low"] < pair["ratio"] < pair["ci_high"]
     assert pair["ratio"] == pytest.approx(2, rel=0.35)
     (sentence,) = [line for line in done.out.splitlines() if line.startswith("slow needs")]
-    assert "times the energy per output token of quick (95 % interval" in sentence
+    assert "times the energy per output token of quick (95% interval" in sentence
     assert re.search(r"3 cycles, shuffled\): (more|cannot tell) \(p = ", sentence)
 
 

@@ -31,7 +31,7 @@ def test_two_engines_are_compared_and_what_else_differs_is_said(tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.out + done.err
     sentence = (
-        r"vllm needs \S+ times the energy per output token of torch \(95 % interval \S+, 2 cycles, interleaved\): "
+        r"vllm needs \S+ times the energy per output token of torch \(95% interval \S+, 2 cycles, interleaved\): "
     )
     assert re.search(sentence, done.out), done.out
     shown = json.loads(command("results", "show", "engines", "--json", cwd=tmp_path).out)

@@ -25,7 +25,7 @@ def test_one_configuration_is_measured_as_two_arms_and_its_noise_is_told(lem, ar
     assert "Energy per output token (replay)" in done.out
     shown = {line.split("  ")[0]: line for line in done.out.splitlines()}
     assert (
-        "% between the two cells of a cycle (standard deviation of the log ratio, 95 % interval" in shown["Noise floor"]
+        "% between the two cells of a cycle (standard deviation of the log ratio, 95% interval" in shown["Noise floor"]
     )
     assert shown["Would find"].split("a difference of")[1].count(" with ") == 5
     assert "6 cells are too few" in shown["Carry-over"]

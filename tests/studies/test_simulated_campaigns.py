@@ -98,7 +98,7 @@ def test_thirty_campaigns_say_what_their_cells_do_and_cover_the_true_ratio(lem, 
         covered += pair["ci_low"] <= TRUE_RATIO <= pair["ci_high"]
         verdicts[pair["verdict"]] += 1
     record_property("summary", f"30 simulated campaigns: {covered} intervals cover the true ratio; {dict(verdicts)}")
-    # At 95 % each, 26 or more of 30 cover in 98 of 100 such tests; this one always draws the same numbers.
+    # At 95% each, 26 or more of 30 cover in 98 of 100 such tests; this one always draws the same numbers.
     assert covered >= 26
     assert verdicts["less"] <= 1
 

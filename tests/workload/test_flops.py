@@ -3,7 +3,7 @@
 Like the formula, the counter counts a multiply-add as two operations, and it counts only matrix products. It differs in
 two ways. First, it counts a prefill's attention over the full square of positions, although causal attention needs only
 the lower half and the diagonal; the difference is subtracted by hand. Second, it counts the outer product that computes
-the rotary angles (head_dim per position), which belongs neither to a weight nor to attention; it is within the 1 %.
+the rotary angles (head_dim per position), which belongs neither to a weight nor to attention; it is within the 1%.
 Other families of models are in tests/backends/test_families.py.
 """
 
