@@ -28,7 +28,7 @@ STRATEGIES = {
     "sorted_dynamic": {"max_tokens_per_batch": MOST_TOKENS},
     "continuous": {},
 }
-MEASURES = {"output_tokens_per_s": "token/s", "energy_j_per_output_token": "J/token"}
+MEASURES = {"output_tokens_per_s": "token/s", "energy_per_output_token_j": "J/token"}
 
 
 def write_prompts(file: Path) -> None:

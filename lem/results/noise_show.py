@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -35,13 +35,13 @@ def show_noise(noise: Noise) -> None:
     words = MEASURES[campaign.primary][1]
     _print(f"{words[0].upper()}{words[1:]}{_kind(noise)}")
     print()
-    _print_pairs(_lines(noise))
+    show.print_pairs(_lines(noise))
     others = [floor for floor in noise.floors if floor is not noise.floor]
     if others:
         print("\nOther metrics")
-        _print_pairs((MEASURES[floor.measure][1], _short(floor)) for floor in others)
+        show.print_pairs((MEASURES[floor.measure][1], _short(floor)) for floor in others)
     print("\nRecommended")
-    _print_pairs((advice.about, f"{advice.setting}: {advice.why}") for advice in noise.advice)
+    show.print_pairs((advice.about, f"{advice.setting}: {advice.why}") for advice in noise.advice)
     if answer.warnings:
         print()
         show.print_pairs(("Warning", f"{note.code}: {note.text}") for note in answer.warnings)
@@ -50,11 +50,6 @@ def show_noise(noise: Noise) -> None:
 def _print(text: str) -> None:
     """Print a line; if the terminal is too narrow for it, break the line between words."""
     show.console().print(show.cell(text))
-
-
-def _print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print names and texts, never breaking a line between a number and its percent sign."""
-    show.print_pairs((name, text.replace(" %", f"{show.NO_BREAK}%")) for name, text in pairs)
 
 
 def _kind(noise: Noise) -> str:
