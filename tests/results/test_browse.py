@@ -260,7 +260,7 @@ def test_cycles_are_shown_with_their_spread(lem, store):
     assert [shown[str(n)][1] for n in (1, 2, 3)] == ["completed"] * 3
     assert shown["mean"][1:3] == ["4.2", "s"]
     assert shown["CV"][-2:] == ["0.98%", "0.98%"]
-    assert {"sd", "95"} <= shown.keys()
+    assert {"sd", "95%"} <= shown.keys()
 
 
 def test_one_cycle_has_no_table(lem, store):

@@ -152,7 +152,7 @@ def windows_of(run: Run, cycle: int) -> list[Window]:
 COMPONENTS = ("gpu", "cpu", "dram")
 # Why energy may be null, and where a row may say how far its energy is off.
 WHY_NULL = {"energy_missing", "energy_partial", "energy_mixed"}
-BEHIND = re.compile(r"last read (?:a total of )?(\S+) s before that")
+BEHIND = re.compile(r"last read (?:a total of )?(\S+) s before (?:that|these ends|it)")
 
 
 def uncovered_s(duration_s: float) -> float:
