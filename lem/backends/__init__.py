@@ -13,7 +13,7 @@ __all__ = ["Backend", "Encoded", "Generation", "backend_class", "make_backend"]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of a backend. The engine is not imported: only `Backend.start` does that."""
+    """Return a backend's class. This does not import the engine; `Backend.start` does."""
     from importlib import import_module
 
     module, class_name = {
@@ -28,5 +28,5 @@ def backend_class(name: str) -> type[Backend]:
 
 
 def make_backend(experiment: Experiment) -> Backend:
-    """Return the experiment's backend, with nothing loaded yet."""
+    """Return a new backend for the experiment; nothing is loaded yet."""
     return backend_class(experiment.backend.name)(experiment)

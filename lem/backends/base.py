@@ -1,7 +1,7 @@
 """The interface of the inference backends.
 
-A backend loads a model, turns prompts into tokens, generates, and reports exactly which tokens were generated. It knows
-nothing about energy, windows, datasets or results; `lem.runner.window` calls it inside a window.
+A backend loads a model, turns prompts into tokens, generates outputs, and reports exactly which tokens they contain. It
+knows nothing about energy, windows, datasets or results; `lem.runner.window` calls it inside a window.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lem.workload.traffic import Arrivals, in_turn
 
 T = TypeVar("T")
 
-# Names of the values that only some backends report. In this order, they are the names of `Generation.token_ids`,
-# `model_info`, `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
+# Names of the values that only some backends report: in this order, `Generation.token_ids`, `model_info`,
+# `Generation.prefill_end_ns`, `architecture`, `Memory.kv_cache_bytes` and `counters`.
 Reported = Literal["tokens", "model", "prefill", "flops", "kv_cache", "counters"]
 
 
@@ -50,7 +50,7 @@ class Generation:
     If that is unknown (`start_is_known` is False), `start_ns` is when the engine was given the request or had room for
     it, whichever was later. `prefill_end_ns` is when the logits of the first token were ready, or None if the engine
     does not report this time. `chunks` holds the times of the tokens if streaming is enabled. `error` says why the
-    request failed, and is None if it succeeded. A failed request has no tokens, and its `finish_reason` is error.
+    request failed, and is None if it succeeded. A failed request has no tokens, and its `finish_reason` is "error".
     """
 
     index: int
@@ -77,7 +77,7 @@ class Begun:
     """A request that an engine is working on.
 
     `since_ns` is when the engine began working on the request, or the earliest time at which it could have begun.
-    `output_tokens` is None if the engine delivers no tokens of a request before the request has finished.
+    `output_tokens` is None if the engine delivers a request's tokens only once the request has finished.
     """
 
     index: int
@@ -86,7 +86,7 @@ class Begun:
 
 
 def needed(loaded: T | None) -> T:
-    """Return a value that `Backend.load` sets, after asserting that it has been set."""
+    """Return the given value, which `Backend.load` must already have set."""
     assert loaded is not None, "load must be called first"
     return loaded
 
@@ -94,11 +94,11 @@ def needed(loaded: T | None) -> T:
 class Backend(ABC):
     """The interface to one engine in the worker process.
 
-    `tests/backends/test_backends.py` checks this contract for each backend: First, `start` is called once, and then
-    `load` once. `generate` yields one output for every prompt, and can be called again. The same seed gives the same
-    tokens, even if a resumed run skips batches that are already finished. Counts include neither padding nor anything
-    after the end token. If the engine fails or rejects a call, the calling method raises `RunError` with a message that
-    names the engine and the reason.
+    `tests/backends/test_backends.py` checks each backend against this contract: `start` is called once, then `load`
+    once. `generate` yields one output for every prompt, and can be called again. The same seed gives the same tokens,
+    even if a resumed run skips batches that are already finished. Counts include neither padding nor anything after the
+    end token. If the engine fails or rejects a call, the backend's method raises `RunError` with a message that names
+    the engine and the reason.
     """
 
     reports: ClassVar[frozenset[Reported]] = frozenset()
@@ -126,14 +126,14 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Return the backend's objections to the experiment on this host, without loading anything heavy.
+        """Return the backend's objections to the experiment on this host, without importing the engine.
 
         `model` is None if the model was not found, which preflight has already reported.
         """
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is or was an argument of the engine but is not an option; else None."""
+        """Return a message about a key that is or was an engine argument but not an option; None for any other key."""
         return None
 
     @classmethod
@@ -157,7 +157,7 @@ class Backend(ABC):
         return 0
 
     def server_pids(self) -> Sequence[int]:
-        """Return the ids of the engine's processes that lem did not start; called after `start`."""
+        """Return the ids of those engine processes that lem did not start; called after `start`."""
         return ()
 
     def start(self) -> None:
@@ -214,11 +214,11 @@ class Backend(ABC):
         """Release the model and the device; may be called at any time, even if `load` failed."""
 
     def reset_peak_memory(self) -> None:
-        """Reset the peak that `peak_memory` reports, if the engine supports it."""
+        """Reset the peak that `peak_memory` reports, if the engine supports this."""
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the last reset, or over the period that `Memory.scope` states."""
+        """Return the peak memory since the last reset or, failing that, over the period stated in `Memory.scope`."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:

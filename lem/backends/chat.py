@@ -1,7 +1,7 @@
 """Wraps prompts in a model's chat template, and checks that the result contains the prompt.
 
 Some templates expect a message's content as text, others as a list of parts. Given the wrong form, a template may drop
-the content without an error, which turns every prompt into the same few tokens.
+the content without an error, so that every prompt becomes the same few tokens.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 
 
 def without_torch(*, trusted: bool) -> tuple[str, ...]:
-    """Return the libraries to hide from transformers in a process that only loads a tokenizer.
+    """Return the libraries to hide from transformers in a process that loads only a tokenizer.
 
     transformers imports torch if torch is installed, which takes seconds. The tokenizers of transformers do not need
     torch, but a model's own code, which runs only if it is `trusted`, may need it.
@@ -194,8 +194,8 @@ def without_torch(*, trusted: bool) -> tuple[str, ...]:
 
 
 def tokenizer_of(path: str, **source: Any) -> Any:
-    """Load a tokenizer as transformers does; `source` has the arguments that `source_of` returns."""
-    # Without this variable, transformers prints a notice on import if torch is missing.
+    """Load a tokenizer as transformers does; `source` holds the arguments that `source_of` returns."""
+    # If this variable is unset and torch is missing, transformers prints a notice on import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -252,7 +252,7 @@ def _check_lengths(encoded: Sequence[Encoded], positions: int | None, max_output
 
 # ------------------------------------------------------------------ adapters
 def adapter_folder(adapter: str) -> Path:
-    """Return the directory of an adapter, fetching it from the hub unless it is local.
+    """Return an adapter's directory, after fetching the adapter from the hub unless it is local.
 
     Raises:
         RunError: the adapter cannot be fetched.

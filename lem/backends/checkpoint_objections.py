@@ -29,8 +29,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 def values(model: Model) -> Iterator[Objection]:
     """Object to values in config.json whose types transformers rejects.
 
-    The values are first compared with the types in transformers' source code, which is fast. If a value has a different
-    type, transformers loads the file, to find out whether it really rejects the value; that takes seconds.
+    The values are first compared with the types in transformers' source code, which is fast. If a type differs, lem has
+    transformers load the file, which takes seconds, to find out whether transformers really rejects the value.
     """
     parts = [model.config] if model.text_config is model.config else [model.config, model.text_config]
     for part in parts:
@@ -175,7 +175,7 @@ def chat_template(experiment: Experiment, model: Model) -> Iterator[Objection]:
 
 
 def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
-    """Return each file of a local model and when it last changed, so that cached results can depend on both."""
+    """Return the path and modification time of each file of a local model, as part of a key for cached results."""
     files = sorted(Path(model.path).glob("*")) if model.is_local else []
     return tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
 
@@ -184,13 +184,13 @@ def _stamps(model: Model) -> tuple[tuple[str, int], ...]:
 def _faults_of_template(
     name: str, path: str, revision: str | None, trusted: bool, rows: Any, _stamps: tuple[tuple[str, int], ...]
 ) -> list[tuple[str, str]]:
-    """Return a chat template's faults as (code, fact); cached, because a study's cells often share a model."""
+    """Return a chat template's faults as pairs (code, fact); cached, because a study's cells often share a model."""
     hidden = without_torch(trusted=trusted)
     return apart.call_without(hidden, "transformers", _faults_seen, name, path, revision, trusted, rows)
 
 
 def _faults_seen(name: str, path: str, revision: str | None, trusted: bool, rows: Any) -> list[tuple[str, str]]:
-    """Load the tokenizer in this process, and return the faults of its chat template as (code, fact)."""
+    """Load the tokenizer in this process, and return the faults of its chat template as pairs (code, fact)."""
     loaded = tokenizer_of(path, revision=revision, trust_remote_code=trusted)
     templates = getattr(loaded, "chat_template", None)
     if not templates:

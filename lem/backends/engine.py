@@ -68,7 +68,7 @@ class MemoryHint:
 
 # ------------------------------------------------------------------ clock and compiler
 def clock_offset_ns() -> int:
-    """Return the nanoseconds to add to the engine's clock, `time.monotonic`, to get `time.perf_counter`; 0 on Linux."""
+    """Return what to add to `time.monotonic`, the engine's clock, to get `time.perf_counter`, in ns; 0 on Linux."""
     before_ns = time.perf_counter_ns()
     engine_ns = time.monotonic_ns()
     offset_ns = (before_ns + time.perf_counter_ns()) // 2 - engine_ns

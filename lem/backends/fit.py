@@ -1,9 +1,10 @@
 """Checks that a checkpoint has the tensors that transformers needs for its model.
 
-If a checkpoint lacks weights, transformers initializes them at random. Before the run, transformers' own loading code
-therefore compares the names and shapes in the files' headers with those of a model without values. The loader reports
-the same comparison when it loads the real weights. Importing transformers takes seconds, so the comparison runs in a
-process of its own, and is skipped for checkpoints that are evidently complete.
+If a checkpoint lacks weights, transformers initializes them at random. Before the run, this module therefore gives
+transformers' loader tensors that have the names and shapes in the files' headers but no values. The loader reports
+which tensors are missing, unused or of the wrong shape for its model, just as it does when it loads the real weights.
+Importing transformers takes seconds, so this check runs in a process of its own, and is skipped for checkpoints that
+are evidently complete.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DTYPES = {
 
 
 def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
-    """Return the `Fit` that transformers' loader reports: missing, unexpected and mismatched weights."""
+    """Return the report of transformers' loader as a `Fit`: missing, unexpected and mismatched weights."""
     mismatched = [
         f"{name} (file: {_shape(found)}, model: {_shape(needed)})"
         for name, found, needed in loading_info["mismatched_keys"]
@@ -85,7 +86,7 @@ def foreseen(model: Model, experiment: Experiment) -> Fit | None:
 
 # ------------------------------------------------------------------ without transformers
 def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name: str) -> bool:
-    """Return whether a checkpoint has exactly the tensors of a common family, with the sizes given in its config."""
+    """Return whether a checkpoint has just the tensors of a common model family, in the sizes given in its config."""
     config = model.config
     needed = LAYERS.get(str(config.get("model_type")))
     if any(not isinstance(config.get(name), int | None) for name in SIZES):
@@ -103,7 +104,7 @@ def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name
 
 
 def _has_its_shape(config: Mapping[str, Any], name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor has the shape that the config implies; False if the config lacks a value for it.
+    """Return whether a tensor has the shape that the config implies; False if the config lacks a size.
 
     Only the shapes of the large matrices are checked; the result is True for any other tensor.
     """

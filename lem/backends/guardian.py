@@ -1,7 +1,7 @@
 """Runs a command and ends all of the command's descendants, even if the process that requested the command is killed.
 
-This module is a program, `guardian.py COMMAND…`. lem runs it by its path instead of importing it, so that it needs only
-the standard library. The command's family consists of all processes that the command has started, including those in
+This module is a program, `guardian.py COMMAND…`, and needs only the standard library, because lem runs it by its path
+instead of importing it. The command's family consists of all processes that the command has started, including those in
 other sessions. It also includes orphans, because the kernel makes the guardian their parent. The guardian ends the
 family in three cases: the guardian's own stdin is closed (because the process at the other end closed the pipe or
 died), the guardian receives a termination signal, or the command's first process ends. The guardian exits with the

@@ -94,7 +94,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
 
 
 def positions_of(model: Model) -> int | None:
-    """Return the model's number of positions, from its config or its type's defaults; None if neither states it."""
+    """Return the model's number of positions, from its config or else from its type's defaults; None if unknown."""
     config = model.text_config
     named = [config[name] for name in POSITIONS if isinstance(config.get(name), int)]
     if named:
@@ -105,7 +105,7 @@ def positions_of(model: Model) -> int | None:
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype used on a GPU: the requested one or, for `auto`, the one in the model's config, if any."""
+    """Return the dtype used on a GPU: the requested one or, for `auto`, that in the model's config; None if unknown."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
@@ -139,7 +139,7 @@ def set_by_lem(path: str, owner: str) -> Objection:
 
 
 class Source(Protocol):
-    """The arguments that the installed version of an engine accepts, read from its source code."""
+    """The source code of an installed engine, which shows what arguments this version of the engine accepts."""
 
     def version(self) -> str:
         """Return the version of the engine that is installed."""

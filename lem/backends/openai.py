@@ -2,7 +2,8 @@
 
 By default, prompts are sent to the completions endpoint as token ids, so that the tokenizer, end tokens and seeds are
 the same for every backend. The client measures the times from sending a request to the arrival of its tokens. A server
-does not report when it began a request, when prefill ended, or how much GPU memory it uses, so these values are None.
+does not report when it began working on a request, when prefill ended, or how much GPU memory it uses, so these values
+are None.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Openai(Backend):
         # At the last `forget`: the server's counters, and whether the server emptied its prefix cache.
         self._totals_before: Mapping[str, float] = {}
         self._is_reset: bool | None = None
-        # The counters since `forget`, once requested, and the peak memory when the server's processes were last seen.
+        # The counters since `forget`, as last read, and the server's peak memory when its processes were last seen.
         self._counters: dict[str, float] | None = None
         self._peak: Memory | None = None
 
@@ -74,7 +75,7 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and a reason to doubt that it uses exactly these (or None).
+        """Return the GPUs to meter for a running server, and a reason to doubt that it uses just these, or None.
 
         If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
         processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists none, lem
@@ -103,7 +104,7 @@ class Openai(Backend):
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many requests may fail: `backend.max_errors`, a share of all requests if it is below 1."""
+        """Return how many requests may fail: `backend.max_errors`, which is a share of all requests if below 1."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
@@ -202,7 +203,7 @@ class Openai(Backend):
         return self._peak
 
     def model_info(self) -> ModelInfo | None:
-        """Describe the model according to its files, because the server does not report how it loaded them."""
+        """Describe the model as its files describe it, because the server does not report how it loaded them."""
         model, hollow = needed(self._loaded).checkpoint.model, needed(self._loaded).checkpoint.hollow
         is_passed_on = "{dtype}" in (self._options.command or "") and self._experiment.fp_precision != "auto"
         return ModelInfo(

@@ -1,8 +1,9 @@
 """Interprets a server's answer as the bytes arrive: decompresses them, splits them into events and counts tokens.
 
-Servers deviate from the protocol in many small ways. The bytes of an answer therefore decide whether it is compressed
-and whether it is a stream of events or a single JSON object; headers are only hints. Tokens are counted by the ids or
-the usage that the server sends, never by events. This module knows nothing about the network, prompts or experiments.
+Servers deviate from the protocol in many small ways. This module therefore judges by an answer's bytes whether the
+answer is compressed, and whether it is a stream of events or a single JSON object; headers are only hints. Tokens are
+counted by the ids or the usage that the server sends, never by events. This module knows nothing about the network,
+prompts or experiments.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class ServerGone(RunError):
 class Refused(RunError):
     """The server answered with an error, or with something that is not a completion.
 
-    `status` is the HTTP status. `retry_after_s` is how long a busy server asks the client to wait, or None.
+    `status` is the HTTP status. `retry_after_s` is how long a busy server asks the client to wait, or None if the
+    server does not say.
     """
 
     def __init__(self, reason: str, status: int = OK, retry_after_s: float | None = None) -> None:
@@ -73,9 +75,9 @@ class Part(NamedTuple):
 class Answer:
     """A server's output for one prompt; times are readings of `time.perf_counter_ns`.
 
-    `finish_reason` is the reason in the server's own words, or None. `output_tokens` is None if the server reports no
-    count, and `token_ids` is None if it sends no ids. `parts` is empty unless the tokens were streamed.
-    `retries` is how often the request was sent again because the server was busy.
+    `finish_reason` is the reason in the server's own words, or None if the server gives none. `output_tokens` is None
+    if the server reports no count, and `token_ids` is None if it sends no ids. `parts` is empty unless the tokens were
+    streamed. `retries` is how often the request was sent again because the server was busy.
     """
 
     sent_ns: int
@@ -90,15 +92,17 @@ class Answer:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the answer was sent as events."""
+        """Whether the answer was sent as a stream of events."""
         return bool(self.parts)
 
     def chunks(self, output_tokens: int) -> tuple[tuple[Chunk, ...], bool]:
-        """Return the chunks of tokens in order of arrival (none unless streamed), and whether their times are exact.
+        """Return the tokens in chunks, in order of arrival, and whether the chunks' times are exact.
+
+        If the number of tokens in each event is unknown, there are only two chunks, whose times are not exact: the
+        first token and the rest. There are no chunks if the answer was not streamed.
 
         Args:
-            output_tokens: the number of output tokens. If the number of tokens in each event is unknown, the result is
-                two chunks: the first token and the rest.
+            output_tokens: the number of output tokens.
         """
         known = _tokens_of_events(self.parts, output_tokens)
         if known is None:
@@ -111,7 +115,7 @@ class Answer:
 
 
 def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[Part, int]] | None:
-    """Return the events that carry tokens and the number of tokens in each; None if that is unknown.
+    """Return the events that carry tokens and the number of tokens in each; None if these numbers are unknown.
 
     Each event with text has at least one token, so if there are as many events as tokens, each has exactly one. An
     event without text may also carry a token: the end token, which comes with the finish reason, or a token that holds
@@ -151,7 +155,7 @@ class Reply:
         most_events: int = sys.maxsize,
         by_text: bool = False,
     ) -> None:
-        """Store the response's status and headers, before any bytes have arrived.
+        """Store the response's status and headers, before any bytes of its body have arrived.
 
         Args:
             sent_ns: the time when the request was sent.
@@ -187,11 +191,11 @@ class Reply:
 
     @property
     def events(self) -> int:
-        """The number of events with output that have arrived; others may serve only to keep the connection alive."""
+        """The number of events with output that have arrived; other events may only keep the connection alive."""
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes; `read` is the number of their network read, whose bytes may be passed in several pieces.
+        """Add bytes of the network read with the number `read`; the bytes of one read may come in several calls.
 
         Raises:
             Refused: the server sent an error, or more data than a completion can have.
@@ -223,10 +227,10 @@ class Reply:
             self._content = bytearray(head)
 
     def answer(self, *, is_whole: bool = True) -> Answer:
-        """Return the answer, once the response has ended.
+        """Return the answer; called after the response has ended.
 
         Args:
-            is_whole: whether the response ended normally, without losing the connection.
+            is_whole: whether the response ended normally, rather than because the connection was lost.
 
         Raises:
             ServerGone: the response ended too early.
@@ -379,7 +383,7 @@ class Events:
         return found
 
     def close(self, read: int, at_ns: int) -> list[Event]:
-        """Return the last event, if it is complete except for its final line end or blank line."""
+        """Return the remaining complete events; the last one need not end with a line end and a blank line."""
         line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
         found = list(self._line(line, read, at_ns)) if line else []
         is_whole = self._data and (self._name == b"error" or _is_whole(self._data))
@@ -445,7 +449,7 @@ class Transcript:
         self.is_done = False
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
-        """Add bytes; `read` is the number of their network read, whose bytes may be passed in several pieces.
+        """Add bytes of the network read with the number `read`; the bytes of one read may come in several calls.
 
         Raises:
             Refused: the server sent an error.
@@ -486,7 +490,7 @@ class Transcript:
         self.events += has_news
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
-        """Return an event's number of tokens, from their ids or else from the usage so far; None if it has neither.
+        """Return how many tokens an event has, from their ids or else from the rise in usage; None if it has neither.
 
         A usage of 0 after some output is ignored.
         """
@@ -507,7 +511,7 @@ class Transcript:
         self._usage_is_last, self._text_is_later = True, False
 
     def answer(self, *, is_whole: bool = True) -> Answer:
-        """Return the answer, once the stream has ended.
+        """Return the answer; called after the stream has ended.
 
         Args:
             is_whole: whether the response is known to be complete.
@@ -544,7 +548,7 @@ class Transcript:
     def _check_count(self, output_tokens: int | None) -> None:
         """Raise `Refused` if the count is too low for the text, as happens if a server counts each event separately.
 
-        Each event with text has at least one token, except for text that was held back until the end.
+        Each event with text has at least one token, except an event that holds text held back until the end.
         """
         with_text = sum(part.has_text for part in self._parts)
         if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:
@@ -593,7 +597,7 @@ NOT_COUNTED = (
 
 
 def counted(token_ids: Sequence[int] | None, usage: Usage) -> tuple[int | None, tuple[int, ...] | None]:
-    """Return the number of output tokens and their ids; either is None if the server does not send it.
+    """Return the number of output tokens and their ids, each None if unknown.
 
     Raises:
         Refused: the ids and the count contradict each other.
@@ -636,7 +640,7 @@ def _shown(data: bytes) -> str:
 
 
 def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the choices of a completion; lem always asks for a single one."""
+    """Return a completion's choices with index 0 or no index; lem always asks for a single choice."""
     found = content.get("choices") or []
     if not isinstance(found, list) or not all(isinstance(choice, dict) for choice in found):
         raise Refused("the response's choices are not those of a completion.")
@@ -662,7 +666,7 @@ def ids_in(choice: dict[str, Any]) -> list[int] | None:
 
 
 def finish_reason_in(choice: dict[str, Any]) -> str | None:
-    """Return why a choice ended; None if it has not ended, or if the server does not say why."""
+    """Return why a choice's output ended; None if it has not ended, or if the server does not say why."""
     reason = choice.get("finish_reason")
     return reason if isinstance(reason, str) and reason else None
 

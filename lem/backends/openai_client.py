@@ -199,7 +199,7 @@ class Client:
             self._done.put((number, done))
 
     async def _insist(self, body: bytes, patience_s: float) -> Answer | Failure:
-        """Send a request, and send it again as long as the server is busy and says when to retry."""
+        """Send a request; while the server is busy and says when to retry, send it again, within `patience_s`."""
         sent_ns, retries = time.perf_counter_ns(), 0
         while True:
             try:
@@ -265,7 +265,7 @@ class Client:
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response until it ends or enough of it has arrived; each event with output extends the time limit."""
+        """Read a response to its end, or until `reply` has enough; each event with output extends the time limit."""
         network, events, is_ending = response.extensions["network_stream"], 0, False
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)
@@ -319,8 +319,8 @@ class _Piece:
 class _StampedSocket(socket.socket):
     """A socket that knows, from the kernel's timestamps, when the data of the last read reached this machine.
 
-    asyncio reads with `recv` or, under TLS, with `recv_into`. A read may come much later than the arrival of its data
-    if this process was busy or was not scheduled.
+    asyncio reads with `recv` or, under TLS, with `recv_into`. A read may happen long after its data arrived, if this
+    process was busy or was not scheduled.
     """
 
     arrived_ns: int | None = None
@@ -469,7 +469,7 @@ class _TimedStream(httpcore.AsyncNetworkStream):  # type: ignore[misc]
 
 
 class _TimedNetwork(httpcore.AsyncNetworkBackend):  # type: ignore[misc]
-    """Opens timed connections."""
+    """Opens connections whose reads and writes are timed."""
 
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_options: Any, **_more: Any
@@ -509,8 +509,9 @@ async def _connected(host: str, port: int) -> _StampedSocket:
 def _end_searches_for(package: str) -> None:
     """Make imports of an optional package fail at once if the package is not installed.
 
-    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing.
-    It would search all of its folders each time, which takes most of the time that sending a request takes.
+    httpcore tries to import sniffio several times for each request. Python does not remember that a package is missing,
+    so it would search all of its folders each time. These searches would take most of the time needed to send a
+    request.
     """
     if find_spec(package) is None:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
@@ -518,7 +519,7 @@ def _end_searches_for(package: str) -> None:
 
 # ------------------------------------------------------------------ metrics
 def samples(text: str) -> dict[str, float]:
-    """Return the values on a page of Prometheus metrics by the metrics' names, summed over their labels."""
+    """Return the values on a page of Prometheus metrics, by metric name, summed over labels."""
     totals: dict[str, float] = {}
     for name, value in SAMPLE.findall(text):
         with suppress(ValueError):

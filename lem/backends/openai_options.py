@@ -118,7 +118,7 @@ def wants_gpu(options: OpenaiBackend, host: Host) -> bool:
 
 
 def may_use_gpu(options: OpenaiBackend) -> bool:
-    """Return whether the server may use a GPU of this machine, visible or not."""
+    """Return whether the server may use a GPU of this machine, even one that is hidden from lem."""
     return options.device == "auto" and runs_here(options)
 
 
@@ -207,7 +207,10 @@ def request_body(
 
 
 def _vllm_fields(experiment: Experiment, prompt: Encoded, end_tokens: frozenset[int]) -> dict[str, Any]:
-    """Return all sampling fields, as in the vllm backend; for missing fields, a server may use the model's defaults."""
+    """Return all sampling fields, with the same values as in the vllm backend.
+
+    Each field is always sent, because a server may use the model's own default for a missing field.
+    """
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fields = neutral | sampling_parameters(experiment, prompt.index, end_tokens) | {"return_token_ids": True}
     del fields["detokenize"]
@@ -272,7 +275,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for a given `_now`, because a grid may have many cells."""
+    """Return whether a server accepts connections; cached for each `_now`, because a grid may have many cells."""
     return answers(host, port, REACH_S)
 
 
@@ -343,7 +346,7 @@ def _processes(experiment: Experiment) -> Iterator[Objection]:
 
 
 def _batching(experiment: Experiment) -> Iterator[Objection]:
-    """Object to batching options if requests are sent as they arrive, so that no batches are formed."""
+    """Object to batching options if requests are sent as they arrive, because then no batches are formed."""
     if experiment.traffic.pattern == "closed" or experiment.batching.strategy == "continuous":
         return
     if experiment.batching != Batching():

@@ -42,7 +42,7 @@ READY_POLL_S = 0.5
 ASIDE_S = 2.0
 # How long a busy server may delay the test request.
 TRIAL_PATIENCE_S = 30.0
-# If a server no longer answers, how long to wait for the end of its processes.
+# How long to wait for a server's processes to end if the server no longer answers.
 ENDING_PATIENCE_S = 4.0
 # The time within which the kernel closes all sockets of a process that was killed.
 CLOSING_S = 0.2
@@ -60,7 +60,7 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
     "length": "length", "max_tokens": "length", "max_length": "length",
 }  # fmt: skip
-# The HTTP statuses with which servers without a list of models answer a request for this list.
+# The HTTP statuses with which servers without a list of models answer a request for it.
 NO_SUCH_PATH = (404, 405, 501)
 # The maximum size of an answer in bytes: for each token, and for everything else.
 LARGEST_TOKEN, LARGEST_REST = 2**16, 2**26

@@ -1,6 +1,6 @@
 """Places one model on several devices: spreads its layers over GPUs, or splits each layer over processes.
 
-Both kinds of plans need only the model's config and the sizes of its weights, so a model on the meta device is enough.
+Either kind of plan needs only the model's config and the sizes of its weights, so a model on the meta device is enough.
 transformers carries out the plans. This module does not consider the memory or the speed of a GPU.
 """
 
@@ -49,7 +49,7 @@ def spread(model: Any, devices: int) -> dict[str, int]:
 
 
 def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the parts to place and their names, in order: unsplittable or childless modules, and all other tensors."""
+    """Yield the named parts to place, in order: unsplittable or childless modules, and the tensors outside these."""
     children = list(module.named_children())
     if name and (not children or type(module).__name__ in whole):
         yield name, module

@@ -80,7 +80,7 @@ class Pytorch(Backend):
         return bool(host.gpus) and experiment.backend.device != "cpu"
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return all GPUs that the run's processes use on this node, the first visible one first; none on a CPU."""
+        """Return all GPUs that the run's processes use on this node, in CUDA's order; none on a CPU."""
         import torch
 
         if self._is_on_cuda(torch):
@@ -92,7 +92,7 @@ class Pytorch(Backend):
     # -------------------------------------------------------------- loading
     def start(self) -> None:
         """Import torch and transformers, including the parts needed for loading and generating."""
-        with paused_collector():  # the collector would take a tenth of the import's time
+        with paused_collector():  # otherwise, it would take up a tenth of the import time
             import torch  # noqa: F401
             import transformers
             from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 - lazy
@@ -181,7 +181,7 @@ class Pytorch(Backend):
 
     # -------------------------------------------------------------- reporting
     def reset_peak_memory(self) -> None:
-        """Reset the CUDA allocators' peaks and the size of the largest cache; a process's peak cannot be reset."""
+        """Reset the CUDA allocators' peaks and the largest cache's size; a process's peak memory cannot be reset."""
         self._running.forget_cache()
         for device in needed(self._loaded).gpus:
             import torch
@@ -336,7 +336,7 @@ def load(experiment: Experiment, devices: Sequence[Any], *, forced: bool) -> Loa
         forced: whether to accept missing weights, which are then random.
 
     Raises:
-        RunError: the model cannot be loaded, or lacks weights.
+        RunError: the model cannot be loaded, or lacks weights and `forced` is False.
     """
     import torch
     import transformers
@@ -403,7 +403,7 @@ def _load_weights(
 
 
 def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the model with the adapter, and the names of the matrices that the adapter's files lack."""
+    """Return the model with the adapter, and a text for each report by peft that the adapter's files lack matrices."""
     import peft
 
     with warnings.catch_warnings(record=True) as caught, failing_as(f"peft cannot load the adapter {adapter}"):
@@ -486,11 +486,14 @@ class Static:
         self._cache_bytes: int | None = None
 
     def kv_cache_bytes(self) -> int | None:
-        """Return the final size of the largest batch's cache in bytes, summed over processes that share the model."""
+        """Return the final size in bytes of the largest batch's cache, summed over processes that share the model.
+
+        The result is None if no batch has been run, or if the model kept no cache.
+        """
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache after the last forward pass, unless an earlier batch had at least as many tokens (padded).
+        """Measure the cache after the last forward pass, unless an earlier padded batch had at least as many tokens.
 
         The cache is taken from the forward passes, because transformers generates differently if it is asked to return
         the cache.
@@ -542,14 +545,14 @@ class Static:
             self.graphs_compiled = compiled_graphs() - graphs_before
 
     def _notice(self, members: Sequence[Encoded]) -> None:
-        """Count the requests of a finished batch whose tokens are meaningless (see `Noticed`)."""
+        """In a finished batch, count the requests whose tokens are meaningless (see `Noticed`)."""
         self.noticed.not_finite += min(self._last_logits.not_finite(), len(members))
         if not self._masks_padding:
             longest = max(len(p.token_ids) for p in members)
             self.noticed.padded += sum(len(p.token_ids) < longest for p in members)
 
     def _generate_batch(self, torch: Any, members: Sequence[Encoded], clock: _TokenClock | None) -> list[list[int]]:
-        """Return the new tokens of each prompt, including any after an end token."""
+        """Generate, and return the new tokens of each prompt, including any after an end token."""
         longest = max(len(p.token_ids) for p in members)
         padding = [longest - len(p.token_ids) for p in members]
         pad, device = self._loaded.pad_token, self._loaded.devices[0]
@@ -567,7 +570,7 @@ class Static:
         return new
 
     def _logits_processors(self, padding: list[int]) -> Any:
-        """Return processors that ban repeated n-grams in each row; transformers' own option would include padding."""
+        """Return processors that ban repeated n-grams in each row; transformers' own option would count padding too."""
         import transformers
 
         size = self._experiment.decoder.no_repeat_ngram_size
@@ -605,7 +608,7 @@ class _TokenClock:
 
 
 def cut_after_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> tuple[tuple[int, ...], FinishReason]:
-    """Return the tokens up to and including the first end token, and the finish reason; later tokens do not count."""
+    """Return the tokens up to and including the first end token, and the finish reason; later tokens are dropped."""
     for position, token in enumerate(tokens):
         if token in end_tokens:
             return tuple(tokens[: position + 1]), "stop"

@@ -94,7 +94,7 @@ class _Room:
 
 @dataclass
 class _Request(Request):
-    """A request with its name in the engine, the logits processors for its text, and a random number generator."""
+    """A request, its name in the engine, the logits processors for its text, and its random number generator."""
 
     name: str = ""
     own_rules: Any = None
@@ -220,12 +220,12 @@ class Continuous(Session[_Request]):
 
     # -------------------------------------------------------------- running
     def generate(self, prompts: Sequence[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Run prompts that are all available from the start, and yield those that finish in the same step."""
+        """Run prompts that are all available from the start, and yield the outputs of each step together."""
         self.make_room(prompts)
         yield from self.fill_places(prompts)
 
     def tokens_so_far(self, request: _Request) -> int | None:
-        """Return how many tokens have been generated for a request in flight."""
+        """Return how many tokens have been generated for a request in flight; 0 if the engine has not begun it."""
         state = self._manager.batch_processor.scheduler.active_requests.get(request.name)
         return 0 if state is None else len(state.generated_tokens)
 
@@ -238,7 +238,7 @@ class Continuous(Session[_Request]):
         self._manager.add_request(list(prompt.token_ids), request_id=request.name, record_timestamps=True)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by name."""
+        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by key."""
         processor = self._manager.batch_processor
         if not processor.prepare_next_batch():
             raise RunError("transformers' continuous batching stopped before all requests were finished.")
@@ -326,7 +326,10 @@ class Continuous(Session[_Request]):
         return rules
 
     def _generator(self, prompt: Encoded) -> Any:
-        """Return a random number generator for one prompt, so that its tokens do not depend on other prompts."""
+        """Return a prompt's own random number generator, so that its tokens do not depend on other prompts.
+
+        The result is None if tokens are not sampled.
+        """
         if not self.experiment.decoder.do_sample:
             return None
         import torch

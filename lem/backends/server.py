@@ -1,7 +1,7 @@
 """A server that is started for a run and stopped afterward: its command, its log and its processes.
 
-The guardian, a process between lem and the server, ends all of the server's processes. It lives longer than both lem
-and the server. This module knows nothing about the server's protocol or its requests.
+The guardian, a process between lem and the server, ends all of the server's processes. It outlives both lem and the
+server. This module knows nothing about the server's protocol or its requests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Server:
 
         Args:
             command: the program and its arguments.
-            environment: the complete environment variables of the server.
+            environment: all environment variables of the server.
             log: the file to which the server's output is appended.
         """
         self._command, self._environment, self._log = command, environment, log
@@ -68,7 +68,7 @@ class Server:
             )
 
     def how_it_ended(self, patience_s: float = 0.0) -> str | None:
-        """Return a message about how the server ended, quoting its log; None if it still runs after `patience_s`."""
+        """Describe how the server ended, quoting its log; None if it still runs after `patience_s` seconds."""
         if self._guardian is None:
             return None
         try:
@@ -130,9 +130,9 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return the environment for a server: this process's environment without the variables that launchers set.
+    """Return the environment for a server: that of this process, without the variables that launchers set.
 
-    With these variables, the server sees only the GPUs in `shown_gpus` or, if that is None, those that lem sees.
+    If `shown_gpus` is None, the server sees the same GPUs as lem. Otherwise, it sees only the GPUs in `shown_gpus`.
     """
     variables = {**without_launchers(os.environ), "PYTHONUNBUFFERED": "1"}
     # This variable is meant for lem's own processes; a user's server may import modules from its own directory.

@@ -227,7 +227,7 @@ class SessionBackend(Backend, Generic[S]):
         """Return a session without any requests in flight."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return all GPUs that the run's processes use on this node, the first visible one first; none on a CPU."""
+        """Return all GPUs that the run's processes use on this node, in CUDA's order; none on a CPU."""
         if not self._on_gpu:
             return ()
         in_use, first = host.gpus[: gpus_needed(self._experiment)], self.local_rank * self._degree

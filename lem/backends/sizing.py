@@ -24,7 +24,7 @@ from lem.workload.flops import Architecture, Attention, UnknownArchitecture
 
 # The lengths of the forward passes; three are needed to separate constant, linear and quadratic parts.
 LENGTHS = (2, 3, 5)
-# The constant part of a pass's cost, which does not depend on its length, may be at most this share of a token's cost.
+# The part of a pass's cost that does not depend on the pass's length may be at most this share of a token's cost.
 CONSTANT_SHARE = 0.002
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # GPT-Neo's names for its kinds of layers.
@@ -250,7 +250,10 @@ def _counter(add: Any) -> Any:
             return out
 
     def _is_outer_product(packet: Any, args: Any) -> bool:
-        """Whether this is the outer product of positions and frequencies in rotary embeddings, which is not counted."""
+        """Return whether this is the outer product of positions and frequencies in rotary embeddings.
+
+        Such products are not counted.
+        """
         return packet is torch.ops.aten.bmm and args[0].shape[-1] == 1
 
     return Counter()

@@ -1,8 +1,8 @@
 """TensorRT-LLM's LLM API with its PyTorch backend. The engine runs in other processes, and this process sends requests.
 
-Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. The times
-of requests, cache hits and accepted drafts are the engine's own figures, or None if it does not report them. This
-process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
+Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. Request
+times and the numbers of cache hits and accepted drafts are the engine's own figures, or None if it does not report
+them. This process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Wait for requests to finish, and return their outputs by key; check now and then that the engine is alive."""
+        """Wait for requests to finish, and return their outputs by key; check regularly that the engine is alive."""
         within_s = CHECK_S if next_ns is None else min(CHECK_S, (next_ns - time.perf_counter_ns()) / NS_PER_S)
         done = self._finished(within_s)
         if not done:

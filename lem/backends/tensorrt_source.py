@@ -72,7 +72,7 @@ def _fields(defined: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
 
 
 def _default(value: ast.expr | None) -> ast.expr | None:
-    """Return a field's default, which may be wrapped in Field(…)."""
+    """Return a field's default, taken out of Field(…) if necessary; None if the field is required."""
     if not isinstance(value, ast.Call) or _called(value) not in ("Field", "PydanticField"):
         return value
     named = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -84,7 +84,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of the nested config that an argument of `LLM` takes; None if it takes none, or several."""
+    """Return the class of the nested config that an argument of `LLM` takes; None if there is not exactly one."""
     argument = arguments().get(name)
     if argument is None:
         return None

@@ -40,9 +40,10 @@ def model_types() -> frozenset[str]:
 
 
 def takes_tokenizer_as_it_is(model_type: str) -> bool:
-    """Return whether a tokenizer without a class of its own is loaded from tokenizer.json alone; False if unknown.
+    """Return whether transformers keeps to the tokenizer class that a model's files name; False if unknown.
 
-    For some model types, transformers uses a different class from the one that the model's files name.
+    If it does, a tokenizer without a class of its own is loaded from tokenizer.json alone. For some model types,
+    transformers uses a different class from the one that the files name.
     """
     exceptions = _names("tokenization_auto.py", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     classes = _expressions("tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")
@@ -57,7 +58,7 @@ def modeling(model_type: str) -> str | None:
 
 
 def default(model_type: str, name: str) -> int | None:
-    """Return an integer's default in a model type's configuration; None if the default cannot be determined."""
+    """Return the default of an integer field in a model type's configuration; None if it cannot be determined."""
     text = _source("configuration", model_type) or ""
     values = {int(value) for value in re.findall(rf"\b{name}(?:: [\w\s|]+)? ?= ?(\d[\d_]*)\b", text)}
     return values.pop() if len(values) == 1 else None

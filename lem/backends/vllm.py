@@ -1,8 +1,8 @@
 """vLLM's engine, run step by step in this process. With several GPUs, the engine starts its own workers.
 
 Prompts and outputs are passed as token ids, so that tokenizer, end tokens and seeds are the same for every backend.
-Times, queueing, cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported only when
-the engine starts, because that takes ten seconds or more.
+Times and the numbers of cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported only
+when the engine starts, because that takes ten seconds or more.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- reporting
     def counters(self) -> dict[str, float] | None:
-        """Return the engine's counters since `forget`, including those of speculative decoding only if it is on."""
+        """Return the engine's counters since `forget`; None if nothing has run since.
+
+        Counters of speculative decoding are included only if it is on.
+        """
         if self._session is None:
             return None
         now = totals(needed(self._loaded).engine)

@@ -178,7 +178,7 @@ def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
 def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozenset[int]) -> dict[str, Any]:
     """Return the arguments of vLLM's SamplingParams for the prompt with the given index.
 
-    Each sampled prompt has its own seed, so that its tokens do not depend on other requests.
+    If tokens are sampled, each prompt has its own seed, so that its tokens do not depend on other requests.
     """
     decoder = experiment.decoder
     sampled = {

@@ -177,5 +177,5 @@ def worker_gpu_peak(_worker: Any) -> int:
 
 
 def worker_process_peak(_worker: Any) -> int | None:
-    """Return the peak memory of the worker process, in bytes."""
+    """Return the peak memory of the worker process, in bytes; None if it is not reported."""
     return peak_memory_bytes()
