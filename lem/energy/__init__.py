@@ -16,7 +16,7 @@ __all__ = ["Meter", "make_meter", "meter_class"]
 
 
 def meter_class(name: str) -> type[Meter]:
-    """Return the class of a meter. The meter's library is not imported: only `Meter.open` does that."""
+    """Return a meter's class. This does not import the meter's library; `Meter.open` does."""
     module, class_name = {
         "none": ("base", "NoMeter"),
         "auto": ("auto", "AutoMeter"),

@@ -22,9 +22,9 @@ class Meter(ABC):
     """Reads the energy of some components over windows.
 
     `tests/energy/test_energy.py` checks this contract for each meter: `begin` and `end` alternate. `end` returns one
-    reading for each device that the meter watches, always in the same order. A reading that failed has `energy_j=None`
-    and a reason, never 0. Calls never overlap, but `so_far` may be called from a different thread than the other
-    methods.
+    reading for each device that the meter watches, always in the same order. If a reading failed, its energy is None,
+    never 0, and it gives a reason. Calls never overlap, but `so_far` may be called from a different thread than the
+    other methods.
     """
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.

@@ -182,7 +182,7 @@ def _offline_tracker() -> Any:
 
 @contextmanager
 def _without_settings() -> Iterator[None]:
-    """Hide codecarbon's settings, in files and environment variables, from a tracker created within this context.
+    """Hide codecarbon's settings, in files and environment variables, from a tracker created in the block.
 
     The settings are meant for other programs' trackers and can, for example, override the power of the CPU and the
     memory. The function that reads the settings is replaced rather than called, because it fails if there is no home

@@ -1,15 +1,15 @@
 """GPU energy from the driver (NVML): an energy counter and a power trace for each physical GPU.
 
-On Volta and newer, `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded. The counter
-advances in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), and a call takes 3 ms on an H100, sometimes
-15 ms. Each reading is therefore stored with the time of its call, and the counter's value at a window's edge is
-interpolated between the ticks on either side (`lem.energy.ticks`). A plain difference of two readings would be off by
-up to a tick at each edge. GPUs are read in parallel: if eight GPUs were read in turn, the last one would be read long
-after the first.
+On Volta and newer GPUs, `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded. The
+counter advances in ticks of about 100 ms (NVML API reference; ML.ENERGY, 2026-03), and a call takes 3 ms on an H100,
+sometimes 15 ms. Each reading is therefore stored with the time of its call, and the counter's value at a window's edge
+is interpolated between the ticks on either side (`lem.energy.ticks`). A plain difference of two readings would be off
+by up to a tick at each edge. GPUs are read in parallel: if eight GPUs were read in turn, the last one would be read
+long after the first.
 
-Power is the instantaneous value if the driver reports it (field 186), otherwise the value of
-`nvmlDeviceGetPowerUsage`, which is a one-second average on Ampere and newer. If a GPU has no counter, its energy is the
-integral of the power trace. A MIG instance has neither counter nor power, so it gets the reading of the whole GPU. On a
+Power is the instantaneous value if the driver reports it (field 186), otherwise the value of `nvmlDeviceGetPowerUsage`,
+which is a one-second average on Ampere and newer. If a GPU has no counter, its energy is the integral of the power
+trace. A MIG instance has neither a counter nor a power value of its own, so it gets the reading of the whole GPU. On a
 GH200, the driver's values are for the whole module. Readings are labeled accordingly. The meter opens no CUDA context.
 """
 

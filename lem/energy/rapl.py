@@ -1,10 +1,10 @@
 """CPU and memory energy from the processor's own counters (RAPL), read through Linux's powercap tree.
 
 The meter reads the package zones (`intel-rapl:N`; AMD's packages appear under the same driver) and the DRAM zones
-inside them (`intel-rapl:N:M`). It skips zones that would be counted twice: core and uncore are parts of their package,
-psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package's counter includes
-everything that runs on the package. Client processors often have no DRAM zone, and then memory has no reading. The
-meter knows nothing about GPUs and estimates nothing.
+inside them (`intel-rapl:N:M`). It skips zones whose energy would otherwise be counted twice: core and uncore are parts
+of their package, psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package's
+counter includes everything that runs on the package. Client processors often have no DRAM zone, and then memory has no
+reading. The meter knows nothing about GPUs and estimates nothing.
 
 A counter has 32 bits and wraps around after about 65 to 262 kJ, that is, after minutes to an hour under load. A thread
 reads it regularly while a window is open, so windows may be longer than that.
@@ -101,7 +101,7 @@ class RaplMeter(ImmediateMeter):
             yield Objection("rapl_unreadable", "energy", fact)
 
     def open(self) -> None:
-        """Find the zones, and start the thread that reads the counters so often that no wraparound is missed.
+        """Find the zones, and start the thread that reads the counters often enough to miss no wraparound.
 
         Raises:
             BadInput: no package's counter can be read.
@@ -257,7 +257,10 @@ def readable(powercap_dir: str = POWERCAP_DIR) -> bool:
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """Yield the directories of all zones; /sys/class/powercap shows a subzone both next to and inside its package."""
+    """Yield the directories of all zones, some of them twice.
+
+    A subzone appears twice because /sys/class/powercap shows it both next to and inside its package.
+    """
     for pattern in ("intel-rapl:*/intel-rapl:*", "intel-rapl:*"):
         try:
             yield from sorted(root.glob(pattern))

@@ -26,8 +26,8 @@ from lem.quantities import NS_PER_S
 
 # The minimum time for determining the tick period: long enough for five ticks of 100 ms.
 LEARN_S = 0.6
-# The relative accuracy to which the tick period must be known, and the maximum time for determining it: if calls are
-# slow, this accuracy takes longer.
+# The relative accuracy to which the tick period must be known, and the maximum time for determining it. The slower the
+# calls are, the longer it takes to reach this accuracy.
 PERIOD_WITHIN = 0.02
 LEARN_MOST_S = 2.0
 # Maximum time to wait for a tick of a counter with a known tick period.
@@ -245,7 +245,7 @@ def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
     """Return the time of each tick, extrapolated from `tick`, and the counter's value after it, in order of time.
 
-    A reading is left out if it is so close to a tick that it may have been taken before or after the tick.
+    A reading is left out if it is so close to a tick that it is unclear whether it was taken before or after it.
     """
     values = {-1: tick.before_mj, 0: tick.after_mj}
     for reading in readings:

@@ -54,7 +54,7 @@ class RunningIntegral:
         self._total_j: dict[str, float] = {}
 
     def up_to_now(self) -> dict[str, float]:
-        """Return the energy in joules, up to its last sample, of each device that was also sampled before the start."""
+        """Return each device's energy up to its last sample, in joules; omit devices not sampled before the start."""
         new = self._sampler.samples(self._seen)
         self._seen += len(new)
         for sample in new:
