@@ -1,7 +1,7 @@
 """The NVIDIA devices of this machine, queried through the driver's management library (NVML).
 
 The module answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver knows (`topology`),
-and which state a GPU is in (`state`). It opens no CUDA context, so any process can use it. Without a driver, it reports
+and what state a GPU is in (`state`). It opens no CUDA context, so any process can use it. Without a driver, it reports
 no devices. It reads `CUDA_VISIBLE_DEVICES` but never sets it. It knows nothing about energy or engines.
 """
 
@@ -170,7 +170,7 @@ def topology(environ: Mapping[str, str] = os.environ) -> Topology | None:
         chosen = _chosen([gpu for i in indices if (gpu := _answering(lib, i)) is not None], environ)
         return Topology(
             driver_version=ask(lib, "nvmlSystemGetDriverVersion", convert=_text),
-            # for CUDA 12.8, the driver reports 12080
+            # For CUDA 12.8, the driver reports 12080.
             cuda_version=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
             gpus=tuple(_physical(lib, i, chosen) for i in indices),
         )

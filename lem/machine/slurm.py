@@ -2,7 +2,7 @@
 
 `lem.studies.slurm` submits the jobs. This module knows nothing about experiments. If Slurm does not respond, the
 functions that read the queue raise `Unreachable`, and the others return nothing or a default. The caller decides how
-long that may last.
+long to put up with this.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
 
 
 def submitted_from(folder: Path) -> list[str]:
-    """Return the ids of this user's jobs and arrays whose batch file is in a directory and that the controller knows.
+    """Return the ids of this user's jobs and arrays, among those the controller knows, with a batch file in `folder`.
 
     Raises:
         Unreachable: the controller does not respond.
