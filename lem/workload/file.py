@@ -96,7 +96,7 @@ def _called(kind: str) -> str:
 
 
 def _json_kind(text: str) -> str | None:
-    """Return `jsonl` if every line is a JSON row, `json` if the whole text is JSON rows, otherwise None."""
+    """Return `jsonl` if each line is a JSON row, `json` if the whole text is a row or list of rows, otherwise None."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     lines = [line for line in text.split("\n") if line.strip()]
@@ -249,7 +249,7 @@ def _fields(count: int) -> str:
 def _with_spaced_quotes(
     path: Path, text: str, delimiter: str, records: list[tuple[int, list[str]]]
 ) -> list[tuple[int, list[str]]]:
-    """Return the records of a file with spaces before some quotes.
+    """Return the records of a CSV file in which spaces precede some quotes.
 
     A strict parser reads a quote after a space as text. If the header also has spaces after its separators, all such
     spaces are skipped. Otherwise, the author's intention is unknown.
@@ -316,7 +316,7 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 # ------------------------------------------------------------------ Parquet
 def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
-    """Read only the column of prompts, because other columns may be images or vectors."""
+    """Return the rows with only the prompt column, because other columns may hold images or vectors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

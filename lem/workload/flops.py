@@ -24,10 +24,10 @@ class UnknownArchitecture(LemError):
 
 @dataclass(frozen=True)
 class Attention:
-    """The width of one or more attention layers, added up, and how far back all of these layers attend.
+    """The total width of one or more attention layers, and how far back each of them attends.
 
-    `width` is heads·head_dim; if the heads of keys and values differ in size, `width` is the mean of both products. By
-    default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to the last
+    `width` is heads·head_dim; if the heads of keys and values differ in size, `width` is the mean of the two products.
+    By default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to the last
     `reach` positions, including its own; if `in_chunks` is also set, it attends only to the positions since the last
     multiple of `reach`.
     """

@@ -31,7 +31,7 @@ def use_cache_if_unreachable() -> None:
     """Put the hub's client, here and in child processes, into offline mode if the hub's host name does not resolve.
 
     Call this before importing `huggingface_hub`, which reads the environment variable only once. Behind a proxy,
-    nothing is changed, because it may be that only the proxy can resolve the name.
+    nothing is changed, because perhaps only the proxy can resolve the name.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return

@@ -65,7 +65,7 @@ class Fit:
 
     @property
     def recorded(self) -> dict[str, tuple[str, ...]]:
-        """The corresponding fields of a record, each with at most `KEPT` names and the number of omitted ones."""
+        """The corresponding fields of a record; each lists at most `KEPT` names and says how many were left out."""
         lists = {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
         return {f"weights_{kind}": _shortened(names) for kind, names in lists.items()}
 
