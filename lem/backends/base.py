@@ -196,8 +196,8 @@ class Backend(ABC):
     def under_way(self) -> Sequence[Begun]:
         """Return the requests that the engine is still working on; called just after `generate` or `serve` has yielded.
 
-        Requests that are still waiting are not included. The default implementation returns no requests: it is for
-        backends that yield a batch only after all of it is finished.
+        Requests that are still waiting are not included. The default implementation returns no requests, which is right
+        for backends that yield a batch only when the whole batch has finished.
         """
         return ()
 
@@ -208,7 +208,7 @@ class Backend(ABC):
         """
 
     def synchronize(self) -> None:
-        """Wait until the device has finished its work; the default, for synchronous engines, does nothing."""
+        """Wait until the device has finished its work. The default suits synchronous engines: it does nothing."""
 
     def close(self) -> None:
         """Release the model and the device; may be called at any time, even if `load` failed."""
@@ -218,7 +218,7 @@ class Backend(ABC):
 
     @abstractmethod
     def peak_memory(self) -> Memory:
-        """Return the peak memory since the last reset or, failing that, over the period stated in `Memory.scope`."""
+        """Return the peak memory over the period that `Memory.scope` states: since the last reset, if possible."""
 
     @abstractmethod
     def model_info(self) -> ModelInfo | None:

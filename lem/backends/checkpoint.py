@@ -204,9 +204,9 @@ def tokenizer_of(path: str, **source: Any) -> Any:
 
 
 def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
-    """Return each prompt as the model receives it: its tokens, and the text to which they decode. Loads no weights.
+    """Return each prompt as the model receives it: its tokens, and the text to which they decode.
 
-    A tokenizer that only transformers can load is loaded in a process of its own.
+    No weights are loaded. A tokenizer that only transformers can load is loaded in a process of its own.
 
     Raises:
         RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template drops a prompt.

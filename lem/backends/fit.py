@@ -86,7 +86,7 @@ def foreseen(model: Model, experiment: Experiment) -> Fit | None:
 
 # ------------------------------------------------------------------ without transformers
 def _is_evidently_complete(model: Model, found: Mapping[str, Tensor], class_name: str) -> bool:
-    """Return whether a checkpoint has just the tensors of a common model family, in the sizes given in its config."""
+    """Return whether a checkpoint has exactly the tensors of a common model family, with the sizes in its config."""
     config = model.config
     needed = LAYERS.get(str(config.get("model_type")))
     if any(not isinstance(config.get(name), int | None) for name in SIZES):

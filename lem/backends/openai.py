@@ -75,7 +75,7 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and a reason to doubt that it uses just these, or None.
+        """Return the GPUs to meter for a running server, and a reason why it may use others, or None.
 
         If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
         processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists none, lem
@@ -104,7 +104,7 @@ class Openai(Backend):
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many requests may fail: `backend.max_errors`, which is a share of all requests if below 1."""
+        """Return how many requests may fail: `backend.max_errors`, or that share of all requests if it is below 1."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
@@ -180,7 +180,7 @@ class Openai(Backend):
         return self._counters
 
     def server_pids(self) -> Sequence[int]:
-        """Return the process ids of a server on this machine that was already running."""
+        """Return the ids of the server's processes on this machine; none if lem started the server."""
         is_own = self._loaded is not None and self._loaded.server is not None
         return [] if is_own else [process.pid for process in self._processes()]
 

@@ -133,7 +133,7 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
 
 
 def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
-    """Return two chunks: the first token, and all others at the time of the last event, which may have no text."""
+    """Return up to two chunks: the first token, and all others at the time of the last event, even one without text."""
     marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
     if not marks:
         return ()
@@ -191,7 +191,7 @@ class Reply:
 
     @property
     def events(self) -> int:
-        """The number of events with output that have arrived; other events may only keep the connection alive."""
+        """The number of events with output so far; events that only keep the connection alive do not count."""
         return 0 if self._transcript is None else self._transcript.events
 
     def take(self, received: bytes, read: int, at_ns: int) -> None:
@@ -383,7 +383,7 @@ class Events:
         return found
 
     def close(self, read: int, at_ns: int) -> list[Event]:
-        """Return the remaining complete events; the last one need not end with a line end and a blank line."""
+        """Return the remaining complete events, even if the last line end or the final blank line is missing."""
         line, self._rest = bytes(self._rest).removesuffix(b"\r"), bytearray()
         found = list(self._line(line, read, at_ns)) if line else []
         is_whole = self._data and (self._name == b"error" or _is_whole(self._data))
@@ -546,7 +546,7 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if the count is too low for the text, as happens if a server counts each event separately.
+        """Raise `Refused` if the count is too low for the text, as happens if a server restarts it with each event.
 
         Each event with text has at least one token, except an event that holds text held back until the end.
         """

@@ -199,7 +199,7 @@ class Client:
             self._done.put((number, done))
 
     async def _insist(self, body: bytes, patience_s: float) -> Answer | Failure:
-        """Send a request; while the server is busy and says when to retry, send it again, within `patience_s`."""
+        """Send a request, retrying within `patience_s` as long as the server is busy and says when to retry."""
         sent_ns, retries = time.perf_counter_ns(), 0
         while True:
             try:

@@ -275,7 +275,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached for each `_now`, because a grid may have many cells."""
+    """Return whether a server accepts connections; cached per value of `_now`, because a grid may have many cells."""
     return answers(host, port, REACH_S)
 
 

@@ -437,7 +437,7 @@ class OpenaiSession:
         return [done[number] for number in range(len(prompts))]
 
     def _served(self, arrivals: Arrivals[Encoded]) -> Iterator[Generation]:
-        """Yield each request as it finishes, while the client sends further requests in the background."""
+        """Yield each request's output as it finishes, while the client sends further requests in the background."""
         numbers = itertools.count()
         waiting: dict[int, Arrived[Encoded]] = {}
         self._waiting = waiting

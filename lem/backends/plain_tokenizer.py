@@ -44,7 +44,7 @@ class PlainTokenizer:
         return {"input_ids": self._tokenizer.encode(text).ids}
 
     def decode(self, token_ids: Sequence[int], *, clean_up_tokenization_spaces: bool) -> str:
-        """Return the text of token ids."""
+        """Return the text that token ids stand for."""
         if clean_up_tokenization_spaces:
             raise NotImplementedError
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))

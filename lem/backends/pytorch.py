@@ -403,7 +403,7 @@ def _load_weights(
 
 
 def _with_adapter(model: Any, adapter: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the model with the adapter, and a text for each report by peft that the adapter's files lack matrices."""
+    """Return the model with the adapter, and a note for each set of matrices that peft reports as missing."""
     import peft
 
     with warnings.catch_warnings(record=True) as caught, failing_as(f"peft cannot load the adapter {adapter}"):
@@ -587,7 +587,7 @@ class Static:
 
 
 class _TokenClock:
-    """Records when `generate` delivers tokens; in each step, these are one token for each prompt of the batch.
+    """Records when `generate` delivers tokens: in each step, one token for each prompt of the batch.
 
     `generate` reads the tokens back from the device to pass them on, so each step waits for its tokens.
     """

@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, but at most how long it took, so that longer delays are not made up for."""
+        """Record how late the work ended, capped at how long it took, so that longer delays are not made up for."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 
