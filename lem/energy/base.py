@@ -21,10 +21,10 @@ from lem.workload.clock import REAL, Clock
 class Meter(ABC):
     """Reads the energy of some components over windows.
 
-    `tests/energy/test_energy.py` checks this contract for each meter: `begin` and `end` alternate. `end` returns one
-    reading for each device that the meter watches, always in the same order. If a reading failed, its energy is None,
-    never 0, and it gives a reason. Calls never overlap, but `so_far` may be called from a different thread than the
-    other methods.
+    `tests/energy/test_energy.py` checks each meter against this contract: `begin` and `end` alternate. `end` returns
+    one reading for each device that the meter watches, always in the same order. If a reading failed, its energy is
+    None, never 0, and it gives a reason. Calls never overlap, but `so_far` may be called from a different thread than
+    the other methods.
     """
 
     # Options of the `energy` group that this meter uses. Every meter except `none` also measures the idle phases.
