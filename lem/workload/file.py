@@ -35,7 +35,7 @@ WITHOUT_HEADER = "If its first line is already a prompt, add a header line such 
 
 
 def kind_of(name: str) -> str | None:
-    """Return the format for a file name's suffix; "" if there is no suffix, None if the suffix is unknown."""
+    """Return the format that a file name's suffix names; "" if there is no suffix, None if the suffix is unknown."""
     path = Path(name.lower())
     path = path.with_suffix("") if path.suffix in COMPRESSED else path
     return KINDS.get(path.suffix) if path.suffix else ""
@@ -286,7 +286,7 @@ def _records(path: Path, text: str, delimiter: str, *, skips_spaces: bool = Fals
 
 
 def _physical_lines(text: str) -> Iterator[str]:
-    """Yield the lines with their line ends. This saves memory: io.StringIO would use four bytes per character."""
+    """Yield a text's lines, with their line ends; io.StringIO would use four bytes of memory per character."""
     if "\n" not in text:
         text = text.replace("\r", "\n")
     start = 0

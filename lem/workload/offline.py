@@ -1,8 +1,8 @@
 """Switches to the Hugging Face hub's cache if the hub is unreachable, for models and datasets alike.
 
 Without a network, the hub's client retries for half a minute before it falls back on its cache. A lookup of the hub's
-host name shows immediately that the hub is unreachable. The client is then put into offline mode, in which it uses only
-the cache.
+host name, in contrast, fails immediately. The name is therefore looked up first; if the lookup fails, the client is put
+into offline mode, in which it uses only the cache.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def is_offline() -> bool:
 def use_cache_if_unreachable() -> None:
     """Put the hub's client, here and in child processes, into offline mode if the hub's host name does not resolve.
 
-    Call this before importing `huggingface_hub`, which reads the environment variable only once. Behind a proxy,
-    nothing is changed, because perhaps only the proxy can resolve the name.
+    Call this before importing `huggingface_hub`, which reads HF_HUB_OFFLINE only once. Behind a proxy, nothing is
+    changed, because perhaps only the proxy can resolve the name.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return
