@@ -18,12 +18,12 @@ Values = Sequence[float | None]
 
 # If more than this share of a window's work was done twice, no rate is shown.
 REPEATED_MOST_SHARE = 0.02
-# A smaller idle share only reflects the window's edges, as with traffic of a fixed concurrency.
+# A smaller idle share comes only from the edges of the window, as in traffic with a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
 
 def of_each(objects: Sequence[Any], name: str) -> list[Any]:
-    """Return an attribute of each object, or None in place of a missing object."""
+    """Return an attribute of each object; an object that is None gives None."""
     value = attrgetter(name)
     try:
         return list(map(value, objects))  # takes half the time
@@ -85,7 +85,7 @@ def where(shown: Sequence[bool], values: Values) -> list[float | None]:
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long no request was present in each window; 0 if there is no queue or the length is not known."""
+    """Return how long each window had no request present; 0 if its idle share or its length is unknown."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 

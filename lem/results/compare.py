@@ -36,8 +36,8 @@ MOST_CYCLES = 10_000
 class Contrast:
     """An arm compared with the baseline; `ratio` is the arm's value divided by the baseline's.
 
-    `cycles` counts the cycles used, in which both have a value above 0. The intervals of all contrasts in a comparison
-    hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` is for
+    `cycles` counts the cycles used: those in which both have a value above 0. The intervals of all contrasts in a
+    comparison hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` is for
     the hypothesis that the ratio is 1, and `p_adjusted` is `p_value` adjusted by Holm's method. With fewer than two
     cycles, interval and p-values are None.
     """

@@ -27,7 +27,7 @@ from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import CONFIDENCE, t_quantile
 from lem.warning_codes import warning
 
-# What the values of an interval are: one for each experiment, or one for each cycle of a single experiment.
+# What an interval is computed from: one value for each experiment, or one for each cycle of a single experiment.
 Basis = Literal["experiments", "cycles"]
 Outcome = Literal["passed", "failed", "cannot tell"]
 PREFIX = "compare_"
@@ -102,7 +102,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value in which two cases differ; `where` is config or environment."""
+    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`."""
 
     where: str
     key: str
@@ -142,9 +142,10 @@ class Limit:
     ratio: float
 
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
-        """Return the outcome of a comparison, and the reason in words.
+        """Return whether a comparison passes this limit, and the reason in words.
 
-        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is.
+        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is. If
+        the interval contains the limit, or if the two cases cannot be compared, the outcome is `cannot tell`.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -170,7 +171,7 @@ def change(ratio: float) -> str:
 
 
 def is_of_energy(metric: str) -> bool:
-    """Return whether a metric uses the energy, so that its meter matters."""
+    """Return whether a metric is computed from energy, and therefore depends on the meter."""
     return metric.startswith(ENERGY_METRICS)
 
 
@@ -195,7 +196,7 @@ def parse_limit(text: str) -> Limit:
 
 
 def metric_named(name: str, flag: str) -> str:
-    """Return the column that a name stands for; its parts may be in any order (energy_j_per_output_token).
+    """Return the column that a name stands for; the name's parts may be in any order (energy_j_per_output_token).
 
     Raises:
         ResultsError: no column that can be compared has that name.
@@ -334,9 +335,9 @@ def _has_estimates(case: Case) -> bool:
 def _repeated(
     metric: str, base: Case, other: Case, values: Sequence[Sequence[float | None]]
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
-    """Return the basis of the interval, and the values of the two sides whose spread determines it.
+    """Return what the interval is based on, and each side's values.
 
-    These are the values of the experiments or, if each side has a single experiment, of its cycles.
+    The values are those of the experiments or, if each side is a single experiment with several cycles, of the cycles.
     """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
@@ -377,7 +378,7 @@ def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | 
 
 # ------------------------------------------------------------------ objections
 def objections(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield the reasons against comparing two cases; each contains the values in which they differ."""
+    """Yield the reasons against comparing two cases; each reason states what the two sides have instead."""
     yield from _places_differ(base, other)
     yield from _work_differs(base, other)
     yield from _conditions_differ(base, other)
@@ -510,7 +511,7 @@ def config_of(row: ExperimentRow) -> dict[str, Any]:
     return dict(_parsed(row.config_json))
 
 
-@lru_cache(maxsize=256)  # thousands of experiments often share a configuration, or else have one each
+@lru_cache(maxsize=256)  # thousands of experiments share a few configurations, or each has its own and no cache helps
 def _parsed(text: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(text) if text else {}
     return {key: value for key, value in values.items() if key not in NOT_COMPARED}

@@ -47,7 +47,7 @@ def chosen_ids(store: Store, selection: Selection, texts: Sequence[str]) -> tupl
         texts: ids or beginnings of ids; if there are none, the selection is made from all experiments.
 
     Raises:
-        ResultsError: no experiment has a row, or a text names no experiment that has one.
+        ResultsError: no experiment has a row, or a text names no experiment that has a row.
     """
     more = [*([selection.sort] if selection.sort else []), "campaign"]
     names = dict.fromkeys(("experiment_id", "status", "model", "backend", "dataset", *more))
@@ -120,7 +120,7 @@ def export(
     """Write rows in a format to a file or to stdout; return 1 if a file of the tables could not be read, else 0.
 
     Raises:
-        ResultsError: no row can be exported, or the file cannot be written.
+        ResultsError: an option is invalid, no experiment has a row, or the file cannot be written.
     """
     for flag, value, known in (("--format", kind, FORMATS), ("--table", table, (*reversed(KINDS),))):
         if value not in known:
@@ -143,7 +143,7 @@ def export(
 
 
 def check_output(file: Path, *, force: bool) -> None:
-    """Raise `ResultsError` if a file exists and `force` is not set, or if it is not a plain file."""
+    """Raise `ResultsError` if a path is something other than a plain file, or an existing file without `force`."""
     if file.is_dir():
         raise ResultsError(f"--output: {file} is a directory; give the name of a file.")
     if file.exists() and not file.is_file():
@@ -167,7 +167,7 @@ def _report(late: Sequence[str], damaged: Sequence[str], ids: int, count: int, k
 
 
 class _Terminal:
-    """Collects bytes and prints them as text; control characters are escaped, because a terminal would obey them."""
+    """Prints bytes as text; control characters are escaped, because a terminal would obey them."""
 
     def write(self, data: Any) -> int:
         sys.stdout.write(printable(bytes(data).decode()))
@@ -258,7 +258,7 @@ def _as_texts(column: Any) -> Any:
 
 
 class _Json:
-    """Writes a JSON object with the units of the columns and, under `rows`, one object for each row, one per line."""
+    """Writes a JSON object that describes the columns and has, under `rows`, each row as an object on its own line."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         self._sink = sink

@@ -191,7 +191,7 @@ def _configured(row: Row, *path: str) -> Any:
 
 # ------------------------------------------------------------------ ML.ENERGY
 TASKS = ("gpqa", "lm-arena-chat", "sourcegraph-fim", "image-chat", "video-chat")
-# The project calls a run with a shorter steady state unstable.
+# If the steady state of a run is shorter than this, the project calls the run unstable.
 SHORTEST_STEADY_S = 20.0
 # The names that the project gives the boards on which it measures.
 BOARDS = ("H100", "B200")
@@ -233,7 +233,7 @@ def ml_energy(row: Row) -> dict[str, Any]:
 
 
 def _parallelism(row: Row) -> dict[str, int | None]:
-    """Return on how many GPUs the model ran and how it was spread over them; empty if that is not known."""
+    """Return the number of GPUs, and how the model was spread over them; empty if that is not known."""
     if row["gpu_energy_j"] is None or row["backend"] == "openai":
         return {}
     try:

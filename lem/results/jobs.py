@@ -90,7 +90,7 @@ class InJob:
 
     @property
     def words(self) -> str:
-        """The job, its node, and why it waits."""
+        """The job in words: its id and its node or, while it waits, the reason."""
         if not self.job_id:
             return "not submitted yet"
         place = f" on {self.node}" if self.node else ""
@@ -176,7 +176,7 @@ class Ledger:
         self._record({"refused": True})
 
     def cancel(self) -> None:
-        """Record that the jobs are to be canceled, so that another command can do so if this one is killed."""
+        """Record that the jobs are to be canceled, so that another command can cancel them if this one is killed."""
         self._record({"cancelled": True})
 
     def end(self) -> None:
@@ -260,7 +260,7 @@ def awaited(store: Store) -> list[Ledger]:
 def queued_in(store: Store) -> dict[str, str]:
     """Return the ids of the experiments that jobs have yet to run or to finish, with the names of their studies.
 
-    Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
+    Such an experiment must not be resumed elsewhere, even if its state is `interrupted` because its job was requeued.
     """
     found: dict[str, str] = {}
     for ledger in awaited(store):

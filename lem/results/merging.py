@@ -31,7 +31,7 @@ from lem.record import (
 )
 from lem.warning_codes import of_places, warning
 
-# If attempts differ in one of these fields, their hardware has different peaks and idle power.
+# If attempts differ in one of these, they ran on different hardware, so there is no single idle power for both.
 HARDWARE = ("processor", "device", "GPUs")
 IDLE = ("idle_before", "idle_loaded")
 # If the energy of more than this share of a window is unknown, the window's energy is null.
@@ -40,7 +40,7 @@ UNMETERED_SHARE = 0.02
 
 # ------------------------------------------------------------------ processes of one attempt
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
-    """Make the windows of processes that were interrupted together end at the same time.
+    """If the processes of an attempt were interrupted, make their windows end at the same time.
 
     Each process knows only its own last finished request, and only one process meters. The common end is the end of the
     metering process's window or, if another process finished a request after that, the end of that process's window.
@@ -129,7 +129,7 @@ def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight, now at least one request, after `by_s` more seconds in which no request finished."""
+    """Return the work in flight, at least one request, after `by_s` more seconds in which no request finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known

@@ -56,7 +56,7 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Return a quantile of Student's t distribution; the degrees of freedom may be fractional, as in Welch's test."""
     if probability == 0.5 + CONFIDENCE / 2 and degrees_of_freedom in range(1, len(_T_975) + 1):
         return _T_975[int(degrees_of_freedom) - 1]
-    from scipy.special import stdtrit  # takes a fraction of the time to import scipy.stats
+    from scipy.special import stdtrit  # takes a fraction of the time that scipy.stats takes
 
     return float(stdtrit(degrees_of_freedom, probability))
 

@@ -83,7 +83,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files that are missing or damaged in one of the other two tables, with a message about any damage.
+        """Return the files whose counterpart in another table is missing or damaged, with a message about any damage.
 
         Files of single experiments are not checked for damage, because there may be thousands of them.
         """
@@ -179,9 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        An experiment's rows count only if the table `experiments` has a row for it. If a file has no other rows, that
-        row is therefore removed first. In a shared file, it is removed last, so that after an interruption, the next
-        call finds the rows that are left.
+        An experiment's rows count only if the table `experiments` has a row for it. If no rows are left in a file, the
+        file is therefore removed from `experiments` first. If others are left, the row in `experiments` is removed
+        last, so that after an interruption, the next call finds the rows that have not been removed yet.
         """
         self._sweep()
         locations = self.locations()

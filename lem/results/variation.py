@@ -27,7 +27,7 @@ LEVEL = 0.04
 POWER = 0.95
 # Up to this number, each time of day is a slot; with more times, those in the same hour share a slot.
 MOST_SLOTS = 24
-# Sums of squares below this share of the values' own squares are rounding errors.
+# Sums of squares below this share of the sum of the values' squares are rounding errors.
 ROUNDING = 1e-20
 # Eigenvalues below this belong to combinations of levels that other factors already explain; all others are near 1 or
 # above, because the columns of the models are zeros and ones.
@@ -309,7 +309,7 @@ def _codes(levels: Sequence[Hashable]) -> np.ndarray[Any, Any]:
 
 
 def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Subtract from each column the mean of its group."""
+    """Subtract from each value the mean of its group in the same column."""
     counts = np.bincount(groups)
     sums = np.stack([np.bincount(groups, column) for column in columns.T], axis=1)
     return np.asarray(columns - (sums / counts[:, None])[groups])
