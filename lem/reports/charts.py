@@ -71,8 +71,8 @@ class Chart:
 class PowerTrace(NamedTuple):
     """The power trace of an experiment, for a chart.
 
-    `samples` have `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature. `edges` are the phases: the
-    times of their ends and their names.
+    `samples` have `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature. `edges` has the start, the
+    end and the name of each phase.
     """
 
     name: str
@@ -254,7 +254,7 @@ def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return a chart of how the average power is distributed over many experiments; none if no power is known."""
+    """Return a chart of how average power is distributed over experiments; none with fewer than two known powers."""
     columns = {"average_power_w": "average over the window"}
     return _over_experiments("power", "Power", "power", "W", rows, columns)
 
@@ -273,7 +273,7 @@ def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
 def _over_experiments(
     key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
 ) -> list[Chart]:
-    """Return one chart of how columns are distributed over experiments, or no chart if there are no values."""
+    """Return one chart of how columns are distributed over experiments, or no chart if none has two values."""
     values = {
         name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
     }
@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, with one line for each name; None if there are no values."""
+    """Return a chart of cumulative distributions, with a line for each name that has two values; None without lines."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -620,7 +620,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
 
 
 def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
-    """Return a scale that begins at 0 if `zero` is set; if all values are equal, it is a small range around them."""
+    """Return a scale that includes 0 if `zero` is set or, if all values are equal but not 0, only a narrow range."""
     known = {float(value) for value in values if value is not None}
     if len(known) != 1 or 0 in known:
         return {"zero": zero}

@@ -122,7 +122,7 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise if a record does not belong to the plan, if backends are mixed, or if a prompt was counted twice."""
+    """Raise if a record does not fit the plan, if backends differ without `mixed`, or if a prompt counts twice."""
     if plan.experiment_id != directory.id:
         raise ResultsError(
             f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."
@@ -179,7 +179,10 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
 
 
 def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[CodedWarning]:
-    """Warn if a cycle's processes used different backends, or (raise, with `strict`) did not run at the same time."""
+    """Return warnings about processes of a cycle that used different backends or did not run at the same time.
+
+    With `strict`, raise `ResultsError` if processes did not run at the same time.
+    """
     if len(parts) == 1:
         return []
     warnings = []
@@ -321,7 +324,7 @@ def aggregate_all(
 
 
 def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
-    """Write rows that are missing because a run was killed, or the disk was full, after the measurements ended.
+    """Write rows that a run did not write after its measurements because it was killed or the disk was full.
 
     This is cheap even if many experiments exist: it looks only at `ids` and at experiments marked as unfinished.
 

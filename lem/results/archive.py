@@ -43,7 +43,7 @@ CHUNK = 1 << 20
 MOST_MANIFEST_BYTES, MOST_BYTES, MOST_FILES = 1 << 30, 1 << 43, 10_000_000
 # Files of a campaign that are needed only on the cluster on which it ran; some of them contain code.
 JOBS = "jobs"
-# Files that deflating does not make smaller.
+# The suffix of files that are already compressed, so that compressing them again would gain nothing.
 COMPRESSED = (".parquet",)
 
 

@@ -71,7 +71,7 @@ class Selection:
         self._first_id()
 
     def _first_id(self) -> str:
-        """Return the id of an experiment started at --since (ids sort by time), or an empty text without --since."""
+        """Return the lowest id that an experiment started at --since or later can have; empty without --since."""
         if self.since is None:
             return ""
         try:
@@ -415,7 +415,7 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the missing or outdated rows of one experiment or of all; return 1 if that failed for any, else 0."""
+    """Write the rows of one experiment, or all missing and outdated rows; return 1 after a failure, else 0."""
     if (experiment_id is None) == (not everything):
         raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]

@@ -55,7 +55,7 @@ MEASURES = {
     "ttft_mean_s": ("s", "mean time to first token"),
     "average_power_w": ("W", "average power"),
 }
-# If mean output lengths differ by more than this ratio, the arms do different work.
+# If mean output lengths differ by more than this share, the arms do different work.
 LENGTHS_DIFFER = 0.01
 # A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05

@@ -167,7 +167,7 @@ def _verdict(pair: PairRow, margin: float | None) -> str:
         if pair.cycles_needed is None:
             return f"cannot tell{p_value}; more cycles would hardly help"
         return f"cannot tell{p_value}; about {pair.cycles_needed} cycles would be needed"
-    if pair.verdict == "the same":  # no p-value, because it tests a ratio of 1 and not equivalence
+    if pair.verdict == "the same":  # no p-value, because it is for a ratio of 1, not for equivalence
         return f"the same within ±{percent(margin)}" if margin else "the same"
     return f"{pair.verdict}{p_value}"
 
@@ -226,7 +226,7 @@ def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, s
 
 
 def _scale(labels: Mapping[int, str], width: int) -> str:
-    """Return a line of labels, each centered on its column unless it has to be moved to fit or to clear another."""
+    """Return a line of labels, each centered on its column or, if it would not fit or would touch another, moved."""
     line = ""
     left = sum(len(text) + 1 for text in labels.values())
     for column, text in sorted(labels.items()):

@@ -60,8 +60,8 @@ def from_json(cls: type[T], content: str | bytes) -> T:
 def _reader(cls: Any) -> Callable[[str | bytes], Any]:
     """Return the function that reads a type's JSON; every value must have its declared type.
 
-    msgspec reads records in a quarter of pydantic's time. A configuration chooses among several dataclasses for its
-    backend, which msgspec does not support, so pydantic reads it.
+    msgspec reads records in a quarter of the time that pydantic takes. A configuration, however, chooses among several
+    dataclasses for its backend. msgspec does not support such a choice, so pydantic reads configurations.
     """
     try:
         return msgspec.json.Decoder(cls).decode

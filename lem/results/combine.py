@@ -262,7 +262,7 @@ class _Merge:
     def _name(
         self, kind: str, name: str, taken: Collection[str], others: Collection[str], theirs: Collection[str]
     ) -> str:
-        """Return a free name for a campaign or schedule that the target lacks: its own, with a suffix if it is taken.
+        """Return a name for a campaign or schedule that the target lacks: its own, or one with a suffix if that is taken.
 
         Args:
             kind: "campaign" or "schedule".
@@ -315,7 +315,7 @@ class _Merge:
         return copy
 
     def _copy_rows(self) -> None:
-        """Copy the rows of the experiments whose rows the target lacks."""
+        """Copy the rows that the target lacks."""
         tables = Tables(self._target)
         with tables.locked():
             there = tables.locations()
@@ -366,7 +366,7 @@ class _Merge:
         try:
             copy_files(source, copy)
             schedule_copy.rename_files(copy, self._target.root, new, self._new_names)
-            with schedule.held(place):  # raises if a process is working through it in the target
+            with schedule.held(place):  # raises if a process is running the schedule in the target
                 self._put(copy, place, schedule.TABLE)
             self._done.schedules.append(new)
         except ResultsError as error:
@@ -450,7 +450,7 @@ def _origin(folder: Path) -> Origin | None:
 
 # ------------------------------------------------------------------ files
 def digest_of(folder: Path) -> str:
-    """Return a digest of an experiment's files; all copies of an experiment have the same digest.
+    """Return a digest of an experiment's files; all unchanged copies of an experiment have the same digest.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.

@@ -33,12 +33,12 @@ Outcome = Literal["passed", "failed", "cannot tell"]
 PREFIX = "compare_"
 # Parts of a configuration that do not change what is measured.
 NOT_COMPARED = ("io",)
-# Reasons against comparing two cases, as --allow names them. The last two concern only metrics that use the energy.
+# Reasons against comparing two cases, as --allow names them. The last two concern only metrics of energy.
 REASONS = (
     "board", "driver", "engine", "prompts", "lengths", "window", "throttled", "shared", "meter", "estimate",
 )  # fmt: skip
 OF_ENERGY = ("meter", "estimate")
-# Metrics that use the energy, by the beginnings of their names.
+# The beginnings of the names of metrics that are computed from energy.
 ENERGY_METRICS = (
     "energy", "average_power", "gpu_energy", "cpu_energy", "dram_energy", "steady_energy", "steady_average_power",
 )  # fmt: skip
@@ -82,8 +82,8 @@ class Side:
 class Ratio:
     """A side's value of a metric divided by the baseline's (geometric means), with an interval if there is one.
 
-    If a side has a single value, `basis` and the interval are None, and `reason` states what is missing. `is_estimate`
-    means that the energy of at least one experiment is an estimate or simulated.
+    If there is no interval, for example because a side has a single value, `basis` is None and `reason` says why.
+    `is_estimate` means that the energy of at least one experiment is an estimate or simulated.
     """
 
     metric: str
@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3%."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises by over 3%."""
 
     text: str
     metric: str
@@ -213,7 +213,7 @@ def metric_named(name: str, flag: str) -> str:
 
 
 def comparable_columns() -> list[str]:
-    """Return the columns of both tables whose values are measured numbers on a scale with a true zero."""
+    """Return the columns, common to experiments and cycles, that hold measured numbers on a scale with a true zero."""
     from lem.results.parquet import schema
 
     skipped = ("_share", "_rate", "mfu")
@@ -254,7 +254,7 @@ def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comp
             f"{first.name} and {', '.join(side.name for side in sides[1:])} have no configuration in common. Name one "
             "experiment of each to compare different configurations."
         )
-    # All intervals of a metric hold jointly.
+    # The intervals are widened so that all intervals of a metric hold jointly.
     each = 1 - (1 - CONFIDENCE) / len(pairs)
     wanted = list(dict.fromkeys([*MEASURES, *metrics]))
     return [
@@ -353,12 +353,12 @@ def _geometric_mean(values: Sequence[float | None]) -> float | None:
 
 
 def _is_positive(value: float | None) -> bool:
-    """Return whether a value has a logarithm."""
+    """Return whether a value is known and greater than 0, so that it has a logarithm."""
     return value is not None and value > 0
 
 
 def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | None:
-    """Return half the width of the interval of a difference between two means; None if a side has a single value.
+    """Return half the width of the interval for a difference between two means; None if a side has a single value.
 
     The variances of the two sides may differ. Source: B. L. Welch, The generalization of "Student's" problem when
     several different population variances are involved, Biometrika 34 (1947).
@@ -378,7 +378,7 @@ def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | 
 
 # ------------------------------------------------------------------ objections
 def objections(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield the reasons against comparing two cases; each reason states what the two sides have instead."""
+    """Yield the reasons against comparing two cases; each reason states what is the case on each side."""
     yield from _places_differ(base, other)
     yield from _work_differs(base, other)
     yield from _conditions_differ(base, other)
@@ -439,7 +439,7 @@ def _conditions_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
 
 
 def _on_one_side(base: Case, other: Case, codes: Sequence[str], what: str) -> str | None:
-    """Return an objection's text if only one side has warnings with these codes."""
+    """Return an objection's text if only one side has warnings with these codes, else None."""
     found = [_with_codes(case, codes) for case in (base, other)]
     if bool(found[0]) == bool(found[1]):
         return None

@@ -186,7 +186,7 @@ def _move(store: Store, experiment_id: str, target: Path) -> None:
         target.mkdir(exist_ok=True)
         return
     with _unused(directory.path):
-        directory.free_state()  # it may have been started since it was selected
+        directory.free_state()  # the experiment may have been started since it was selected
         os.rename(directory.path, target)
 
 

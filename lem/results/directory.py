@@ -179,7 +179,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state `aggregated` if rows that include `attempt` have been written, else None."""
+        """Return the state `aggregated` if rows have been written since the last attempt, `attempt`, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:

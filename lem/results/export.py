@@ -30,7 +30,7 @@ from lem.results.store import ID, Store, age
 from lem.results.tables import KINDS, Tables, read_file
 
 FORMATS = ("csv", "json", "parquet", *foreign.SHAPES)
-# Formats that can be written only to a file, because reading them needs random access.
+# Formats that can be written only to a file, because their readers need random access.
 FILE_ONLY = ("parquet", "mlenergy")
 FORMAT_VERSION = 1
 # The number of rows that are converted at a time.
@@ -143,7 +143,7 @@ def export(
 
 
 def check_output(file: Path, *, force: bool) -> None:
-    """Raise `ResultsError` if a path is something other than a plain file, or an existing file without `force`."""
+    """Raise `ResultsError` if a path exists and is not a plain file, or is a plain file and `force` is not set."""
     if file.is_dir():
         raise ResultsError(f"--output: {file} is a directory; give the name of a file.")
     if file.exists() and not file.is_file():
@@ -223,7 +223,7 @@ class Writer(Protocol):
         """Write some rows."""
 
     def close(self) -> None:
-        """Write the end of the format; the stream stays open."""
+        """Write what the format requires at the end; the stream stays open."""
 
 
 class _Csv:
@@ -305,7 +305,7 @@ def envelope(table: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as JSON on one line; numbers that are not finite become texts, as JSON cannot hold them."""
+    """Return plain data as JSON on one line; numbers that are not finite become texts."""
     with suppress(ValueError):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     return json.dumps(_with_texts(value), ensure_ascii=False)

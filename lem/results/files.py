@@ -89,7 +89,7 @@ def sync(folder: Path) -> None:
 
 
 class replacing:  # noqa: N801 - reads as a statement
-    """Yield a path next to `path` for a scratch file, which replaces `path` at the end or, after an error, is removed."""
+    """Yield a path next to `path` for a scratch file; at the end, the file replaces `path` or, on error, is removed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

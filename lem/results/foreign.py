@@ -31,7 +31,7 @@ LABEL = (
     "not comparable with the other project's results, because that project's protocol was not followed entirely. The "
     "column lem_not_comparable_because lists the deviations."
 )
-# The sources of energy that are measurements of this run.
+# The energy sources that mean a measurement of this run.
 MEASURED = ("counter", "integral")
 
 Row = Mapping[str, Any]
@@ -109,7 +109,7 @@ def _labels(row: Row, reasons: list[str]) -> dict[str, Any]:
 
 
 def _ratio(value: float | None, by: float | None, factor: float = 1.0) -> float | None:
-    """Return a quotient; None if either value is unknown or the divisor is 0."""
+    """Return a quotient times `factor`; None if either value is unknown or the divisor is 0."""
     return None if value is None or not by else value / by * factor
 
 
@@ -238,7 +238,7 @@ def _parallelism(row: Row) -> dict[str, int | None]:
         return {}
     try:
         experiment = from_json(Experiment, row["config_json"])
-    except ValueError:  # a configuration of another version
+    except ValueError:  # the configuration was written by another version
         return {}
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     return {

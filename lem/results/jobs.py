@@ -164,7 +164,7 @@ class Ledger:
         self._record({"submitting": {"file": file, "jobs": [list(cells) for cells in jobs], "at_s": time.time()}})
 
     def submitted(self, ids: Sequence[str]) -> None:
-        """Record the ids of the last array's jobs; without ids, Slurm has not accepted the array, at least for now."""
+        """Record the ids of the last array's jobs; no ids mean that Slurm has not accepted the array so far."""
         self._record({"submitted": list(ids)})
 
     def adopted(self, ids: Sequence[str]) -> None:

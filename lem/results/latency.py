@@ -119,7 +119,7 @@ def under_load(
 ) -> dict[str, float | None]:
     """Return the metrics of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
 
-    Failed requests also arrived and kept the engine busy, but they are never good.
+    Failed requests count as arrivals and as load, but never as good.
 
     Args:
         requests: the requests of one cycle.

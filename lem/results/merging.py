@@ -255,7 +255,7 @@ def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
 
 
 def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
-    """Return the carbon intensity of all attempts: their mean, weighted by energy, if they differ."""
+    """Return the carbon intensity over all attempts: if it differs between them, the mean weighted by energy."""
     found = [record.carbon for record in records]
     if None in found or all(each == found[0] for each in found):
         return None if None in found else found[-1]
@@ -267,7 +267,7 @@ def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
 
 
 def weighted(values: Sequence[float], weights: Sequence[float | None]) -> float | None:
-    """Return the weighted mean; None if a weight is unknown or negative, or all are 0."""
+    """Return the weighted mean; None if a weight is unknown or negative, or if all weights are 0."""
     known = [weight for weight in weights if weight is not None and weight >= 0]
     if len(known) < len(values) or sum(known) == 0:
         return None

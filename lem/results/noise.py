@@ -52,10 +52,10 @@ LEAST_GAP_S = 10.0
 class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
-    If `sd` is small, it is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95%
-    interval, and `planning` is the upper confidence limit used to plan campaigns. `finds` pairs several numbers of
-    cycles with the smallest difference (as a ratio minus 1) that so many cycles detect with a probability of 80%. If
-    there are too few pairs, or if all pairs are equal, only `reason` is set.
+    If `sd` is small, it is almost equal to the relative standard deviation of the ratio. `low` and `high` are the ends
+    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. `finds` pairs
+    several numbers of cycles with the smallest difference (as a ratio minus 1) that so many cycles detect with a
+    probability of 80%. If there are too few pairs, or if all pairs are equal, only `reason` is set.
     """
 
     measure: str
@@ -318,7 +318,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbors(values: Sequence[float]) -> Correlation:
-    """Return the correlation between successive cells without the linear trend, tested by permuting the residuals."""
+    """Return the correlation between successive cells, minus any linear trend, tested by permuting the residuals."""
     import numpy as np
 
     n = len(values)

@@ -165,7 +165,10 @@ class _NoPandas:
 
 
 def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> Any:
-    """Return a table with this version's columns or those wanted; drop unknown columns, and fill missing ones."""
+    """Return a table with this version's columns: missing ones are filled, and unknown ones are dropped.
+
+    With `wanted_names`, only these columns are returned.
+    """
     import pyarrow as pa
 
     wanted, fillers, there = schema(record_type), _fillers(record_type), set(found.column_names)

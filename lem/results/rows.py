@@ -141,7 +141,7 @@ _peak = cache(peak_flops_per_s)
 
 
 def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
-    """Return all columns for a row per cycle, as if each cycle were an experiment of its own."""
+    """Return columns with a value for each cycle, as if each cycle were an experiment with a single cycle."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
     requests = [[r for r in cycle.requests if r.error is None] for cycle in cycles]

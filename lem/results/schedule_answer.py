@@ -54,7 +54,7 @@ class Run:
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
 
     def value(self, arm: str, measure: str) -> float | None:
-        """Return an arm's value of a metric: the geometric mean over its experiments; None if none of them has a value."""
+        """Return an arm's value of a metric: the geometric mean over its experiments; None if none has a value."""
         values = [value for row in self.rows.get(arm, ()) if (value := getattr(row, measure)) is not None]
         if not values or min(values) <= 0:  # a value of 0 has no logarithm
             return 0.0 if values else None
@@ -138,7 +138,7 @@ def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
 
 # ------------------------------------------------------------------ variation
 def _examined(runs: Sequence[Run], arms: Sequence[str], measure: str) -> Iterator[Found]:
-    """Yield how a metric varies, for each arm; the p-values are adjusted for the tests of all arms."""
+    """For each arm, yield how a metric varies; the p-values are adjusted for the tests of all arms together."""
     found = [_variations(runs, arm, measure) for arm in arms or [""]]
     with_verdicts = iter(judged([each for pair in found for each in pair]))
     for arm in arms or [""]:

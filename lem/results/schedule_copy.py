@@ -1,4 +1,4 @@
-"""A copy of a schedule in another results directory: finding it there, and putting that directory's names into it."""
+"""Copies of schedules in another results directory: finds them, and puts that directory's names into their files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Mean, standard deviation, coefficient of variation and confidence interval of repeated measurements.
 
-This module works on plain numbers. With fewer than two values the spread is None, not 0.
+This module works on plain numbers. With fewer than two values, the spread is None, not 0.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Return a quantile of Student's t distribution; the degrees of freedom may be fractional, as in Welch's test."""
     if probability == 0.5 + CONFIDENCE / 2 and degrees_of_freedom in range(1, len(_T_975) + 1):
         return _T_975[int(degrees_of_freedom) - 1]
-    from scipy.special import stdtrit  # takes a fraction of the time that scipy.stats takes
+    from scipy.special import stdtrit  # imported in a fraction of the time that scipy.stats takes
 
     return float(stdtrit(degrees_of_freedom, probability))
 
@@ -126,7 +126,7 @@ def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbors."""
+    """Return a percentile of ascending values, at least one, interpolating linearly between neighbors."""
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

@@ -2,9 +2,9 @@
 
 A table is a folder of Parquet files. A file contains the rows of one experiment, `<id>.parquet`, or of several that
 were aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
-experiments/ contain the same experiments. They are written in this order, each atomically. A file without a counterpart
-in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, no matter when a writer
-is killed. This module knows rows, but not how they are computed.
+experiments/ contain the same experiments. The three files are written in this order, each atomically. A file without a
+counterpart in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, no matter
+when a writer is killed. This module knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        An experiment's rows count only if the table `experiments` has a row for it. If no rows are left in a file, the
-        file is therefore removed from `experiments` first. If others are left, the row in `experiments` is removed
-        last, so that after an interruption, the next call finds the rows that have not been removed yet.
+        An experiment's rows count only if the table `experiments` has a row for it. If a file is to
+        lose all of its rows, it is therefore removed from `experiments` first. Otherwise, the file in `experiments` is
+        rewritten last, so that after an interruption, the next call still finds the rows to remove.
         """
         self._sweep()
         locations = self.locations()

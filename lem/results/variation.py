@@ -255,8 +255,8 @@ def f_test(
 ) -> FTest | None:
     """Test whether a factor explains more of the values than chance would, by comparing nested linear models.
 
-    The error is what the model with the factor leaves unexplained or, with `error`, the part of it that differences
-    between the levels of `error` explain. With complete blocks, this is the classical analysis of variance; with
+    The error is what the model with the factor leaves unexplained or, with `error`, only the part that is explained by
+    differences between the levels of `error`. With complete blocks, this is the classical analysis of variance; with
     incomplete blocks, it is the intra-block analysis (H. Scheffé, The Analysis of Variance, 1959, ch. 4 and 5).
 
     Args:

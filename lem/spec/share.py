@@ -47,5 +47,5 @@ def _checked(value: Any) -> float | None:
         raise PydanticCustomError("share", IN_WORDS) from None
 
 
-# The type of a share in a schema; None means that it is not set.
+# The type of a share in a schema; None means that no share is set.
 Share = Annotated[float | None, BeforeValidator(_checked), WithJsonSchema(_SCHEMA)]
