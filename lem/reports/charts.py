@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, with a line for each name that has two values; None without lines."""
+    """Return a chart of cumulative distributions, one line per name with at least two values; None without any."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -468,7 +468,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def flat_config(row: ExperimentRow) -> dict[str, str]:
-    """Return the values of an experiment's configuration as text, by dotted key."""
+    """Return the values of an experiment's configuration as text, keyed by dotted path."""
     return _flat(config_of(row))
 
 
@@ -620,7 +620,10 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
 
 
 def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
-    """Return a scale that includes 0 if `zero` is set or, if all values are equal but not 0, only a narrow range."""
+    """Return a scale for values, which includes 0 if `zero` is set.
+
+    If all values are the same and not 0, the scale is a narrow range around them, whether or not `zero` is set.
+    """
     known = {float(value) for value in values if value is not None}
     if len(known) != 1 or 0 in known:
         return {"zero": zero}

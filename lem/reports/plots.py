@@ -1,4 +1,4 @@
-"""Writes the plots of a report as SVG and PNG files, in the size of a column of a paper.
+"""Writes the plots of a report as SVG and PNG files, sized for a column of a paper.
 
 The package vl-convert draws them; it contains Vega-Lite and needs neither a browser nor a network. The module knows the
 charts of a report, but nothing about its page.
@@ -25,7 +25,8 @@ WIDTH_IN = 3.3
 HEIGHT_IN = 2.0
 # Bars are thinner than on a page.
 BAR_SHARE = 2 / 3
-# The number of panels side by side, the space between them, their height as a share of their width, the axis' width.
+# The number of panels side by side, the space between them, their height as a share of their width, and the width of
+# the axis.
 PANELS = 3
 GAP_PX = 8
 PANEL_SHARE = 0.7

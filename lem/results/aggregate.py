@@ -122,7 +122,7 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise if a record does not fit the plan, if backends differ without `mixed`, or if a prompt counts twice."""
+    """Raise if a record does not fit the plan, backends differ and `mixed` is not set, or a prompt counts twice."""
     if plan.experiment_id != directory.id:
         raise ResultsError(
             f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."
@@ -148,7 +148,7 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot belong to the plan, or None if it can; with `foreign`, ignore its configuration."""
+    """Return why a record cannot belong to the plan, or None if it can; if `foreign`, its configuration may differ."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
@@ -223,7 +223,7 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
 class Aggregated:
-    """What became of an attempt to aggregate an experiment, and a message for the user."""
+    """The outcome of an attempt to aggregate an experiment, and a message for the user."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str

@@ -347,7 +347,7 @@ def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return an experiment's rows: from the tables or, if these are outdated, from its records; None without both."""
+    """Return an experiment's rows: from the tables or, if these are outdated, from its records; None without records."""
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -387,7 +387,10 @@ def _as_plain(
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Print an experiment's state, unless its row says enough; if it is unfinished, print how to continue it."""
+    """Print an experiment's state and, if the experiment is unfinished, the command that continues it.
+
+    Nothing is printed if the experiment is finished and has a row, or if its raw files have been removed.
+    """
     if not directory.path.is_dir() or (state.status in FINISHED and has_row):
         return
     if has_row:

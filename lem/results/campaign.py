@@ -378,7 +378,7 @@ def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
 
 
 def _begun(cells: Sequence[CellEntry]) -> list[int]:
-    """Return the cycles of the cells that have begun."""
+    """Return the cycle of each cell that has begun."""
     return [cell.cycle for cell in cells if cell.status not in ("not run", NOT_NEEDED)]
 
 
@@ -743,7 +743,7 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
 
 
 def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:
-    """Return each logarithm minus the mean of its arm."""
+    """Return the logarithms, each minus the mean of its arm's logarithms."""
     own = {name: [value for cell, value in known if cell.arm == name] for name in names}
     means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
     return [value - means[cell.arm] for cell, value in known]

@@ -220,13 +220,13 @@ def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
 
 
 def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
-    """Return the labels at the two ends of a scale, by column; the ratio 1 is labeled separately."""
+    """Return the labels at the two ends of a scale, keyed by column; the ratio 1 is labeled separately."""
     digits = _digits(low, high)
     return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
 
 
 def _scale(labels: Mapping[int, str], width: int) -> str:
-    """Return a line of labels, each centered on its column or, if it would not fit or would touch another, moved."""
+    """Return a line of labels, each centered on its column, or shifted if it would not fit or would touch another."""
     line = ""
     left = sum(len(text) + 1 for text in labels.values())
     for column, text in sorted(labels.items()):

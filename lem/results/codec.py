@@ -158,7 +158,7 @@ class _Traffic(msgspec.Struct, gc=False):
 
 
 class ExperimentExcerpt(msgspec.Struct, gc=False):
-    """The configuration values that have their own columns."""
+    """The configuration values that have columns of their own in the tables."""
 
     model: str | None
     backend: _Named

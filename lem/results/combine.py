@@ -131,7 +131,7 @@ def _as_directory(source: Path, scratch: Path) -> Iterator[Store]:
 
 
 class _Merge:
-    """The merge of one source."""
+    """The merge of one source into the target."""
 
     def __init__(self, target: Store, source: Store, shown: Path, scratch: Path) -> None:
         self._target, self._source, self._scratch = target, source, scratch
@@ -146,7 +146,7 @@ class _Merge:
         self._names = _by_start([*self._there.ids, *self._here.ids])
 
     def run(self) -> Merged:
-        """Merge, and return what was done."""
+        """Merge the source, and return what was done."""
         for experiment_id in self._here.ids:
             self._place(experiment_id)
         self._place_campaigns()
@@ -204,7 +204,7 @@ class _Merge:
         self._done.copied += 1
 
     def _found(self, old: str, digest: str) -> str | None:
-        """Return the id under which the target already has an experiment; None if the target does not have it."""
+        """Return the id that an experiment of the source already has in the target; None if it is not there."""
         for name in self._siblings(old):
             if name in self._there.raw:
                 folder = self._target.directory(name).path
@@ -262,7 +262,7 @@ class _Merge:
     def _name(
         self, kind: str, name: str, taken: Collection[str], others: Collection[str], theirs: Collection[str]
     ) -> str:
-        """Return a name for a campaign or schedule that the target lacks: its own, or one with a suffix if that is taken.
+        """Return a name for a campaign or schedule that the target lacks: its own or, if that is taken, a new one.
 
         Args:
             kind: "campaign" or "schedule".
@@ -299,7 +299,7 @@ class _Merge:
 
     # -------------------------------------------------------------- copying
     def _copy(self, old: str) -> Path:
-        """Copy an experiment's files to the scratch directory, under its new name; return their directory."""
+        """Copy an experiment's files into a scratch directory named by the new id, and return that directory."""
         directory, new = self._source.directory(old), self._ids[old]
         copy = self._scratch / new
         copy.mkdir()
@@ -400,7 +400,7 @@ class _Merge:
             write_atomically(folder / CELLS, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
     def _entry(self, entry: dict[str, Any], campaign: str) -> dict[str, Any]:
-        """Return the entry of a cell with its id and its paths in the target."""
+        """Return a cell's entry with the id and the paths that the cell's experiment has in the target."""
         place = entry["campaign"] | {"name": campaign}
         old = entry["experiment_id"]
         if old is None:
@@ -436,7 +436,7 @@ def _is_variant(name: str, of: str) -> bool:
 
 
 def _new_name(name: str | None, names: Mapping[str, str]) -> str | None:
-    """Return what something is called in the target, or None if it keeps its name or has none."""
+    """Return the new name of a campaign or schedule in the target, or None if it keeps its name or has none."""
     new = names.get(name or "")
     return new if new != name else None
 
@@ -465,7 +465,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy the files of a directory that `archive.files_in` yields to an existing directory.
+    """Copy the files that `archive.files_in` yields for a directory to an existing directory.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.

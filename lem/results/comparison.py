@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises by over 3%."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises by more than 3%."""
 
     text: str
     metric: str
@@ -378,7 +378,7 @@ def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | 
 
 # ------------------------------------------------------------------ objections
 def objections(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield the reasons against comparing two cases; each reason states what is the case on each side."""
+    """Yield the reasons against comparing two cases; each reason says what was found on each side."""
     yield from _places_differ(base, other)
     yield from _work_differs(base, other)
     yield from _conditions_differ(base, other)
@@ -465,7 +465,7 @@ def _apart(what: str, sides: Sequence[str]) -> str:
 
 
 def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield warnings that readers of a comparison need to know, although they do not rule it out."""
+    """Yield warnings that readers of a comparison need to know, but that do not rule the comparison out."""
     if len(base.experiments) == len(other.experiments) == 1 and len(base.experiments[0].cycles) > 1:
         yield warning(
             "compare_within_run",

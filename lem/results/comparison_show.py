@@ -61,7 +61,7 @@ def _allowed_of(comparison: Comparison, allowed: Sequence[str]) -> list[str]:
 
 
 def outcomes(judged: Sequence[Judged]) -> Iterator[str]:
-    """Yield a sentence for each limit and comparison."""
+    """Yield a sentence on the outcome of each limit in each comparison."""
     for comparison, limit, outcome, reason in judged:
         yield f"{limit.text}: {outcome} for {comparison.side} ({comparison.case}): {reason}."
 

@@ -101,7 +101,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory as a Path object, made on first use because there may be tens of thousands of experiments."""
+        """The directory as a Path object, made on first use, because there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -179,7 +179,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state `aggregated` if rows have been written since the last attempt, `attempt`, else None."""
+        """Return the state `aggregated` if rows were written after `attempt`, the last attempt, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -346,7 +346,7 @@ class ExperimentDir:
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return the positions of each cycle's finished prompts, in all attempts or those before `before_attempt`."""
+        """Return the positions of each cycle's finished prompts, in all attempts or only before `before_attempt`."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:

@@ -5,10 +5,10 @@
 - `mlenergy`: `runs/llm.parquet` of ML.ENERGY's benchmark; see `mlenergy_data/records/runs.py` in
   github.com/ml-energy/data.
 
-Numbers can be compared with those of another project only if its protocol was followed. No run of `lem` follows either
-protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window, and
-ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names begin
-with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
+Numbers can be compared with another project's only if that project's protocol was followed. No run of `lem` follows
+either protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window,
+and ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names
+begin with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
 """
 
 from __future__ import annotations

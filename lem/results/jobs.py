@@ -60,10 +60,10 @@ class Terms:
 class Array:
     """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
 
-    `ids` is None as long as it is not known whether Slurm accepted the array, and empty if Slurm did not. `is_refused`
-    means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the submission was
-    interrupted after Slurm had accepted the array, so its jobs may have started without the files that they need.
-    `at_s` is the time at which the array was to be submitted, in seconds since 1970.
+    `ids` is None while it is unknown whether Slurm accepted the array, and empty if Slurm did not accept it.
+    `is_refused` means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the
+    submission was interrupted after Slurm had accepted the array, so its jobs may have started without the files that
+    they need. `at_s` is the time at which the array was to be submitted, in seconds since 1970.
     """
 
     file: str
@@ -90,7 +90,7 @@ class InJob:
 
     @property
     def words(self) -> str:
-        """The job in words: its id and its node or, while it waits, the reason."""
+        """The job in words: its id and either its node or the reason why it waits."""
         if not self.job_id:
             return "not submitted yet"
         place = f" on {self.node}" if self.node else ""

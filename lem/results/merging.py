@@ -207,7 +207,7 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Sum the readings of each device and the time that they cover."""
+    """For each device, add up its readings and the time that they cover."""
     by_device = [{(r.component, r.device, r.source, r.scope): r for r in window.energy} for window in windows]
     devices = dict.fromkeys(device for of_window in by_device for device in of_window)
     return tuple(_merged_reading([of_window.get(device) for of_window in by_device], windows) for device in devices)
@@ -287,7 +287,7 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
 
 
 def merged_cut(cuts: Sequence[Cut | None], windows: int | None = None) -> Cut | None:
-    """Combine several cuts into one; `windows` is the number of windows cut, by default one for each cut."""
+    """Combine several cuts into one; `windows` is the number of windows cut, by default the sum over the cuts."""
     known = [cut for cut in cuts if cut is not None]
     if len(known) < 2:
         return known[0] if known else None

@@ -81,7 +81,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Change(Tested):
-    """A change in the primary metric, as a ratio minus 1, with its 95% interval; if it is unknown, a reason instead.
+    """A change in the primary metric, as a ratio minus 1, with its 95% interval, or the reason why it is unknown.
 
     `p_value` is for the hypothesis of no change, and is adjusted for the number of tests (Holm).
     """
@@ -96,7 +96,7 @@ class Change(Tested):
 
 @dataclass(frozen=True)
 class Correlation(Tested):
-    """The correlation `r` of successive cells, after removing any trend; if it is unknown, a reason instead."""
+    """The correlation `r` of successive cells, after removing any trend, or the reason why it is unknown."""
 
     n: int
     r: float | None = None
@@ -152,7 +152,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with at least two significant digits; `sign="+"` adds a sign to positive ones."""
+    """Return a share as a percentage with at least two significant digits; `sign="+"` writes a plus sign as well."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'}%"
@@ -318,7 +318,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbors(values: Sequence[float]) -> Correlation:
-    """Return the correlation between successive cells, minus any linear trend, tested by permuting the residuals."""
+    """Return the correlation between successive cells, after removing any trend, tested by permuting the residuals."""
     import numpy as np
 
     n = len(values)

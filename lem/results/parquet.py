@@ -33,7 +33,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type in the order of its fields, except that its `AFTER` moves some columns."""
+    """Return the columns of a record type in the order of its fields, except those that the type's `AFTER` moves."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0

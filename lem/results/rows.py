@@ -141,7 +141,7 @@ _peak = cache(peak_flops_per_s)
 
 
 def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
-    """Return columns with a value for each cycle, as if each cycle were an experiment with a single cycle."""
+    """Return all columns, with a value for each cycle, as if each cycle were an experiment with a single cycle."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
     requests = [[r for r in cycle.requests if r.error is None] for cycle in cycles]
@@ -235,7 +235,7 @@ def _late_s(run: ScheduleRun) -> float:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the name of the backend that ran, or several joined names if the user allowed mixed backends."""
+    """Return the name of the backend that ran, or several names, joined, if the user allowed mixed backends."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 

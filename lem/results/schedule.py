@@ -6,8 +6,8 @@
                                   runs/<number>.log: the output of a run
                                   schedule.log: a line for each event
 
-`lem.studies.daemon` imports this module while it waits, so it imports no heavy libraries. It does not know what a run
-measures or when it starts.
+This module imports no heavy libraries, because `lem.studies.daemon` keeps it in memory while waiting for the next
+start. It knows neither what a run measures nor when a run starts.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ScheduleManifest(Struct):
         return any(start.status == "failed" for start in self.starts)
 
     def place(self, start: Start) -> ScheduleRun:
-        """Return a run's place in this schedule, for its records."""
+        """Return a run's place in this schedule, as the run's records contain it."""
         assert start.started_at is not None
         return ScheduleRun(self.name, start.number, start.planned_at, start.started_at, self.time_zone)
 

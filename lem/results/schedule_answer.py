@@ -174,7 +174,7 @@ def _why_unknown(runs: Sequence[Run], arm: str, measure: str) -> str | None:
 
 
 def _kinds(rows: Iterable[ExperimentRow]) -> set[tuple[bool, str | None, str | None]]:
-    """Return the kinds of energy in the rows: whether it is estimated, its components and its scope."""
+    """Return the distinct kinds of energy in the rows: whether it is estimated, its components and its scope."""
     metered = (row for row in rows if row.energy_j is not None)
     return {(is_estimated(row.energy_source), row.energy_components, row.energy_scope) for row in metered}
 

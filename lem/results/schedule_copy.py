@@ -24,7 +24,7 @@ class Names(NamedTuple):
     campaigns: Mapping[str, str]
 
     def of(self, run: Start | RunOutcome) -> dict[str, str | None]:
-        """Return the fields of a run that name its experiment or campaign, with the names in the other directory."""
+        """Return the names that a run's experiment and campaign have in the other directory, keyed by field."""
         return {
             "experiment_id": self.ids.get(run.experiment_id or "", run.experiment_id),
             "campaign": self.campaigns.get(run.campaign or "", run.campaign),
@@ -32,7 +32,7 @@ class Names(NamedTuple):
 
 
 def renamed(manifest: ScheduleManifest, name: str, names: Names) -> ScheduleManifest:
-    """Return a schedule's table with the names of another results directory."""
+    """Return a schedule's table with the names that another results directory uses."""
     starts = [structs.replace(start, **names.of(start)) for start in manifest.starts]
     return structs.replace(manifest, name=name, starts=starts)
 

@@ -32,7 +32,7 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
 
     Args:
         strategy: the batching strategy.
-        batch_size: the engine's slots.
+        batch_size: the number of the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests that each replica holds at a time, for the pattern `concurrency`.
         by_client: whether only the client knows which requests are in flight, as with a server.

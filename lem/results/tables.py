@@ -179,9 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        An experiment's rows count only if the table `experiments` has a row for it. If a file is to
-        lose all of its rows, it is therefore removed from `experiments` first. Otherwise, the file in `experiments` is
-        rewritten last, so that after an interruption, the next call still finds the rows to remove.
+        An experiment's rows count only if the table `experiments` has a row for it. If all rows of a file are to be
+        removed, the file in `experiments` is therefore removed first. Otherwise, the file in `experiments` is rewritten
+        last, so that after an interruption, the next call still finds the rows to remove.
         """
         self._sweep()
         locations = self.locations()

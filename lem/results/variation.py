@@ -96,7 +96,7 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio between two halves of the levels that the test finds with a probability of `POWER`."""
+        """The ratio between two halves of the levels at which the test finds a difference with probability `POWER`."""
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
@@ -119,7 +119,7 @@ def variations(points: Sequence[Point]) -> tuple[Variation, Variation]:
 
 
 def judged(found: Sequence[Variation]) -> list[Variation]:
-    """Add the verdicts; the p-values are adjusted for all tests in the list by Holm's method."""
+    """Return the variations with verdicts; the p-values are adjusted for all tests in the list by Holm's method."""
     adjusted = iter(holm([one.result.p_value for one in found if one.result is not None]))
     return [one if one.result is None else _judged(one, next(adjusted)) for one in found]
 
@@ -316,7 +316,7 @@ def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np
 
 
 def detectable_difference(result: FTest) -> float | None:
-    """Return the difference between two halves of the levels that a test at `LEVEL` finds with the probability `POWER`.
+    """Return how far two halves of the levels must differ for a test at `LEVEL` to find it with probability `POWER`.
 
     This is computed from the noncentral F distribution, for balanced data; None if only an extreme difference is
     detectable.
