@@ -27,7 +27,8 @@ from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 from lem.warning_codes import WARNINGS
 
-# Up to this number of experiments, each power trace has a chart of its own; of more, this many at most share one chart.
+# Up to the first number of experiments, each power trace has a chart of its own. With more experiments, at most the
+# second number of traces share one chart.
 MOST_TRACES = 4
 MOST_SMALL_TRACES = 16
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.

@@ -122,7 +122,11 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise if a record does not fit the plan, backends differ and `mixed` is not set, or a prompt counts twice."""
+    """Raise `ResultsError` if records do not belong together.
+
+    They do not if one of them does not fit the plan, if a prompt was counted twice or, without `mixed`, if they are
+    from different backends.
+    """
     if plan.experiment_id != directory.id:
         raise ResultsError(
             f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."

@@ -178,7 +178,7 @@ class _Writer:
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
     """Yield the files in a directory and its subdirectories, in a fixed order.
 
-    Hidden files and directories (locks, scratch files) are left out, and so is the directory's own entry `but_for`.
+    Hidden files and directories (locks, scratch files) are left out, and so is the entry `but_for` at the top level.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:

@@ -65,7 +65,7 @@ class Known:
         return "completed" if state.status in FINISHED else state.status
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether an experiment is in use: it is running, has live processes, or is left to a Slurm job."""
+        """Return whether an experiment is in use: it is running, has live processes, or waits for a Slurm job."""
         directory = self.store.directory(experiment_id)
         if experiment_id not in self.raw:
             return False

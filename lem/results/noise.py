@@ -152,7 +152,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with at least two significant digits; `sign="+"` writes a plus sign as well."""
+    """Return a share in percent with at least two significant digits; `sign="+"` gives positive values a plus sign."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'}%"

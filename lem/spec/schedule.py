@@ -104,7 +104,7 @@ def _time_of(text: str) -> str:
 
 
 def days_of(text: str) -> tuple[str, ...]:
-    """Return the days in a list such as mon,wed-fri or weekends, from Monday on; raises `ConfigError` for others."""
+    """Return the days in a list such as mon,wed-fri or weekends, in order; raises `ConfigError` for anything else."""
     chosen = {day for part in text.lower().split(",") for day in _days_of_part(part.strip())}
     return tuple(day for day in WEEKDAYS if day in chosen)
 
