@@ -347,7 +347,10 @@ def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return an experiment's rows: from the tables or, if these are outdated, from its records; None without any."""
+    """Return an experiment's rows: from the tables or, if these are outdated, from its records.
+
+    None is returned if there are no records either.
+    """
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):

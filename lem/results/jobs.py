@@ -75,7 +75,7 @@ class Array:
 
     @property
     def cells(self) -> Iterator[int]:
-        """The numbers of all cells."""
+        """The numbers of all cells in the array."""
         return (number for cells in self.jobs for number in cells)
 
 
@@ -225,7 +225,7 @@ class Ledger:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Remove an unfinished last line from a file, left by a command that was killed while writing it."""
+    """Remove an unfinished last line from a file; a command leaves one if it is killed while writing."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) not in (b"\n", b""):

@@ -311,7 +311,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 
 
 def _lacks_gpu(records: Sequence[ProcessRecord]) -> bool | None:
-    """Return whether a GPU ran the model but is missing from the energy; None if nothing was metered."""
+    """Return whether a GPU ran the model but its energy was not metered; None if nothing was metered."""
     window = records[0].phase("measured")
     return warning_codes.lacks_gpu(records[0]) if window and window.energy else None
 
