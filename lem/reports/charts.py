@@ -71,8 +71,8 @@ class Chart:
 class PowerTrace(NamedTuple):
     """The power trace of an experiment, for a chart.
 
-    `samples` have `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature. `edges` are the phases: the
-    times of their ends and their names.
+    `samples` have `t_s`, `device`, `power_w` and `temperature_c`; most have no temperature. `edges` has the start, the
+    end and the name of each phase.
     """
 
     name: str
@@ -254,7 +254,7 @@ def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return a chart of how the average power is distributed over many experiments; none if no power is known."""
+    """Return a chart of how average power is distributed over experiments; none with fewer than two known powers."""
     columns = {"average_power_w": "average over the window"}
     return _over_experiments("power", "Power", "power", "W", rows, columns)
 
@@ -273,7 +273,7 @@ def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
 def _over_experiments(
     key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
 ) -> list[Chart]:
-    """Return one chart of how columns are distributed over experiments, or no chart if there are no values."""
+    """Return one chart of how columns are distributed over experiments, or no chart if none has two values."""
     values = {
         name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
     }
@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, with one line for each name; None if there are no values."""
+    """Return a chart of cumulative distributions, one line per name with at least two values; None without any."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -468,7 +468,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def flat_config(row: ExperimentRow) -> dict[str, str]:
-    """Return the values of an experiment's configuration as text, by dotted key."""
+    """Return the values of an experiment's configuration as text, keyed by dotted path."""
     return _flat(config_of(row))
 
 
@@ -620,7 +620,10 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
 
 
 def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
-    """Return a scale that begins at 0 if `zero` is set; if all values are equal, it is a small range around them."""
+    """Return a scale for values, which includes 0 if `zero` is set.
+
+    If all values are the same and not 0, the scale is a narrow range around them, whether or not `zero` is set.
+    """
     known = {float(value) for value in values if value is not None}
     if len(known) != 1 or 0 in known:
         return {"zero": zero}

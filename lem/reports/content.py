@@ -27,7 +27,8 @@ from lem.results.store import Store
 from lem.results.tables import Tables, read_file
 from lem.warning_codes import WARNINGS
 
-# Up to this number of experiments, each power trace has a chart of its own; up to the next, all share one chart.
+# Up to the first number of experiments, each power trace has a chart of its own. With more experiments, at most the
+# second number of traces share one chart.
 MOST_TRACES = 4
 MOST_SMALL_TRACES = 16
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.
@@ -94,7 +95,7 @@ class Content:
     trust: Sequence[Trust]
     charts: Sequence[Chart]
     settings: Sequence[Setting]
-    # The command that runs each experiment again, by its id; only those whose files still exist.
+    # The command that runs an experiment again, keyed by its id; only for experiments whose files still exist.
     commands: Mapping[str, str]
     answer: Answer | None = None
     sentences: Sequence[str] = ()
@@ -169,7 +170,7 @@ def of_grid(folder: Path) -> Content:
     """Return the content of a report on a batch or sweep, given its directory or its list of experiments.
 
     Raises:
-        ResultsError: the directory has no list of experiments.
+        ResultsError: the directory has no list of experiments, or no listed experiment has results.
     """
     folder = folder.parent if folder.name == CELLS else folder
     file = folder / CELLS
@@ -298,7 +299,7 @@ def _charts(
 def _trace(
     store: Store, row: ExperimentRow, name: str, problems: list[str], most_samples: int
 ) -> charts.PowerTrace | None:
-    """Return the power trace of an experiment's last cycle, with its phases; note a damaged file as a problem."""
+    """Return the power trace of an experiment's last cycle; None if there is none, or if a file is damaged."""
     directory = store.directory(row.experiment_id)
     try:
         traced = [
@@ -341,7 +342,7 @@ def _has_trace(directory: ExperimentDir) -> bool:
 
 
 def _spread_by_power(rows: Sequence[ExperimentRow]) -> list[ExperimentRow]:
-    """Return at most `MOST_SMALL_TRACES` rows, evenly from the lowest to the highest average power, in their order."""
+    """Return at most `MOST_SMALL_TRACES` rows, spread evenly from the lowest to the highest average power."""
     if len(rows) <= MOST_SMALL_TRACES:
         return list(rows)
     by_power = sorted(rows, key=lambda row: row.average_power_w or 0.0)
@@ -422,7 +423,7 @@ def _distributions(
 
 
 def _requests(store: Store, experiment_id: str, problems: list[str]) -> list[Any]:
-    """Return an experiment's request rows; none if it has no row, or if their file cannot be read."""
+    """Return an experiment's request rows; empty if it has no rows, or if their file cannot be read."""
     at = Tables(store).location(experiment_id)
     if at is None:
         return []
@@ -439,7 +440,7 @@ def _settings(rows: Sequence[ExperimentRow]) -> list[Setting]:
     counts: dict[str, Counter[str]] = {name: Counter() for name in ENVIRONMENT}
     for name in ENVIRONMENT:
         counts[name].update(str(getattr(row, name) or "–") for row in rows)
-    # Thousands of experiments may share a configuration, so each is read only once.
+    # Thousands of experiments may share a configuration, so each configuration is read only once.
     examples = {row.config_json: row for row in rows}
     for text, number in Counter(row.config_json for row in rows).items():
         for key, value in flat_config(examples[text]).items():

@@ -1,4 +1,4 @@
-"""Writes the plots of a report as SVG and PNG files, in the size of a column of a paper.
+"""Writes the plots of a report as SVG and PNG files, sized for a column of a paper.
 
 The package vl-convert draws them; it contains Vega-Lite and needs neither a browser nor a network. The module knows the
 charts of a report, but nothing about its page.
@@ -25,7 +25,8 @@ WIDTH_IN = 3.3
 HEIGHT_IN = 2.0
 # Bars are thinner than on a page.
 BAR_SHARE = 2 / 3
-# The number of panels beside each other, the space between them, their height for their width, and the axis' width.
+# The number of panels side by side, the space between them, their height as a share of their width, and the width of
+# the axis.
 PANELS = 3
 GAP_PX = 8
 PANEL_SHARE = 0.7
@@ -39,7 +40,7 @@ SCALE = PT_PER_IN / PX_PER_IN
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 INK, FAINT = "#000000", "#dddddd"
 LONGEST_KEY = 80
-# Three names of this many letters fit beside each other.
+# Three names of this many letters fit side by side in a legend.
 SHORT_NAME = 10
 FORMATS = ("svg", "png")
 
@@ -107,7 +108,7 @@ def for_paper(chart: Chart) -> Spec:
 
 
 def _panels_for_paper(chart: Chart) -> Spec:
-    """Return the specification of a chart with panels, which has no width of its own: the panels have."""
+    """Return the specification of a chart with panels, like `for_paper`; the width is set for each panel."""
     width_px = math.floor((WIDTH_IN * PX_PER_IN - AXIS_PX) / PANELS) - GAP_PX
     facet = chart.spec["facet"] | {"header": {"labelLimit": width_px}}
     return {
@@ -146,7 +147,7 @@ def _config(legend_columns: int) -> Spec:
 
 
 def _names(charts: Sequence[Chart]) -> list[str]:
-    """Return a file name for each chart: its key in plain letters, with a number if another chart has the same one."""
+    """Return a file name for each chart: its key in plain letters, numbered if an earlier chart has the same name."""
     found: list[str] = []
     for chart in charts:
         name = re.sub(r"[^a-z0-9_]+", "-", chart.key.lower()).strip("-")[:LONGEST_KEY] or "plot"

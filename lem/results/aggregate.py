@@ -122,7 +122,11 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise if records belong to different experiments, or if a prompt was counted twice."""
+    """Raise `ResultsError` if records do not belong together.
+
+    They do not if one of them does not fit the plan, if a prompt was counted twice or, without `mixed`, if they are
+    from different backends.
+    """
     if plan.experiment_id != directory.id:
         raise ResultsError(
             f"{directory.path} contains experiment {plan.experiment_id}; rename the directory to that id."
@@ -148,7 +152,7 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot belong to the plan, or None; with `foreign`, its backend may differ."""
+    """Return why a record cannot belong to the plan, or None if it can; if `foreign`, its configuration may differ."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
@@ -162,7 +166,7 @@ def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | Non
 
 
 def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, Sequence[Part]]) -> None:
-    """Raise an error that lists the missing processes and prompts of all cycles, if any are missing."""
+    """If processes or prompts are missing in any cycle, raise an error that lists them."""
     missing = []
     for cycle in range(1, plan.experiment.cycles + 1):
         ranks = set(range(plan.processes)) - {part.record.rank for part in by_cycle.get(cycle, ())}
@@ -179,7 +183,10 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
 
 
 def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part], strict: bool) -> list[CodedWarning]:
-    """Return warnings about one cycle's records; with `strict`, raise if processes did not run at the same time."""
+    """Return warnings about processes of a cycle that used different backends or did not run at the same time.
+
+    With `strict`, raise `ResultsError` if processes did not run at the same time.
+    """
     if len(parts) == 1:
         return []
     warnings = []
@@ -220,14 +227,14 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
 class Aggregated:
-    """The outcome of aggregating an experiment, and a message about it."""
+    """The outcome of an attempt to aggregate an experiment, and a message for the user."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str
 
 
 def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, force: bool = False) -> ExperimentRow:
-    """Write an experiment's rows to the tables and return its row.
+    """Write an experiment's rows to the tables, and return its row in the table `experiments`.
 
     Nothing is written if the row is already as new as the experiment's state, unless `force` is set.
     """
@@ -253,7 +260,7 @@ def aggregate(store: Store, directory: ExperimentDir, *, strict: bool = True, fo
 
 
 def aggregate_together(store: Store, directories: Sequence[ExperimentDir]) -> dict[str, ExperimentRow]:
-    """Write the rows of experiments that have none yet, with many experiments in a file; return the rows by id.
+    """Write the rows of experiments that have none yet, many experiments to a file; return the written rows by id.
 
     An experiment that already has a row, or whose files cannot be read, is left out.
 
@@ -321,7 +328,7 @@ def aggregate_all(
 
 
 def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
-    """Write rows that are missing because a run was killed, or the disk was full, after the measurements ended.
+    """Write rows that a run did not write after its measurements because it was killed or the disk was full.
 
     This is cheap even if many experiments exist: it looks only at `ids` and at experiments marked as unfinished.
 
@@ -356,7 +363,7 @@ def catch_up(store: Store, ids: Sequence[str] = ()) -> list[str]:
 
 
 def _ended(directory: ExperimentDir) -> State | None:
-    """Return the state of an experiment that has ended; None while its process may still write its rows."""
+    """Return the state of an experiment that has completed or failed; None otherwise, or while a process holds it."""
     state = directory.state()
     return state if state.status in (*FINISHED, "failed") and not directory.is_held() else None
 
@@ -451,8 +458,8 @@ def _reason_to_skip(
 def is_fresh(tables: Tables, experiment_id: str, at: RowLocation, state: State) -> bool:
     """Return whether an experiment's row covers its last attempt.
 
-    If a completed experiment's row says that it is incomplete, files were missing when the row was computed, so the row
-    is outdated.
+    A row that calls a completed experiment incomplete is outdated, because files were missing when the row was
+    computed.
     """
     if state.status == "aggregated" or not state.attempt:
         return True

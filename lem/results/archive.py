@@ -43,12 +43,12 @@ CHUNK = 1 << 20
 MOST_MANIFEST_BYTES, MOST_BYTES, MOST_FILES = 1 << 30, 1 << 43, 10_000_000
 # Files of a campaign that are needed only on the cluster on which it ran; some of them contain code.
 JOBS = "jobs"
-# Files that deflating does not make smaller.
+# The suffix of files that are already compressed, so that compressing them again would gain nothing.
 COMPRESSED = (".parquet",)
 
 
 class Entry(Struct, frozen=True):
-    """A file of an archive."""
+    """The size and the digest of a file in an archive."""
 
     size_bytes: int
     sha256: str
@@ -89,7 +89,8 @@ def content(
     """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
-        ResultsError: no experiment or more than one kind of selection was given, or a selected experiment is running.
+        ResultsError: not exactly one kind of selection was given, or there is nothing to archive, or a selected
+            experiment is running (with `everything`, it is left out instead).
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
@@ -169,15 +170,15 @@ class _Writer:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
 
     def add_folder(self, name: str, folder: Path, but_for: str | None = None) -> None:
-        """Add the files of a directory, except for hidden ones and those in the subdirectory `but_for`."""
+        """Add the files that `files_in` yields for a directory; their names in the archive begin with `name`."""
         for path in files_in(folder, but_for):
             self.add_file(f"{name}/{path.relative_to(folder).as_posix()}", path)
 
 
 def files_in(folder: Path, but_for: str | None = None) -> Iterator[Path]:
-    """Yield the files below a directory in a fixed order, except for hidden ones (locks, scratch files).
+    """Yield the files in a directory and its subdirectories, in a fixed order.
 
-    A file or subdirectory named `but_for` at the top level is left out as well.
+    Hidden files and directories (locks, scratch files) are left out, and so is the entry `but_for` at the top level.
     """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == but_for:
@@ -230,10 +231,10 @@ def _add_experiment(writer: _Writer, store: Store, experiment_id: str) -> None:
 
 
 def _add_rows(writer: _Writer, store: Store, ids: Sequence[str]) -> None:
-    """Add the rows of experiments.
+    """Add the rows of the archived experiments.
 
-    A table's file is copied as it is if all of its experiments are archived. Otherwise, a new file with only the wanted
-    rows takes its place.
+    If all experiments in a file of a table are archived, the file is copied unchanged. Otherwise, a new file with only
+    the wanted rows is added instead.
     """
     locations, wanted = Tables(store).locations(), set(ids)
     for file, names in by_file(locations).items():
@@ -249,7 +250,7 @@ def _add_rows(writer: _Writer, store: Store, ids: Sequence[str]) -> None:
 
 
 def by_file(locations: Mapping[str, RowLocation]) -> dict[str, list[str]]:
-    """Return the ids of the experiments in each file of the tables."""
+    """Group experiments by the file that contains their rows: return the ids, keyed by the file's name."""
     found: dict[str, list[str]] = {}
     for name, at in locations.items():
         found.setdefault(at.file, []).append(name)

@@ -71,7 +71,7 @@ class Selection:
         self._first_id()
 
     def _first_id(self) -> str:
-        """Return the id that an experiment started at --since would have; ids sort by time."""
+        """Return the lowest id that an experiment started at --since or later can have; empty without --since."""
         if self.since is None:
             return ""
         try:
@@ -122,7 +122,8 @@ def list_experiments(
 ) -> int:
     """Print a line for each experiment that has a row or a Slurm job or, with `everything`, for all experiments.
 
-    `in_jobs` maps the directory of each experiment that has not ended to its Slurm job.
+    `in_jobs` maps the directories of unfinished experiments to their Slurm jobs. The result is 1 if a file could not be
+    read, else 0.
     """
     late = catch_up(store)
     with paused_collector():
@@ -278,7 +279,7 @@ def schedule_folder(store: Store, text: str) -> Path | None:
     """Return the directory of the schedule with the given name, id or directory; None if there is no such schedule.
 
     Raises:
-        ResultsError: the text also names a campaign.
+        ResultsError: the text also names a campaign, or the schedule's file is damaged.
     """
     from lem.results import schedule
 
@@ -332,7 +333,7 @@ def _find(store: Store, text: str) -> ExperimentDir:
 
 
 def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
-    """If no experiment matches and the nearest names include a campaign or schedule, raise an error that lists them."""
+    """If no experiment matches and a campaign or schedule has a similar name, raise an error with the nearest names."""
     from lem.results import schedule
     from lem.results.campaign import names_in
 
@@ -346,7 +347,10 @@ def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return an experiment's rows: from the tables if they are there and up to date, else from its records, if any."""
+    """Return an experiment's rows: from the tables or, if these are outdated, from its records.
+
+    None is returned if there are no records either.
+    """
     tables = Tables(store)
     at = tables.location(directory.id)
     if at and (not directory.path.is_dir() or is_fresh(tables, directory.id, at, state)):
@@ -357,7 +361,7 @@ def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
     return _at_work(rows) if state.status == "running" else rows
 
 
-# Warnings about an unfinished journal, which do not apply while the journal is still being written.
+# Codes of warnings about an unfinished journal; they do not apply while the journal is still being written.
 OF_A_JOURNAL = ("window_cut", "few_cycles", "short_window", "few_ticks", "energy_missing")
 
 
@@ -386,7 +390,10 @@ def _as_plain(
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Print the state of an unfinished experiment, and the command that continues it."""
+    """Print an experiment's state and, if the experiment is unfinished, the command that continues it.
+
+    Nothing is printed if the experiment is finished and has a row, or if its raw files have been removed.
+    """
     if not directory.path.is_dir() or (state.status in FINISHED and has_row):
         return
     if has_row:
@@ -414,7 +421,7 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or of all whose rows are missing or outdated; return 1 if any write failed."""
+    """Write the rows of one experiment, or all missing and outdated rows; return 1 after a failure, else 0."""
     if (experiment_id is None) == (not everything):
         raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]

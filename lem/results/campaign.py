@@ -44,7 +44,7 @@ from lem.warning_codes import warning
 
 FOLDER, DEFINITION, CELLS = "campaigns", "campaign.json", "experiments.json"
 FORMAT_VERSION = 1
-# The status of a cell that an adaptive campaign did not reach, because it stopped earlier.
+# The status of a cell that was not run because an adaptive campaign stopped before it.
 NOT_NEEDED = "not needed"
 # The metrics by which arms are compared: their columns, units, and wording in sentences.
 MEASURES = {
@@ -55,7 +55,7 @@ MEASURES = {
     "ttft_mean_s": ("s", "mean time to first token"),
     "average_power_w": ("W", "average power"),
 }
-# If mean output lengths differ by more than this ratio, the arms do different work.
+# If mean output lengths differ by more than this share, the arms do different work.
 LENGTHS_DIFFER = 0.01
 # A trend or an effect of position is reported if its p-value is below this.
 SUSPICIOUS = 0.05
@@ -91,7 +91,7 @@ class Definition:
     """The definition of a campaign.
 
     `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
-    campaign's intervals, as calibrated when it began; None if the campaign is not adaptive. `working_dir` is the
+    campaign's intervals, as calibrated when the campaign began; None if it is not adaptive. `working_dir` is the
     directory in which the campaign was started; relative paths in the arms' configurations are resolved from it.
     """
 
@@ -118,13 +118,13 @@ class Definition:
 
     @property
     def rule(self) -> Rule | None:
-        """The stopping rule, with the nominal level that the campaign began with; None if it is not adaptive."""
+        """The stopping rule, with the nominal level at the campaign's start; None if the campaign is not adaptive."""
         return rule_of(self.campaign, len(self.arms), self.nominal_level)
 
 
 @dataclass(frozen=True)
 class CellEntry:
-    """A cell in experiments.json."""
+    """The state of a cell, as read from experiments.json."""
 
     arm: str
     cycle: int
@@ -279,7 +279,7 @@ def read_definition(folder: Path) -> Definition:
 
 
 def read_entries(folder: Path) -> list[dict[str, Any]]:
-    """Read the list of a campaign's cells, in order, as it is in the file.
+    """Read the list of a campaign's cells, in order, as plain data.
 
     Raises:
         ResultsError: the file is missing or damaged.
@@ -378,7 +378,7 @@ def _last_cycle(definition: Definition, cells: Sequence[CellEntry]) -> int:
 
 
 def _begun(cells: Sequence[CellEntry]) -> list[int]:
-    """Return the cycles of the cells that have begun."""
+    """Return the cycle of each cell that has begun."""
     return [cell.cycle for cell in cells if cell.status not in ("not run", NOT_NEEDED)]
 
 
@@ -421,7 +421,7 @@ def half_width(pair: PairRow) -> float | None:
 
 
 def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[PairRow]) -> Iterator[CodedWarning]:
-    """Warn about an adaptive campaign that reached its limit before its intervals were narrow enough."""
+    """Warn if an adaptive campaign reached its maximum number of cycles before its intervals were narrow enough."""
     rule = definition.rule
     if rule is None or not has_ended(cells):
         return
@@ -703,7 +703,7 @@ def _moved(campaign: Campaign, names: Sequence[str], found: Found) -> Iterator[C
 
 
 def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
-    """Return the effects of predecessors on the primary metric; None unless the order is designed to reveal them.
+    """Return the effects of predecessors on the primary metric; None if the campaign's order cannot reveal them.
 
     A cell is used if the cell before it in the plan also has a result, and no third cell with a result began between
     the two. On a cluster, both must be cells of one job.
@@ -743,7 +743,7 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
 
 
 def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:
-    """Return each logarithm minus the mean of its arm."""
+    """Return the logarithms, each minus the mean of its arm's logarithms."""
     own = {name: [value for cell, value in known if cell.arm == name] for name in names}
     means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
     return [value - means[cell.arm] for cell, value in known]

@@ -18,7 +18,7 @@ from lem.results.parquet import names
 PLOT_WIDTH, LEAST_PLOT_WIDTH, MOST_PLOT_WIDTH = 41, 21, 81
 # The space between names, plot and ratios.
 GAP = 2
-# Each metric's header in the table of arms, and the unit of its values; "per token" with J stands for J/token.
+# Each metric's header in the table of arms, and the unit of its values; values under "per token" in J mean J/token.
 HEADS = {
     "energy_per_output_token_j": ("per token", "J"),
     "energy_per_request_j": ("per request", "J"),
@@ -73,7 +73,7 @@ def sentences(answer: Answer) -> Iterator[str]:
 
 
 def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
-    """Return why two arms cannot be compared (one of them has no value), or None if both have a value."""
+    """If one of two arms has no value, return a sentence that says why they cannot be compared; otherwise None."""
     if pair.ratio is not None:
         return None
     reasons = {row.arm: row.reason for row in answer.arms if row.is_primary}
@@ -167,7 +167,7 @@ def _verdict(pair: PairRow, margin: float | None) -> str:
         if pair.cycles_needed is None:
             return f"cannot tell{p_value}; more cycles would hardly help"
         return f"cannot tell{p_value}; about {pair.cycles_needed} cycles would be needed"
-    if pair.verdict == "the same":  # no p-value, because it tests a ratio of 1 and not equivalence
+    if pair.verdict == "the same":  # no p-value, because it is for a ratio of 1, not for equivalence
         return f"the same within ±{percent(margin)}" if margin else "the same"
     return f"{pair.verdict}{p_value}"
 
@@ -179,7 +179,7 @@ def _digits(low: float, high: float) -> int:
 
 
 def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
-    """Yield a line for each pair's interval on a logarithmic scale, then a line that labels the scale's ends and 1.
+    """Yield a line for each pair's interval on a logarithmic scale, then a line with labels for 1 and the scale's ends.
 
     Args:
         pairs: the pairs to draw.
@@ -220,13 +220,13 @@ def forest(pairs: Sequence[PairRow], width: int | None = None) -> Iterator[str]:
 
 
 def _ends(low: float, high: float, place: Callable[[float], int]) -> dict[int, str]:
-    """Return the labels at the two ends of a scale, by column; the ratio 1 is labeled separately."""
+    """Return the labels at the two ends of a scale, keyed by column; the ratio 1 is labeled separately."""
     digits = _digits(low, high)
     return {place(end): f"{end:.{digits}f}" for end in (low, high) if end != 1}
 
 
 def _scale(labels: Mapping[int, str], width: int) -> str:
-    """Return a line with each label centered on its column, or moved if it would touch another label or not fit."""
+    """Return a line of labels, each centered on its column, or shifted if it would not fit or would touch another."""
     line = ""
     left = sum(len(text) + 1 for text in labels.values())
     for column, text in sorted(labels.items()):

@@ -40,7 +40,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class After:
-    """The ratio of a cell's value after one arm to its value after the baseline; the intervals hold simultaneously."""
+    """The ratio of a cell's value after `arm` to its value after the baseline; all such intervals hold jointly."""
 
     arm: int
     ratio: float
@@ -50,7 +50,7 @@ class After:
 
 @dataclass(frozen=True)
 class CarryOver:
-    """The effects of predecessors; `p_value` is from the F-test of whether there are any."""
+    """The effects of predecessors; `p_value` is from the F-test of whether there are any effects."""
 
     after: tuple[After, ...]
     p_value: float

@@ -27,7 +27,7 @@ def check_status(status: str | None) -> None:
 
 
 class Known:
-    """The experiments of a results directory, with statuses, campaigns and schedules according to rows and states.
+    """The experiments of a results directory; their statuses and studies are known from their rows or raw files.
 
     Raises:
         ResultsError: a file of the tables is damaged.
@@ -65,7 +65,7 @@ class Known:
         return "completed" if state.status in FINISHED else state.status
 
     def is_running(self, experiment_id: str) -> bool:
-        """Return whether an experiment is running, its processes have not exited, or a Slurm job has yet to run it."""
+        """Return whether an experiment is in use: it is running, has live processes, or waits for a Slurm job."""
         directory = self.store.directory(experiment_id)
         if experiment_id not in self.raw:
             return False

@@ -60,8 +60,8 @@ def from_json(cls: type[T], content: str | bytes) -> T:
 def _reader(cls: Any) -> Callable[[str | bytes], Any]:
     """Return the function that reads a type's JSON; every value must have its declared type.
 
-    msgspec reads records in a quarter of pydantic's time. A configuration chooses among several dataclasses for its
-    backend, which msgspec does not support, so pydantic reads it.
+    msgspec reads records in a quarter of the time that pydantic takes. A configuration, however, chooses among several
+    dataclasses for its backend. msgspec does not support such a choice, so pydantic reads configurations.
     """
     try:
         return msgspec.json.Decoder(cls).decode
@@ -84,7 +84,7 @@ def _with_short_errors(validate: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read
 
 
-# The names of amounts in files; `lem.record` declares the same fields as an `Amount` or a `Count`.
+# Matches the names of fields that cannot be negative; `lem.record` declares these as an `Amount` or a `Count`.
 AMOUNT = re.compile(
     r".*(energy_j|duration_s|tokens|bytes|planned|completed|resolution_[js]|total|uncertainty_j|per_kwh|prompts|power_w"
     r"|latency_s|ttft_s|tpot_s|itl_s|import_s|encode_s|recording_s|cores)"
@@ -129,7 +129,7 @@ def _check_numbers(value: Any, path: str, name: str) -> None:
 
 
 def config_sha256(experiment: Experiment) -> str:
-    """Return a configuration's digest, leaving out the results directory, which does not affect the measurement."""
+    """Return the digest of a configuration without its results directory, which does not affect the measurement."""
     values = to_plain(experiment)
     del values["io"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -158,7 +158,7 @@ class _Traffic(msgspec.Struct, gc=False):
 
 
 class ExperimentExcerpt(msgspec.Struct, gc=False):
-    """The configuration values that have their own columns."""
+    """The configuration values that have columns of their own in the tables."""
 
     model: str | None
     backend: _Named
@@ -172,10 +172,10 @@ class ExperimentExcerpt(msgspec.Struct, gc=False):
 
 
 class PlanExcerpt(msgspec.Struct, gc=False):
-    """The part of a plan that rows need; `config_json` is the whole configuration as JSON.
+    """The part of a plan that is needed to compute rows; `config_json` is the whole configuration as JSON.
 
-    Reading the excerpt takes a third of the time of reading the plan, and does not need pydantic. This matters because
-    a results directory may contain tens of thousands of plans.
+    Reading the excerpt takes a third of the time that reading the plan takes, and needs no pydantic. This matters
+    because a results directory may contain tens of thousands of plans.
     """
 
     experiment_id: str

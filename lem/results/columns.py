@@ -18,15 +18,15 @@ Values = Sequence[float | None]
 
 # If more than this share of a window's work was done twice, no rate is shown.
 REPEATED_MOST_SHARE = 0.02
-# A smaller idle share only reflects the window's edges, as with traffic of a fixed concurrency.
+# A smaller idle share comes only from the edges of the window, as in traffic with a fixed concurrency.
 IDLE_LEAST_SHARE = 0.001
 
 
 def of_each(objects: Sequence[Any], name: str) -> list[Any]:
-    """Return an attribute of each object, or None in place of a missing object."""
+    """Return an attribute of each object; an object that is None gives None."""
     value = attrgetter(name)
     try:
-        return list(map(value, objects))  # takes half the time
+        return list(map(value, objects))  # takes half the time of the loop below
     except AttributeError:  # an object is missing
         return [None if each is None else value(each) for each in objects]
 
@@ -34,9 +34,9 @@ def of_each(objects: Sequence[Any], name: str) -> list[Any]:
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that are derived from other columns.
 
-    Rates are null if a run was incomplete: its time and energy are kept, but part of the time and energy was spent on
-    requests that did not finish. Rates are also null if too much of the time may have been spent on requests that had
-    to be run again.
+    Rates are null if a run was incomplete, because part of its time and energy was spent on requests that did not
+    finish; the time and the energy themselves are kept. Rates are also null if too much of the time may have been spent
+    on requests that had to be run again.
     """
     is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in of["repeated_share"]]
     complete = [done and once for done, once in zip(complete, is_once, strict=True)]
@@ -80,12 +80,12 @@ def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
 
 
 def where(shown: Sequence[bool], values: Values) -> list[float | None]:
-    """Return the values, with None where they should not be shown."""
+    """Return the values, with None in place of those that should not be shown."""
     return [value if is_shown else None for is_shown, value in zip(shown, values, strict=True)]
 
 
 def _idle_durations_s(shares: Values, durations_s: Values) -> list[float]:
-    """Return how long no request was present in each window; 0 if there is no queue or the length is not known."""
+    """Return for how long no request was present in each window; 0 if its idle share or its length is unknown."""
     return [max(share or 0.0, 0.0) * (duration or 0.0) for share, duration in zip(shares, durations_s, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """Merges results directories and archives into one results directory: `lem results merge`.
 
-    <target>/.merging/                 what is being copied; left if the merge is killed; the next one removes it
-    <target>/raw/<id>/merged.json      for an experiment that was renamed: its original id and its digest in the source
+    <target>/.merging/                 what is being copied; if the merge is killed, the next merge removes it
+    <target>/raw/<id>/merged.json      if the experiment's files were changed: its id and its digest in the source
 
 An experiment is copied completely and then moved to its place, so the target contains either all of it or none of it.
 Rows are written next, then campaigns, and then schedules. What the target already contains is recognized by its content
@@ -48,7 +48,7 @@ NAMING = re.compile(r"spec\.json|process_\d+_c\d+_a\d+\.json|journal_\d+_a\d+\.j
 
 
 class Origin(Struct, frozen=True):
-    """Where a renamed experiment came from."""
+    """The id and the digest, in the source, of an experiment whose id or study was renamed."""
 
     experiment_id: str
     sha256: str
@@ -131,7 +131,7 @@ def _as_directory(source: Path, scratch: Path) -> Iterator[Store]:
 
 
 class _Merge:
-    """The merge of one source."""
+    """The merge of one source into the target."""
 
     def __init__(self, target: Store, source: Store, shown: Path, scratch: Path) -> None:
         self._target, self._source, self._scratch = target, source, scratch
@@ -146,7 +146,7 @@ class _Merge:
         self._names = _by_start([*self._there.ids, *self._here.ids])
 
     def run(self) -> Merged:
-        """Merge, and return what was done."""
+        """Merge the source, and return what was done."""
         for experiment_id in self._here.ids:
             self._place(experiment_id)
         self._place_campaigns()
@@ -204,7 +204,7 @@ class _Merge:
         self._done.copied += 1
 
     def _found(self, old: str, digest: str) -> str | None:
-        """Return the name under which the target already has an experiment; None if it does not."""
+        """Return the id that an experiment of the source already has in the target; None if it is not there."""
         for name in self._siblings(old):
             if name in self._there.raw:
                 folder = self._target.directory(name).path
@@ -234,7 +234,7 @@ class _Merge:
         from lem.results.campaign import names_in
 
         theirs, there = names_in(self._source), {*names_in(self._target)}
-        # A schedule and a campaign of one name could not be told apart.
+        # A schedule and a campaign with the same name could not be told apart.
         others = {*schedule.names(self._target)}
         for name in theirs:
             taken = {*there, *self._campaigns.values()}
@@ -262,7 +262,7 @@ class _Merge:
     def _name(
         self, kind: str, name: str, taken: Collection[str], others: Collection[str], theirs: Collection[str]
     ) -> str:
-        """Return a name for a campaign or schedule that the target lacks: its own, or with a suffix if that is taken.
+        """Return a name for a campaign or schedule that the target lacks: its own or, if that is taken, a new one.
 
         Args:
             kind: "campaign" or "schedule".
@@ -284,7 +284,7 @@ class _Merge:
         return Names(self._ids, self._campaigns)
 
     def _same_campaign(self, name: str, candidates: Collection[str]) -> str | None:
-        """Return the name under which the target has a campaign, or an earlier or later state of it, or None."""
+        """Return the name under which the target has a campaign, in any state; None if the target does not have it."""
         from lem.results.campaign import folder_of
 
         source = folder_of(self._source, name)
@@ -299,7 +299,7 @@ class _Merge:
 
     # -------------------------------------------------------------- copying
     def _copy(self, old: str) -> Path:
-        """Copy an experiment's files to the scratch directory, under its new name; return their directory."""
+        """Copy an experiment's files into a scratch directory named by the new id, and return that directory."""
         directory, new = self._source.directory(old), self._ids[old]
         copy = self._scratch / new
         copy.mkdir()
@@ -315,7 +315,7 @@ class _Merge:
         return copy
 
     def _copy_rows(self) -> None:
-        """Copy the rows of the experiments whose rows the target lacks."""
+        """Copy the rows that the target lacks."""
         tables = Tables(self._target)
         with tables.locked():
             there = tables.locations()
@@ -342,7 +342,7 @@ class _Merge:
         return _mapped(_mapped(rows, "campaign", self._campaigns), "schedule", self._schedules)
 
     def _copy_campaign(self, old: str, new: str) -> None:
-        """Copy a campaign's files; if the target has an earlier state of the campaign, replace it."""
+        """Copy a campaign's files, unless the target has the same or a later state; an earlier state is replaced."""
         from lem.results.campaign import CELLS, folder_of
 
         source, place = folder_of(self._source, old), folder_of(self._target, new)
@@ -356,7 +356,7 @@ class _Merge:
         self._done.campaigns.append(new)
 
     def _copy_schedule(self, old: str, new: str) -> None:
-        """Copy a schedule's files; where the target has an earlier state of the schedule, replace it."""
+        """Copy a schedule's files, unless the target has the same or a later state; an earlier state is replaced."""
         source, place = schedule.folder_of(self._source, old), schedule.folder_of(self._target, new)
         there = schedule.read_manifest(place) if schedule.exists(self._target, new) else None
         if there and schedule_copy.settled(schedule.read_manifest(source)) <= schedule_copy.settled(there):
@@ -366,7 +366,7 @@ class _Merge:
         try:
             copy_files(source, copy)
             schedule_copy.rename_files(copy, self._target.root, new, self._new_names)
-            with schedule.held(place):  # raises if a process is working through it in the target
+            with schedule.held(place):  # raises if a process is running the schedule in the target
                 self._put(copy, place, schedule.TABLE)
             self._done.schedules.append(new)
         except ResultsError as error:
@@ -374,7 +374,7 @@ class _Merge:
             shutil.rmtree(copy)
 
     def _put(self, copy: Path, place: Path, last: str) -> None:
-        """Move copied files to their place; `last` comes last, so that what has this file also has the others."""
+        """Move copied files to their place; `last` is moved last, so a directory that has it also has the others."""
         sync(self._scratch)
         place.parent.mkdir(exist_ok=True)
         if not place.is_dir():
@@ -400,7 +400,7 @@ class _Merge:
             write_atomically(folder / CELLS, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
     def _entry(self, entry: dict[str, Any], campaign: str) -> dict[str, Any]:
-        """Return the entry of a cell with its id and its paths in the target."""
+        """Return a cell's entry with the id and the paths that the cell's experiment has in the target."""
         place = entry["campaign"] | {"name": campaign}
         old = entry["experiment_id"]
         if old is None:
@@ -431,12 +431,12 @@ def _by_start(ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _is_variant(name: str, of: str) -> bool:
-    """Return whether a name is another one, perhaps with the suffix that a merge gives."""
+    """Return whether `name` is `of`, either unchanged or with a suffix that a merge has added."""
     return name == of or re.fullmatch(rf"{re.escape(of[:90])}_\d+", name) is not None
 
 
 def _new_name(name: str | None, names: Mapping[str, str]) -> str | None:
-    """Return what something is called in the target, or None if it keeps its name or has none."""
+    """Return the new name of a campaign or schedule in the target, or None if it keeps its name or has none."""
     new = names.get(name or "")
     return new if new != name else None
 
@@ -450,7 +450,7 @@ def _origin(folder: Path) -> Origin | None:
 
 # ------------------------------------------------------------------ files
 def digest_of(folder: Path) -> str:
-    """Return a digest of an experiment's files; all copies of an experiment have the same digest.
+    """Return a digest of an experiment's files; all unchanged copies of an experiment have the same digest.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.
@@ -465,10 +465,10 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy the plain files of a directory to an existing one, except for hidden files and the subdirectory `but_for`.
+    """Copy the files that `archive.files_in` yields for a directory to an existing directory.
 
     Raises:
-        ResultsError: one of them cannot be read, or is a link, a pipe or a device.
+        ResultsError: a file cannot be read, or is a link, a pipe or a device.
     """
     for path in archive.files_in(source, but_for):
         place = target / path.relative_to(source)
@@ -493,7 +493,7 @@ def _rename(folder: Path, old: str, new: str, campaign: str | None, of_schedule:
 
 
 def _set_name(file: Path, part: str, key: str, name: str) -> None:
-    """Change a name in a part of a JSON file, and leave everything else as it is."""
+    """Change the name under `key` in `part` of a JSON file, and leave everything else as it is."""
     whole = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
     values = msgspec.json.decode(whole[part], type=dict[str, msgspec.Raw])
     values[key] = msgspec.Raw(msgspec.json.encode(name))
@@ -502,7 +502,7 @@ def _set_name(file: Path, part: str, key: str, name: str) -> None:
 
 
 def _mapped(rows: Any, column: str, names: Mapping[str, str]) -> Any:
-    """Return an Arrow table with the names in a column replaced."""
+    """Return an Arrow table in which the values of a column have been replaced as `names` says."""
     import pyarrow as pa
 
     at = rows.schema.get_field_index(column)

@@ -36,10 +36,10 @@ MOST_CYCLES = 10_000
 class Contrast:
     """An arm compared with the baseline; `ratio` is the arm's value divided by the baseline's.
 
-    `cycles` counts the cycles used, in which both have a value above 0. The intervals of all contrasts in a comparison
-    hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` is for
-    the hypothesis that the ratio is 1, and `p_adjusted` is `p_value` adjusted by Holm's method. With fewer than two
-    cycles, interval and p-values are None.
+    `cycles` counts the cycles used: those in which both have a value above 0. The intervals of all contrasts in a
+    comparison hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` is for the
+    hypothesis that the ratio is 1, and `p_adjusted` is `p_value` adjusted by Holm's method. With fewer than two cycles,
+    the interval and the p-values are None.
     """
 
     cycles: int
@@ -71,7 +71,7 @@ def contrasts(
     confidence: float = CONFIDENCE,
     margin: float | None = None,
 ) -> list[Contrast | None]:
-    """Return each arm's contrast to the baseline, and None for the baseline itself.
+    """Return each arm's contrast with the baseline, and None for the baseline itself.
 
     Args:
         values: a row for each cycle, with the value of each arm; None or 0 means a missing value.
@@ -117,7 +117,7 @@ def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, 
 def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> tuple[Any, Any, int]:
     """Return the mean difference of an arm from the baseline, its standard error and the degrees of freedom.
 
-    The difference in value is fitted by a straight line in the difference in position (ordinary least squares). The
+    A straight line in the difference in position is fitted to the difference in value (ordinary least squares). The
     line's value at 0 is the mean, so a linear drift within the cycles neither shifts the mean nor widens its interval.
     With fewer than `POSITION_PAIRS` pairs, or if the positions differ by the same number in all pairs, the pairs are
     compared without a line.
@@ -144,7 +144,7 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
 def latin_effects(
     logs: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], baseline: int = 0
 ) -> tuple[Any, Any, int]:
-    """Return the same results as `paired_effects`, from a least-squares fit of cycle, arm and position.
+    """Return the same quantities as `paired_effects`, but from a least-squares fit of cycle, arm and position.
 
     Args:
         logs: logarithms by campaign, cycle and arm; NaN for a missing cell; the same cells must be missing in all
@@ -195,9 +195,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def is_within(effect: Effect, margin: float, alpha: float = 1 - CONFIDENCE) -> bool:
-    """Return whether two one-sided tests, each at level `alpha`, place the ratio within 1 ± margin.
+    """Return whether two one-sided tests, each at level `alpha`, show that the ratio is within 1 ± margin.
 
-    This holds if the interval with confidence 1 - 2·alpha lies within 1 ± margin. Source: D. J. Schuirmann, A
+    They do if the interval with confidence 1 - 2·alpha lies within 1 ± margin. Source: D. J. Schuirmann, A
     comparison of the two one-sided tests procedure and the power approach, J. Pharmacokinetics and Biopharmaceutics 15
     (1987).
     """
@@ -243,7 +243,7 @@ def _effect(
     if len(both) < 2:
         return None
     differences = np.array([logs[i][arm] - logs[i][baseline] for i in both])
-    # Without positions, treat their differences as 0.
+    # Without positions, the differences in position are treated as 0.
     offsets = np.zeros(len(both))
     if analysis == "position" and positions is not None:
         offsets = np.array([float(positions[i][arm] - positions[i][baseline]) for i in both])

@@ -27,18 +27,18 @@ from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.statistics import CONFIDENCE, t_quantile
 from lem.warning_codes import warning
 
-# What the values of an interval are: one for each experiment, or one for each cycle of a single experiment.
+# What an interval is computed from: one value for each experiment, or one for each cycle of a single experiment.
 Basis = Literal["experiments", "cycles"]
 Outcome = Literal["passed", "failed", "cannot tell"]
 PREFIX = "compare_"
 # Parts of a configuration that do not change what is measured.
 NOT_COMPARED = ("io",)
-# Reasons against comparing two cases, as --allow names them. The last two concern only metrics that use the energy.
+# Reasons against comparing two cases, as --allow names them. The last two concern only metrics of energy.
 REASONS = (
     "board", "driver", "engine", "prompts", "lengths", "window", "throttled", "shared", "meter", "estimate",
 )  # fmt: skip
 OF_ENERGY = ("meter", "estimate")
-# Metrics that use the energy, by the beginnings of their names.
+# The beginnings of the names of metrics that are computed from energy.
 ENERGY_METRICS = (
     "energy", "average_power", "gpu_energy", "cpu_energy", "dram_energy", "steady_energy", "steady_average_power",
 )  # fmt: skip
@@ -82,8 +82,8 @@ class Side:
 class Ratio:
     """A side's value of a metric divided by the baseline's (geometric means), with an interval if there is one.
 
-    If a side has a single value, `basis` and the interval are None, and `reason` states what is missing. `is_estimate`
-    means that the energy of at least one experiment is an estimate or simulated.
+    If there is no interval, for example because a side has a single value, `basis` is None and `reason` says why.
+    `is_estimate` means that the energy of at least one experiment is an estimate or simulated.
     """
 
     metric: str
@@ -102,7 +102,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value in which two cases differ; `where` is config or environment."""
+    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`."""
 
     where: str
     key: str
@@ -134,7 +134,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises more than 3%."""
+    """A limit on the change of a metric: `energy_per_output_token_j>+3%` fails if the metric rises by more than 3%."""
 
     text: str
     metric: str
@@ -142,9 +142,10 @@ class Limit:
     ratio: float
 
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
-        """Return the outcome of a comparison, and the reason in words.
+        """Return whether a comparison passes this limit, and the reason in words.
 
-        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is.
+        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is. If
+        the interval contains the limit, or if the two cases cannot be compared, the outcome is `cannot tell`.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -170,7 +171,7 @@ def change(ratio: float) -> str:
 
 
 def is_of_energy(metric: str) -> bool:
-    """Return whether a metric uses the energy, so that its meter matters."""
+    """Return whether a metric is computed from energy, and therefore depends on the meter."""
     return metric.startswith(ENERGY_METRICS)
 
 
@@ -195,7 +196,7 @@ def parse_limit(text: str) -> Limit:
 
 
 def metric_named(name: str, flag: str) -> str:
-    """Return the column that a name stands for; its parts may be in any order (energy_j_per_output_token).
+    """Return the column that a name stands for; the name's parts may be in any order (energy_j_per_output_token).
 
     Raises:
         ResultsError: no column that can be compared has that name.
@@ -212,7 +213,7 @@ def metric_named(name: str, flag: str) -> str:
 
 
 def comparable_columns() -> list[str]:
-    """Return the columns of both tables whose values are measured numbers on a scale with a true zero."""
+    """Return the columns, common to experiments and cycles, that hold measured numbers on a scale with a true zero."""
     from lem.results.parquet import schema
 
     skipped = ("_share", "_rate", "mfu")
@@ -253,7 +254,7 @@ def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comp
             f"{first.name} and {', '.join(side.name for side in sides[1:])} have no configuration in common. Name one "
             "experiment of each to compare different configurations."
         )
-    # All intervals of a metric hold jointly.
+    # The intervals are widened so that all intervals of a metric hold jointly.
     each = 1 - (1 - CONFIDENCE) / len(pairs)
     wanted = list(dict.fromkeys([*MEASURES, *metrics]))
     return [
@@ -334,9 +335,9 @@ def _has_estimates(case: Case) -> bool:
 def _repeated(
     metric: str, base: Case, other: Case, values: Sequence[Sequence[float | None]]
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
-    """Return the basis of the interval, and the values of the two sides whose spread determines it.
+    """Return what the interval is based on, and each side's values.
 
-    These are the values of the experiments or, if each side has a single experiment, of its cycles.
+    The values are those of the experiments or, if each side is a single experiment with several cycles, of the cycles.
     """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
@@ -352,12 +353,12 @@ def _geometric_mean(values: Sequence[float | None]) -> float | None:
 
 
 def _is_positive(value: float | None) -> bool:
-    """Return whether a value has a logarithm."""
+    """Return whether a value is known and greater than 0, so that it has a logarithm."""
     return value is not None and value > 0
 
 
 def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | None:
-    """Return half the width of the interval of a difference between two means; None if a side has a single value.
+    """Return half the width of the interval for a difference between two means; None if a side has a single value.
 
     The variances of the two sides may differ. Source: B. L. Welch, The generalization of "Student's" problem when
     several different population variances are involved, Biometrika 34 (1947).
@@ -377,7 +378,7 @@ def _half_width(sides: Sequence[Sequence[float]], confidence: float) -> float | 
 
 # ------------------------------------------------------------------ objections
 def objections(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield the reasons against comparing two cases; each contains the values in which they differ."""
+    """Yield the reasons against comparing two cases; each reason says what was found on each side."""
     yield from _places_differ(base, other)
     yield from _work_differs(base, other)
     yield from _conditions_differ(base, other)
@@ -438,7 +439,7 @@ def _conditions_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
 
 
 def _on_one_side(base: Case, other: Case, codes: Sequence[str], what: str) -> str | None:
-    """Return an objection's text if only one side has warnings with these codes."""
+    """Return an objection's text if only one side has warnings with these codes, else None."""
     found = [_with_codes(case, codes) for case in (base, other)]
     if bool(found[0]) == bool(found[1]):
         return None
@@ -464,7 +465,7 @@ def _apart(what: str, sides: Sequence[str]) -> str:
 
 
 def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield warnings that readers of a comparison need to know, although they do not rule it out."""
+    """Yield warnings that readers of a comparison need to know, but that do not rule the comparison out."""
     if len(base.experiments) == len(other.experiments) == 1 and len(base.experiments[0].cycles) > 1:
         yield warning(
             "compare_within_run",
@@ -510,7 +511,7 @@ def config_of(row: ExperimentRow) -> dict[str, Any]:
     return dict(_parsed(row.config_json))
 
 
-@lru_cache(maxsize=256)  # thousands of experiments often share a configuration, or else have one each
+@lru_cache(maxsize=256)  # thousands of experiments share a few configurations, or each has its own and no cache helps
 def _parsed(text: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(text) if text else {}
     return {key: value for key, value in values.items() if key not in NOT_COMPARED}

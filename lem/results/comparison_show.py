@@ -61,7 +61,7 @@ def _allowed_of(comparison: Comparison, allowed: Sequence[str]) -> list[str]:
 
 
 def outcomes(judged: Sequence[Judged]) -> Iterator[str]:
-    """Yield a sentence for each limit and comparison."""
+    """Yield a sentence on the outcome of each limit in each comparison."""
     for comparison, limit, outcome, reason in judged:
         yield f"{limit.text}: {outcome} for {comparison.side} ({comparison.case}): {reason}."
 
@@ -101,7 +101,7 @@ def _interval(ratio: Ratio) -> str:
 def _valued(value: float | None, unit: str, mark: str) -> str:
     if value is None:
         return show.NOT_MEASURED
-    # Only these units are commonly written with a prefix.
+    # The units that are commonly written with a prefix, such as mJ.
     is_scaled = unit in ("J", "W", "s", "B") or unit.startswith("J/")
     return mark + (quantity(value, unit) if is_scaled else plain(value, unit))
 

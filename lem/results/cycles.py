@@ -27,7 +27,7 @@ SPREADS = {
 }
 # For these columns, an experiment's value is the largest of its cycles' values.
 MAXIMA = ("peak_memory_bytes", "kv_cache_bytes")
-# Columns that say how a number was obtained; if the cycles differ, all values are listed.
+# Columns that say how a number was obtained; if the cycles differ in one, all of its values are listed.
 LABELS = re.compile(r".*_(source|scope|components|method|reason|job_id|node|trace_sha256)")
 
 # Energies, with the columns that state their kind: only energies of the same kind are averaged.

@@ -54,10 +54,10 @@ class Deletion:
         return f"{count} experiment{'s' * (count != 1)}{of_campaigns} ({quantity(self.size_bytes, 'B', 3)})"
 
     def carry_out(self) -> None:
-        """Delete everything.
+        """Delete the experiments and campaigns.
 
         Raises:
-            ResultsError: an experiment or a campaign is in use; the experiments before it have been deleted.
+            ResultsError: an experiment or a campaign is in use; experiments listed before it have been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
@@ -152,7 +152,7 @@ def _refuse_cells(known: Known, ids: Sequence[str]) -> None:
 
 # ------------------------------------------------------------------ deleting
 def finish(store: Store) -> None:
-    """Remove the rows, marks and files of experiments whose deletion has begun; quick if there are none."""
+    """Remove the rows, marks and files of experiments whose deletion has begun; return at once if there are none."""
     waiting = store.root / FOLDER
     # A link would lead to files that lem did not put there.
     if waiting.is_symlink() or not waiting.is_dir():
@@ -166,8 +166,8 @@ def finish(store: Store) -> None:
         store.mark_finished(experiment_id)
     for name in names:
         _remove(waiting / name)
-    # This needs the lock, because another process may be about to move a directory there. If a file could not be
-    # removed, the folder stays, and the next command tries again.
+    # Removing the folder needs the lock, because another process may be about to move a directory into it. If a file
+    # could not be removed, the folder stays, and the next command tries again.
     with tables.locked(), suppress(OSError):
         waiting.rmdir()
 
@@ -186,7 +186,7 @@ def _move(store: Store, experiment_id: str, target: Path) -> None:
         target.mkdir(exist_ok=True)
         return
     with _unused(directory.path):
-        directory.free_state()  # it may have been started since it was selected
+        directory.free_state()  # the experiment may have been started since it was selected
         os.rename(directory.path, target)
 
 
@@ -204,7 +204,7 @@ def delete(deletion: Deletion, *, yes: bool, dry_run: bool) -> int:
     """List what a command would delete, ask for confirmation, and delete it; return 1 if the answer was no, else 0.
 
     Raises:
-        ResultsError: there is no terminal to ask on.
+        ResultsError: there is no terminal to ask on, or an experiment or a campaign is in use.
     """
     if not deletion.statuses and not deletion.campaigns:
         print("No matching experiments; nothing was deleted.")

@@ -60,14 +60,14 @@ class Earlier:
 
     @property
     def _lengths_s(self) -> list[float]:
-        """Return the length of each attempt's window, in seconds."""
+        """The length of each attempt's window, in seconds."""
         ended = [together([part.record for part in parts]) for parts in self.attempts]
         windows = [next(filter(None, (record.phase("measured") for record in records)), None) for records in ended]
         return [window.duration_s if window else 0.0 for window in windows]
 
     @property
     def measured_s(self) -> float:
-        """Return the total length of the windows, in seconds."""
+        """The total length of the windows, in seconds."""
         return sum(self._lengths_s)
 
     def ends_s(self, rank: int) -> list[float]:
@@ -101,7 +101,7 @@ class ExperimentDir:
 
     @cached_property
     def path(self) -> Path:
-        """The directory as a Path object, made on first use because there may be tens of thousands of experiments."""
+        """The directory as a Path object, made on first use, because there may be tens of thousands of experiments."""
         return Path(self._folder)
 
     def record_file(self, rank: int, cycle: int, attempt: int) -> Path:
@@ -140,7 +140,7 @@ class ExperimentDir:
         return self._read("spec.json", partial(from_json, Plan))
 
     def plan_excerpt(self) -> PlanExcerpt:
-        """Read the part of the plan that rows need; raises `ResultsError` if the plan is missing or damaged."""
+        """Read the part of the plan needed to compute rows; raises `ResultsError` if the plan is missing or damaged."""
         return self._read("spec.json", read_excerpt)
 
     def prompts(self) -> list[str]:
@@ -179,7 +179,7 @@ class ExperimentDir:
         return (self._aggregated(state.attempt) or state) if state.status == "completed" else state
 
     def _aggregated(self, attempt: int) -> State | None:
-        """Return the state `aggregated` if the rows of `attempt`, the last one, have been written, else None."""
+        """Return the state `aggregated` if rows were written after `attempt`, the last attempt, else None."""
         if not os.path.isfile(f"{self._folder}/{AGGREGATED}"):
             return None
         try:
@@ -230,7 +230,7 @@ class ExperimentDir:
         The caller writes the final state.
 
         Args:
-            take_over: ignore a claim by another host that it is running the experiment.
+            take_over: run the experiment even if its state says that another host is running it.
 
         Raises:
             ResultsError: another process is running the experiment.
@@ -273,9 +273,12 @@ class ExperimentDir:
 
     @contextmanager
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Hold the lock shared by all processes of an attempt; with `exclusive`, wait until the others are gone.
+        """Hold the lock shared by all processes of an attempt or, with `exclusive`, keep all others out.
 
         The kernel releases the lock when the process ends, even if the process is killed.
+
+        Raises:
+            ResultsError: other processes did not release the lock within `HANDOVER_S`.
         """
         with (self.path / ".lock").open("a") as lock:
             mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
@@ -343,7 +346,7 @@ class ExperimentDir:
         return [part.record for part in self.parts()]
 
     def finished(self, before_attempt: int | None = None) -> dict[int, set[int]]:
-        """Return the positions of each cycle's finished prompts, in all attempts or those before `before_attempt`."""
+        """Return the positions of each cycle's finished prompts, in all attempts or only before `before_attempt`."""
         done: dict[int, set[int]] = {}
         for part in self.parts():
             if before_attempt is None or part.record.attempt < before_attempt:

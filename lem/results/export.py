@@ -30,7 +30,7 @@ from lem.results.store import ID, Store, age
 from lem.results.tables import KINDS, Tables, read_file
 
 FORMATS = ("csv", "json", "parquet", *foreign.SHAPES)
-# Formats that can be written only to a file, because reading them needs random access.
+# Formats that can be written only to a file, because their readers need random access.
 FILE_ONLY = ("parquet", "mlenergy")
 FORMAT_VERSION = 1
 # The number of rows that are converted at a time.
@@ -47,7 +47,7 @@ def chosen_ids(store: Store, selection: Selection, texts: Sequence[str]) -> tupl
         texts: ids or beginnings of ids; if there are none, the selection is made from all experiments.
 
     Raises:
-        ResultsError: no experiment has a row, or a text names no experiment that has one.
+        ResultsError: no experiment has a row, or a text names no experiment that has a row.
     """
     more = [*([selection.sort] if selection.sort else []), "campaign"]
     names = dict.fromkeys(("experiment_id", "status", "model", "backend", "dataset", *more))
@@ -120,7 +120,7 @@ def export(
     """Write rows in a format to a file or to stdout; return 1 if a file of the tables could not be read, else 0.
 
     Raises:
-        ResultsError: no row can be exported, or the file cannot be written.
+        ResultsError: an option is invalid, no experiment has a row, or the file cannot be written.
     """
     for flag, value, known in (("--format", kind, FORMATS), ("--table", table, (*reversed(KINDS),))):
         if value not in known:
@@ -143,7 +143,7 @@ def export(
 
 
 def check_output(file: Path, *, force: bool) -> None:
-    """Raise `ResultsError` if a file exists and `force` is not set, or if it is not a plain file."""
+    """Raise `ResultsError` if a path exists and is not a plain file, or is a plain file and `force` is not set."""
     if file.is_dir():
         raise ResultsError(f"--output: {file} is a directory; give the name of a file.")
     if file.exists() and not file.is_file():
@@ -167,7 +167,7 @@ def _report(late: Sequence[str], damaged: Sequence[str], ids: int, count: int, k
 
 
 class _Terminal:
-    """Collects bytes and prints them as text; control characters are escaped, because a terminal would obey them."""
+    """Prints bytes as text; control characters are escaped, because a terminal would obey them."""
 
     def write(self, data: Any) -> int:
         sys.stdout.write(printable(bytes(data).decode()))
@@ -223,7 +223,7 @@ class Writer(Protocol):
         """Write some rows."""
 
     def close(self) -> None:
-        """Write the end of the format; the stream stays open."""
+        """Write what the format requires at the end; the stream stays open."""
 
 
 class _Csv:
@@ -258,7 +258,7 @@ def _as_texts(column: Any) -> Any:
 
 
 class _Json:
-    """Writes a JSON object with the units of the columns and, under `rows`, one object for each row, one per line."""
+    """Writes a JSON object that describes the columns and has, under `rows`, each row as an object on its own line."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         self._sink = sink
@@ -305,7 +305,7 @@ def envelope(table: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as JSON on one line; numbers that are not finite become texts, as JSON cannot hold them."""
+    """Return plain data as JSON on one line; numbers that are not finite become texts."""
     with suppress(ValueError):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     return json.dumps(_with_texts(value), ensure_ascii=False)

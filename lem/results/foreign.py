@@ -5,10 +5,10 @@
 - `mlenergy`: `runs/llm.parquet` of ML.ENERGY's benchmark; see `mlenergy_data/records/runs.py` in
   github.com/ml-energy/data.
 
-Numbers can be compared with those of another project only if its protocol was followed. No run of `lem` follows either
-protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window, and
-ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names begin
-with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
+Numbers can be compared with another project's only if that project's protocol was followed. No run of `lem` follows
+either protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window,
+and ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names
+begin with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LABEL = (
     "not comparable with the other project's results, because that project's protocol was not followed entirely. The "
     "column lem_not_comparable_because lists the deviations."
 )
-# The sources of energy that are measurements of this run.
+# The energy sources that mean a measurement of this run.
 MEASURED = ("counter", "integral")
 
 Row = Mapping[str, Any]
@@ -109,7 +109,7 @@ def _labels(row: Row, reasons: list[str]) -> dict[str, Any]:
 
 
 def _ratio(value: float | None, by: float | None, factor: float = 1.0) -> float | None:
-    """Return a quotient; None if either value is unknown or the divisor is 0."""
+    """Return a quotient times `factor`; None if either value is unknown or the divisor is 0."""
     return None if value is None or not by else value / by * factor
 
 
@@ -191,7 +191,7 @@ def _configured(row: Row, *path: str) -> Any:
 
 # ------------------------------------------------------------------ ML.ENERGY
 TASKS = ("gpqa", "lm-arena-chat", "sourcegraph-fim", "image-chat", "video-chat")
-# The project calls a run with a shorter steady state unstable.
+# If the steady state of a run is shorter than this, the project calls the run unstable.
 SHORTEST_STEADY_S = 20.0
 # The names that the project gives the boards on which it measures.
 BOARDS = ("H100", "B200")
@@ -233,12 +233,12 @@ def ml_energy(row: Row) -> dict[str, Any]:
 
 
 def _parallelism(row: Row) -> dict[str, int | None]:
-    """Return on how many GPUs the model ran and how it was spread over them; empty if that is not known."""
+    """Return the number of GPUs, and how the model was spread over them; empty if that is not known."""
     if row["gpu_energy_j"] is None or row["backend"] == "openai":
         return {}
     try:
         experiment = from_json(Experiment, row["config_json"])
-    except ValueError:  # a configuration of another version
+    except ValueError:  # the configuration was written by another version
         return {}
     strategy, degree = experiment.parallelism.strategy, experiment.parallelism.degree
     return {

@@ -120,8 +120,8 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
     A column's unit follows from its name, so it survives every operation that keeps the name: selecting, filtering,
     sorting, merging, concatenating, grouping, copying, pickling, and writing to a file and reading it back, even if the
     file was read without `lem`. Columns that a merge has given the suffix `_x` or `_y` keep their units. So do columns
-    with several levels: those of aggregations that have the unit of the values (mean, median, min, max, sum, std, sem,
-    first, last, quantiles), those of a pivot table, and those under the keys of a concatenation.
+    with several levels: those of aggregations whose results have the unit of the values (mean, median, min, max, sum,
+    std, sem, first, last, quantiles), those of a pivot table, and those under the keys of a concatenation.
 
     A renamed column has no unit, unless the new name is that of another column in `lem`'s tables. To give a column a
     unit, add it to `frame.attrs["units"]`, which takes precedence over the names. pandas copies `attrs` in most
@@ -153,7 +153,7 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
 
 @cache
 def _known() -> dict[str, tuple[str, type[Any]]]:
-    """Return the unit and the type of each column of the tables that has a unit; no name stands for two units."""
+    """Return the unit and the type of each column that has a unit; a name has the same unit in all tables."""
     kinds: list[type[Any]] = [*KINDS.values(), PowerRecord]
     columns = [column for kind in kinds for column in parquet.columns(kind)]
     return {column.name: (column.unit, column.python_type) for column in columns if column.unit is not None}
@@ -176,7 +176,7 @@ def _name_in(label: Hashable, levels: Iterable[Any]) -> Hashable:
 
 def _names_of(label: tuple[Hashable, ...], levels: list[Any]) -> Iterator[Hashable]:
     for place, part in enumerate(label):
-        # Below the name, a level without a name of its own holds aggregations; a pivot table names its levels.
+        # Unnamed levels below the quantity's name hold aggregations; the levels of a pivot table have names.
         below = [
             str(each) for each, level in zip(label[place + 1 :], levels[place + 1 :], strict=True) if level is None
         ]

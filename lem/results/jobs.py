@@ -60,10 +60,10 @@ class Terms:
 class Array:
     """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
 
-    `ids` is None as long as it is not known whether Slurm accepted the array, and empty if Slurm did not. `is_refused`
-    means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the submission was
-    interrupted after Slurm had accepted the array, so its jobs may have started without the files that they need.
-    `at_s` is the time at which the array was to be submitted, in seconds since 1970.
+    `ids` is None while it is unknown whether Slurm accepted the array, and empty if Slurm did not accept it.
+    `is_refused` means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the
+    submission was interrupted after Slurm had accepted the array, so its jobs may have started without the files that
+    they need. `at_s` is the time at which the array was to be submitted, in seconds since 1970.
     """
 
     file: str
@@ -75,7 +75,7 @@ class Array:
 
     @property
     def cells(self) -> Iterator[int]:
-        """The numbers of all cells."""
+        """The numbers of all cells in the array."""
         return (number for cells in self.jobs for number in cells)
 
 
@@ -90,7 +90,7 @@ class InJob:
 
     @property
     def words(self) -> str:
-        """The job, its node, and why it waits."""
+        """The job in words: its id and either its node or the reason why it waits."""
         if not self.job_id:
             return "not submitted yet"
         place = f" on {self.node}" if self.node else ""
@@ -164,7 +164,7 @@ class Ledger:
         self._record({"submitting": {"file": file, "jobs": [list(cells) for cells in jobs], "at_s": time.time()}})
 
     def submitted(self, ids: Sequence[str]) -> None:
-        """Record the ids of the last array's jobs; without ids, Slurm has not accepted the array, at least for now."""
+        """Record the ids of the last array's jobs; no ids mean that Slurm has not accepted the array so far."""
         self._record({"submitted": list(ids)})
 
     def adopted(self, ids: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ class Ledger:
         self._record({"refused": True})
 
     def cancel(self) -> None:
-        """Record that the jobs are to be canceled, so that another command can do so if this one is killed."""
+        """Record that the jobs are to be canceled, so that another command can cancel them if this one is killed."""
         self._record({"cancelled": True})
 
     def end(self) -> None:
@@ -225,7 +225,7 @@ class Ledger:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Remove an unfinished last line from a file, left by a command that was killed while writing it."""
+    """Remove an unfinished last line from a file; a command leaves one if it is killed while writing."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) not in (b"\n", b""):
@@ -260,7 +260,7 @@ def awaited(store: Store) -> list[Ledger]:
 def queued_in(store: Store) -> dict[str, str]:
     """Return the ids of the experiments that jobs have yet to run or to finish, with the names of their studies.
 
-    Such an experiment may be interrupted, because its job has been requeued, but must not be resumed elsewhere.
+    Such an experiment must not be resumed elsewhere, even if its state is `interrupted` because its job was requeued.
     """
     found: dict[str, str] = {}
     for ledger in awaited(store):

@@ -119,7 +119,7 @@ def under_load(
 ) -> dict[str, float | None]:
     """Return the metrics of traffic: the actual arrival rate, the queue, the idle share of the window, and goodput.
 
-    Failed requests also arrived and kept the engine busy, but they are never good.
+    Failed requests count as arrivals and as load, but never as good.
 
     Args:
         requests: the requests of one cycle.
@@ -165,7 +165,7 @@ def _goodput(requests: Sequence[RequestRecord], duration_s: float | None, traffi
 
 
 def _union_s(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the total time covered by at least one span, given the spans in order."""
+    """Return the total time covered by at least one span, given the spans in order of their starts."""
     total, reached = 0.0, float("-inf")
     for begin, end in spans:
         uncovered_from = begin if begin > reached else reached

@@ -31,7 +31,7 @@ from lem.record import (
 )
 from lem.warning_codes import of_places, warning
 
-# If attempts differ in one of these fields, their hardware has different peaks and idle power.
+# If attempts differ in one of these, they ran on different hardware, so there is no single idle power for both.
 HARDWARE = ("processor", "device", "GPUs")
 IDLE = ("idle_before", "idle_loaded")
 # If the energy of more than this share of a window is unknown, the window's energy is null.
@@ -40,7 +40,7 @@ UNMETERED_SHARE = 0.02
 
 # ------------------------------------------------------------------ processes of one attempt
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
-    """Make the windows of processes that were interrupted together end at the same time.
+    """If the processes of an attempt were interrupted, make their windows end at the same time.
 
     Each process knows only its own last finished request, and only one process meters. The common end is the end of the
     metering process's window or, if another process finished a request after that, the end of that process's window.
@@ -129,7 +129,7 @@ def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight, now at least one request, after `by_s` more seconds in which no request finished."""
+    """Return the work in flight, at least one request, after `by_s` more seconds in which no request finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known
@@ -207,7 +207,7 @@ def _merged_phases(records: Sequence[ProcessRecord]) -> tuple[Phase, ...]:
 
 
 def _merged_readings(windows: Sequence[Phase]) -> tuple[EnergyReading, ...]:
-    """Sum the readings of each device and the time that they cover."""
+    """For each device, add up its readings and the time that they cover."""
     by_device = [{(r.component, r.device, r.source, r.scope): r for r in window.energy} for window in windows]
     devices = dict.fromkeys(device for of_window in by_device for device in of_window)
     return tuple(_merged_reading([of_window.get(device) for of_window in by_device], windows) for device in devices)
@@ -255,7 +255,7 @@ def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
 
 
 def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
-    """Return the carbon intensity of all attempts: their mean, weighted by energy, if they differ."""
+    """Return the carbon intensity over all attempts: if it differs between them, the mean weighted by energy."""
     found = [record.carbon for record in records]
     if None in found or all(each == found[0] for each in found):
         return None if None in found else found[-1]
@@ -267,7 +267,7 @@ def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
 
 
 def weighted(values: Sequence[float], weights: Sequence[float | None]) -> float | None:
-    """Return the weighted mean; None if a weight is unknown or negative, or all are 0."""
+    """Return the weighted mean; None if a weight is unknown or negative, or if all weights are 0."""
     known = [weight for weight in weights if weight is not None and weight >= 0]
     if len(known) < len(values) or sum(known) == 0:
         return None
@@ -287,7 +287,7 @@ def _merged_prefill(parts: Sequence[Prefill | None]) -> Prefill | None:
 
 
 def merged_cut(cuts: Sequence[Cut | None], windows: int | None = None) -> Cut | None:
-    """Combine several cuts into one; `windows` is the number of windows cut, by default one for each cut."""
+    """Combine several cuts into one; `windows` is the number of windows cut, by default the sum over the cuts."""
     known = [cut for cut in cuts if cut is not None]
     if len(known) < 2:
         return known[0] if known else None

@@ -34,7 +34,7 @@ class Block:
     positions: tuple[int, ...]
 
     def place(self, by: By) -> str:
-        """Return the name of the board model or of the node."""
+        """Return the board model or the node on which the cycle ran, as `by` says."""
         return self.board if by == "board" else self.node
 
 
@@ -172,7 +172,7 @@ def _ratios(pairs: Sequence[Block], arm: int, baseline: int, analysis: Analysis)
 
 
 def _interaction(pairs: Sequence[Block], arm: int, baseline: int, analysis: Analysis, by: By) -> Interaction | None:
-    """Return the test of one arm; None if no degrees of freedom are left for the noise."""
+    """Test whether an arm's ratio differs between boards or nodes; None if no degrees of freedom are left for noise."""
     from scipy.special import fdtrc
 
     apart, alike = _Fit.of(pairs, arm, baseline, analysis, by), _Fit.of(pairs, arm, baseline, analysis, None)

@@ -29,7 +29,7 @@ LEAST_NEIGHBORS = 10
 PERMUTATIONS = 2000
 # The numbers of cycles for which the detectable difference is shown.
 EXAMPLES = (3, 5, 10, 20)
-# If more cycles than this were needed, the advice is to reduce the machine's noise.
+# If more cycles than this are needed, the advice is to reduce the machine's noise.
 MOST_CYCLES = 100
 # The noise measured in a few cycles may be too low by chance. Campaigns planned with the upper limit of the noise at
 # this confidence have at least the planned power in that share of cases: R. H. Browne, On the use of a pilot sample
@@ -42,7 +42,7 @@ OTHER_CAUSES = {
     "window": ("short_window", "few_ticks", "short_steady_state"),
     "machine": ("foreign_process", "shared_hardware", "throttled", "busy_host"),
 }
-# Changes smaller than this, in percent, are not shown exactly.
+# A percentage below this is shown only as "under" this value.
 LEAST_PERCENT = 0.01
 # The smallest gap to recommend, in seconds.
 LEAST_GAP_S = 10.0
@@ -52,10 +52,10 @@ LEAST_GAP_S = 10.0
 class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
-    A small value is almost equal to the relative standard deviation. `low` and `high` are the ends of its 95%
-    interval, and `planning` is the upper confidence limit used to plan campaigns. `finds` maps several numbers of
-    cycles to the smallest difference (as a ratio minus 1) that this many cycles detect with a probability of 80%. All
-    are None, with a reason, if there are too few pairs or if all pairs are equal.
+    If `sd` is small, it is almost equal to the relative standard deviation of the ratio. `low` and `high` are the ends
+    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. `finds` pairs
+    several numbers of cycles with the smallest difference (as a ratio minus 1) that so many cycles detect with a
+    probability of 80%. If there are too few pairs, or if all pairs are equal, only `reason` is set.
     """
 
     measure: str
@@ -69,7 +69,7 @@ class Floor:
 
 
 class Tested:
-    """An effect; its p-value is None if it could not be tested against chance."""
+    """An effect that may be due to chance alone; its p-value is None if that could not be tested."""
 
     p_value: float | None
 
@@ -81,7 +81,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Change(Tested):
-    """A change in the primary metric, as a ratio minus 1, with its 95% interval; None, with a reason, if unknown.
+    """A change in the primary metric, as a ratio minus 1, with its 95% interval, or the reason why it is unknown.
 
     `p_value` is for the hypothesis of no change, and is adjusted for the number of tests (Holm).
     """
@@ -96,7 +96,7 @@ class Change(Tested):
 
 @dataclass(frozen=True)
 class Correlation(Tested):
-    """The correlation `r` of successive cells, after removing any trend; None, with a reason, if unknown."""
+    """The correlation `r` of successive cells, after removing any trend, or the reason why it is unknown."""
 
     n: int
     r: float | None = None
@@ -152,7 +152,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share as a percentage with at least two significant digits; `sign="+"` adds a sign to positive ones."""
+    """Return a share in percent with at least two significant digits; `sign="+"` gives positive values a plus sign."""
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'}%"
@@ -318,7 +318,7 @@ def _tested(mean: float, error: float, degrees_of_freedom: int, n: int) -> Chang
 
 
 def _neighbors(values: Sequence[float]) -> Correlation:
-    """Return the correlation between successive cells without the linear trend, tested by permuting the residuals."""
+    """Return the correlation between successive cells, after removing any trend, tested by permuting the residuals."""
     import numpy as np
 
     n = len(values)

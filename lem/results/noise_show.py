@@ -88,7 +88,7 @@ def _short(floor: Floor) -> str:
 
 
 def _finds(floor: Floor) -> str:
-    """Return the smallest differences that campaigns would detect; empty if the noise is not known."""
+    """Return, as text, the smallest differences that campaigns would detect; empty if the noise is not known."""
     if not floor.finds:
         return ""
     known = ", ".join(f"{percent(found)} with {cycles}" for cycles, found in floor.finds)

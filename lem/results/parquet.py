@@ -33,7 +33,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type in the order of its fields, except that its `AFTER` moves some columns."""
+    """Return the columns of a record type in the order of its fields, except those that the type's `AFTER` moves."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0
@@ -76,7 +76,7 @@ def defaults(record_type: type[Any]) -> dict[str, Any]:
 
 
 def _fillers(record_type: type[Any]) -> dict[str, Any]:
-    """Return a fill value for each column that older files may lack: its default, null or an empty list."""
+    """Return the value that fills each column missing from an older file: its default, null or an empty value."""
     empty = {str: "", int: 0, float: 0.0, bool: False, list[str]: [], list[float]: []}
     values = {c.name: None if c.nullable else empty[c.python_type] for c in columns(record_type)}
     return values | defaults(record_type)
@@ -145,7 +145,7 @@ def _array(values: Sequence[Any], arrow_type: Any) -> Any:
 
 @contextmanager
 def without_pandas() -> Iterator[None]:
-    """Keep pyarrow from importing pandas, as it otherwise does when it creates its first array.
+    """Keep pyarrow from importing pandas, which pyarrow would otherwise do when it creates its first array.
 
     The import would cost every `lem experiment` and `lem aggregate` 0.25 s and 40 MB: a quarter of the time to
     aggregate 6,000 records. If a DataFrame is needed later, pyarrow still imports pandas.
@@ -165,7 +165,10 @@ class _NoPandas:
 
 
 def aligned(found: Any, record_type: type[Any], wanted_names: Sequence[str] | None = None) -> Any:
-    """Return a table with this version's columns, or some of them; drop unknown columns and fill missing ones."""
+    """Return a table with this version's columns: missing ones are filled, and unknown ones are dropped.
+
+    With `wanted_names`, only these columns are returned.
+    """
     import pyarrow as pa
 
     wanted, fillers, there = schema(record_type), _fillers(record_type), set(found.column_names)
@@ -223,7 +226,7 @@ def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
     """
     import pyarrow.parquet as pq
 
-    # The file is passed open, because pyarrow could mistake a path given as a string for a URI.
+    # The file is opened here, because pyarrow could mistake a path for a URI.
     with path.open("rb") as file:
         return pq.ParquetFile(file).read(wanted_names)
 

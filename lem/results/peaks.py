@@ -86,7 +86,7 @@ def arithmetic_dtype(dtype: str | None, quantization: str | None) -> str | None:
 
 
 def peak_flops_per_s(device_name: str, dtype: str) -> Peak | None:
-    """Return a device's peak for a dtype of the arithmetic; None if unknown.
+    """Return a device's peak throughput for arithmetic in a dtype; None if unknown.
 
     `device_name` is the name that NVML and CUDA report. The dtypes are float32, bfloat16, float16 and float8.
     """

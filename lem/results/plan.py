@@ -77,7 +77,7 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether a process's requests count; in a group with the same prompts, only the first process's do."""
+        """Return whether a process's requests count; if processes run the same prompts, only the first one's count."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:
@@ -100,7 +100,7 @@ SAME_START_S = 0.02
 
 
 class State(Struct, frozen=True):
-    """The state of an experiment; `host`, `pid` and `process_started_s` (since boot) identify its process."""
+    """The state of an experiment; `host`, `pid` and `process_started_s` (since boot) identify the running process."""
 
     status: StateName
     attempt: int

@@ -141,7 +141,7 @@ _peak = cache(peak_flops_per_s)
 
 
 def cycle_columns(cycles: Sequence[Cycle]) -> Columns:
-    """Return all columns of the cycle rows, computed as if each cycle were an experiment."""
+    """Return all columns, with a value for each cycle, as if each cycle were an experiment with a single cycle."""
     records = [cycle.records for cycle in cycles]
     first = [of_cycle[0] for of_cycle in records]
     requests = [[r for r in cycle.requests if r.error is None] for cycle in cycles]
@@ -235,7 +235,7 @@ def _late_s(run: ScheduleRun) -> float:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the name of the backend that ran, or several joined names if the user allowed mixed backends."""
+    """Return the name of the backend that ran, or several names, joined, if the user allowed mixed backends."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 
@@ -268,7 +268,7 @@ def _peak_of(engine: EngineInfo | None, model: ModelInfo | None, environment: En
 
 
 def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
-    """Return durations and energies from the metering process; phases begin and end together in all processes."""
+    """Return the metering process's durations and energies; all processes begin and end their phases together."""
     owners = [of_cycle[0] if of_cycle[0].rank == ENERGY_OWNER else None for of_cycle in records]
     phases: list[Mapping[str, Phase]] = [
         _longest(of_cycle) if owner is None else {phase.name: phase for phase in owner.phases}
@@ -311,7 +311,7 @@ def _timed_and_metered(records: Sequence[Sequence[ProcessRecord]]) -> Columns:
 
 
 def _lacks_gpu(records: Sequence[ProcessRecord]) -> bool | None:
-    """Return whether a GPU ran the model but is missing from the energy; None if nothing was metered."""
+    """Return whether a GPU ran the model but its energy was not metered; None if nothing was metered."""
     window = records[0].phase("measured")
     return warning_codes.lacks_gpu(records[0]) if window and window.energy else None
 
@@ -325,7 +325,7 @@ def _energies_j(phases: Sequence[Mapping[str, Phase]], name: str) -> list[float 
 
 
 def _longest(records: Sequence[ProcessRecord]) -> dict[str, Phase]:
-    """Return the longest phase of each name, for use when the metering process has no record."""
+    """Return the longest phase of each name among all processes; needed if the metering process has no record."""
     longest: dict[str, Phase] = {}
     for phase in (phase for record in records for phase in record.phases):
         if phase.name not in longest or phase.duration_s > longest[phase.name].duration_s:
@@ -426,7 +426,7 @@ def _withhold(columns: Columns, cycles: Sequence[Cycle], complete: Sequence[bool
     shown = [done and once for done, once in zip(complete, is_once, strict=True)]
     for name in ("arrival_rate_per_s", "goodput_requests_per_s"):
         columns[name] = where(shown, columns[name])
-    # In an interrupted cycle, some requests that had arrived have no row.
+    # In an interrupted cycle, some requests arrived but have no row.
     has_all = [done or not cycle.has_arrivals for done, cycle in zip(complete, cycles, strict=True)]
     for name in ("idle_share", "decode_duration_s", "decode_energy_j"):
         columns[name] = where(has_all, columns[name])

@@ -1,4 +1,4 @@
-"""A schedule's files: the table of its starts with their outcomes, and the lock of the process that works through it.
+"""A schedule's files: the table of its starts with their outcomes, and the lock of the process that runs the schedule.
 
     <results>/schedules/<name>/   schedule.json: the settings and the table of starts, kept up to date
                                   what.json: the experiment or the campaign's arms that each run measures
@@ -6,8 +6,8 @@
                                   runs/<number>.log: the output of a run
                                   schedule.log: a line for each event
 
-`lem.studies.daemon` imports this module while it waits, so it imports no heavy libraries. It does not know what a run
-measures or when it starts.
+This module imports no heavy libraries, because `lem.studies.daemon` keeps it in memory while waiting for the next
+start. It knows neither what a run measures nor when a run starts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 Status = Literal["planned", "running", "done", "failed", "skipped", "missed", "interrupted"]
 # The statuses of runs that have been cut off and are resumed when the schedule continues.
 CUT: tuple[Status, ...] = ("running", "interrupted")
-# How each status is counted in sentences, in this order.
+# The word for each status in phrases that count starts, in the order in which the words appear.
 WORDS: dict[Status, str] = {
     "done": "done", "failed": "failed", "skipped": "skipped", "missed": "missed", "interrupted": "interrupted",
     "running": "running", "planned": "not started",
@@ -79,7 +79,7 @@ class Config(Struct, frozen=True):
 
 
 class ScheduleManifest(Struct):
-    """The settings of a schedule and the table of its starts, computed when it was started."""
+    """The settings of a schedule, and the table of its starts, computed when the schedule was started."""
 
     name: str
     id: str
@@ -98,7 +98,7 @@ class ScheduleManifest(Struct):
         return any(start.status == "failed" for start in self.starts)
 
     def place(self, start: Start) -> ScheduleRun:
-        """Return a run's place in this schedule, for its records."""
+        """Return a run's place in this schedule, as the run's records contain it."""
         assert start.started_at is not None
         return ScheduleRun(self.name, start.number, start.planned_at, start.started_at, self.time_zone)
 
@@ -178,7 +178,7 @@ def load_schedule(store: Store, name_or_id: str) -> ScheduleManifest:
 
 
 def read_manifest(folder: Path) -> ScheduleManifest:
-    """Return the schedule of a directory; raises `ResultsError` if its file is missing or damaged."""
+    """Read the schedule in a directory; raises `ResultsError` if its file is missing or damaged."""
     file = folder / TABLE
     try:
         with os.fdopen(open_to_read(str(file)), "rb") as content:

@@ -29,7 +29,7 @@ from lem.warning_codes import warning
 MEASURES = {**OF_CAMPAIGNS, "co2e_g": ("gCO2e", "emissions of a run")}
 PRIMARY = "energy_per_output_token_j"
 ENERGIES = ("energy_per_output_token_j", "energy_per_request_j", "average_power_w", "co2e_g")
-# What must not change while a schedule is measured, with the column or the field of the environment that shows it.
+# What must not change while a schedule is measured, with the column, or the field of the environment, that shows it.
 OF_ROWS = {"host": "hostname", "device": "device", "engine": "engine_version", "lem": "lem_version"}
 OF_ARMS = ("device", "engine")
 OF_ENVIRONMENTS = {
@@ -54,7 +54,7 @@ class Run:
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
 
     def value(self, arm: str, measure: str) -> float | None:
-        """Return an arm's value of a metric: the geometric mean over its experiments that have one; None if none do."""
+        """Return an arm's value of a metric: the geometric mean over its experiments; None if none has a value."""
         values = [value for row in self.rows.get(arm, ()) if (value := getattr(row, measure)) is not None]
         if not values or min(values) <= 0:  # a value of 0 has no logarithm
             return 0.0 if values else None
@@ -73,7 +73,7 @@ class Found:
 
     @property
     def is_primary(self) -> bool:
-        """Whether the verdict is about this metric."""
+        """Whether this is the primary metric, which the verdict is about."""
         return self.measure == PRIMARY
 
 
@@ -111,7 +111,7 @@ def _runs(store: Store, manifest: ScheduleManifest) -> list[Run]:
         is_own = row.schedule_run in found and planned[row.schedule_run] == row.schedule_planned_at
         if row.schedule_run is not None and is_own and row.status == "completed":
             found[row.schedule_run][row.campaign_arm or "", row.campaign_cycle] = (
-                row  # the last one, if it was repeated
+                row  # the last one, if a cell was repeated
             )
     return [Run(start, _by_arm(found[start.number])) for start in manifest.starts]
 
@@ -138,7 +138,7 @@ def _rows(store: Store, manifest: ScheduleManifest) -> list[ExperimentRow]:
 
 # ------------------------------------------------------------------ variation
 def _examined(runs: Sequence[Run], arms: Sequence[str], measure: str) -> Iterator[Found]:
-    """Yield how a metric varies, for each arm; the p-values are adjusted for the tests of all arms."""
+    """For each arm, yield how a metric varies; the p-values are adjusted for the tests of all arms together."""
     found = [_variations(runs, arm, measure) for arm in arms or [""]]
     with_verdicts = iter(judged([each for pair in found for each in pair]))
     for arm in arms or [""]:
@@ -174,7 +174,7 @@ def _why_unknown(runs: Sequence[Run], arm: str, measure: str) -> str | None:
 
 
 def _kinds(rows: Iterable[ExperimentRow]) -> set[tuple[bool, str | None, str | None]]:
-    """Return the kinds of energy in the rows: whether it is estimated, its components and its scope."""
+    """Return the distinct kinds of energy in the rows: whether it is estimated, its components and its scope."""
     metered = (row for row in rows if row.energy_j is not None)
     return {(is_estimated(row.energy_source), row.energy_components, row.energy_scope) for row in metered}
 
@@ -254,7 +254,7 @@ def _changes(store: Store, runs: Sequence[Run]) -> Iterator[CodedWarning]:
 
 
 def _surroundings(store: Store, rows: ByArm) -> dict[str, str]:
-    """Return the machine, devices and software that a run used; each arm has its own device and engine."""
+    """Return the machine, devices and software that a run used; devices and engines are listed for each arm."""
     known: dict[str, str] = {}
     for arm, row in ((arm, row) for arm, of_arm in rows.items() for row in of_arm):
         for what, column in OF_ROWS.items():
@@ -269,7 +269,7 @@ def _surroundings(store: Store, rows: ByArm) -> dict[str, str]:
 
 
 def _environment(store: Store, experiment_id: str) -> Environment | None:
-    """Return the environment of an experiment, from its records; None if they are gone."""
+    """Return the environment of an experiment, from its records; None if no record has one."""
     try:
         records = store.directory(experiment_id).records()
     except LemError:

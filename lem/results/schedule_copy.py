@@ -1,4 +1,4 @@
-"""A copy of a schedule in another results directory: finding it there, and putting that directory's names into it."""
+"""Copies of schedules in another results directory: finds them, and puts that directory's names into their files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Names(NamedTuple):
     campaigns: Mapping[str, str]
 
     def of(self, run: Start | RunOutcome) -> dict[str, str | None]:
-        """Return the fields of a run that name its experiment or campaign, with the names in the other directory."""
+        """Return the names that a run's experiment and campaign have in the other directory, keyed by field."""
         return {
             "experiment_id": self.ids.get(run.experiment_id or "", run.experiment_id),
             "campaign": self.campaigns.get(run.campaign or "", run.campaign),
@@ -32,13 +32,13 @@ class Names(NamedTuple):
 
 
 def renamed(manifest: ScheduleManifest, name: str, names: Names) -> ScheduleManifest:
-    """Return a schedule's table with the names of another results directory."""
+    """Return a schedule's table with the names that another results directory uses."""
     starts = [structs.replace(start, **names.of(start)) for start in manifest.starts]
     return structs.replace(manifest, name=name, starts=starts)
 
 
 def settled(manifest: ScheduleManifest) -> int:
-    """Return how many starts have an outcome that is final."""
+    """Return how many starts have a final outcome."""
     return sum(not _is_open(start) for start in manifest.starts)
 
 
@@ -54,7 +54,7 @@ def same_schedule(found: ScheduleManifest, store: Store, candidates: list[str], 
     for name in candidates:
         try:
             there = schedule.read_manifest(schedule.folder_of(store, name))
-        except ResultsError:  # a damaged table is never taken for another one
+        except ResultsError:  # a damaged table matches no schedule
             continue
         if _is_state_of(renamed(found, there.name, names), there):
             return name
@@ -62,7 +62,10 @@ def same_schedule(found: ScheduleManifest, store: Store, candidates: list[str], 
 
 
 def _is_state_of(one: ScheduleManifest, other: ScheduleManifest) -> bool:
-    """Return whether two tables belong to one schedule: made at once with one plan, and no start ended in two ways."""
+    """Return whether two tables belong to the same schedule.
+
+    They do if they are the same apart from the outcomes of their starts, and no start has two different final outcomes.
+    """
     if structs.replace(one, starts=[]) != structs.replace(other, starts=[]) or len(one.starts) != len(other.starts):
         return False
     pairs = list(zip(one.starts, other.starts, strict=True))
@@ -77,14 +80,14 @@ def _is_open(start: Start) -> bool:
 
 
 def rename_files(folder: Path, root: Path, name: str, names: Names) -> None:
-    """Put the names that a results directory uses, and its own path, into the files of a copied schedule."""
+    """In the files of a schedule copied to the results directory `root`, use that directory's names and path."""
     schedule.write_manifest(folder, renamed(schedule.read_manifest(folder), name, names))
     for file in (folder / "runs").glob("*.json"):
         outcome = schedule.read_outcome(folder, int(file.stem)) if file.stem.isdecimal() else None
         if outcome is None:
             continue
         if outcome.status in CUT and outcome.experiment_id not in {None, *names.ids}:
-            # Its experiment was not copied, so the run begins again if the copy is continued.
+            # The run's experiment was not copied, so the run starts over if the copied schedule is continued.
             file.unlink()
         else:
             write_atomically(file, msgspec.json.encode(structs.replace(outcome, **names.of(outcome))))
@@ -92,7 +95,7 @@ def rename_files(folder: Path, root: Path, name: str, names: Names) -> None:
 
 
 def _move_results(file: Path, root: Path) -> None:
-    """Let the runs that are still to come be stored in the results directory of the copy."""
+    """Change the description of the runs, so that the remaining runs store their results in `root`."""
     try:
         what: dict[str, Any] = json.loads(file.read_bytes())
         for each in [what.get("experiment"), *(arm["experiment"] for arm in what.get("arms", ()))]:

@@ -19,7 +19,7 @@ from lem.results.variation import LEVEL, POWER, Level, Variation
 MOST_RUNS = 100
 # Each metric's header and unit, as in a campaign's table of arms.
 HEADS = {**OF_CAMPAIGNS, "co2e_g": ("CO2e", "gCO2e")}
-# The metrics that the tables of means show besides the primary metric, which also has its interval.
+# The metrics that the tables of means show besides the primary metric; only the latter is shown with its interval.
 ALSO_SHOWN = ("output_tokens_per_s", "co2e_g")
 # The first column of the two tables of means.
 FACTORS = {"time of day": "time", "weekday": "weekday"}
@@ -45,7 +45,7 @@ def show_answer(answer: Answer) -> None:
 
 # ------------------------------------------------------------------ sentences
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield the verdicts on the primary metric: for each arm, one on the time of day and one on the weekday."""
+    """Yield each arm's verdicts on the primary metric, by time of day and by weekday, then a sentence on the tests."""
     primary = [each for each in answer.found if each.is_primary]
     for found in primary:
         for variation in (found.by_time, found.by_weekday):
@@ -117,7 +117,7 @@ def _cells(start: Start) -> tuple[str, ...]:
 def _clock(text: str) -> str:
     """Return a time as text, without seconds if they are 0.
 
-    Its UTC offset distinguishes the two times of 02:30 on a day on which the clocks are set back.
+    The UTC offset distinguishes the two times of 02:30 on a day on which the clocks are set back.
     """
     at = datetime.fromisoformat(text)
     seconds = f":{at:%S}" if at.second else ""

@@ -22,7 +22,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """The measurements of an experiment or of one of its cycles: the columns that both tables have.
 
     Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if it was
-    read from them, else that of the measured components, else the sum of the estimates; `energy_source` says which.
+    read from them, else that of the measured components, else the sum of the estimates.
     """
 
     # Columns are in the order of the class's fields, except that each column named here follows the column it maps to.

@@ -27,7 +27,7 @@ WIDTH_WITHOUT_TERMINAL = 100_000
 WIDE = 110
 # Text wrapped to less than this width is hard to read.
 LEAST_TEXT_WIDTH = 30
-# Times that have a mean and percentiles: the label of their line, and the prefix of their columns.
+# Times that have a mean and percentiles: the label of each one's line, and the prefix of its columns.
 PERCENTILES = {
     "Latency": "latency",
     "Time to first token": "ttft",
@@ -36,7 +36,7 @@ PERCENTILES = {
 }
 # Names of the quantities that have percentiles, by the prefix of their columns.
 SAMPLE_NAMES = {"latency": "latency", "ttft": "TTFT", "itl": "ITL", "tpot": "TPOT", "queue": "queue"}
-# The indent of what stands below a heading.
+# The indent of lines below a heading.
 INDENT = 2
 NOT_MEASURED = "–"
 NO_BREAK = "\u00a0"
@@ -109,7 +109,7 @@ def filled(parts: Iterable[str], separator: str, width: int, cells: Callable[[st
 
 
 def cell(text: str) -> str:
-    """Return a string on one line for rich to show literally, with its markup and control characters escaped."""
+    """Return a text as one line that rich shows literally, with its markup and control characters escaped."""
     from rich.markup import escape
 
     return escape(one_line(text))

@@ -18,7 +18,7 @@ from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
 
-# If a case has more experiments than this, the driver and the GPUs of the rest are not read, because that takes long.
+# If a case has more experiments than this, the driver and the GPUs of the rest are not read, to save time.
 MOST_ENVIRONMENTS = 50
 
 
@@ -43,10 +43,10 @@ def compare(
         metrics: columns to compare in addition to those that a campaign reports.
 
     Returns:
-        A comparison for each case of each of the others: an arm of a campaign, or a configuration of a results
-        directory. `ratios` has a ratio for each metric, without a unit: the value divided by the baseline's. Its
-        `value` and `baseline_value` have the unit of the metric's column in the table `experiments`.
-        `objections` says why the case is not comparable; each objection has a code.
+        A comparison for each case in each of `others`. A case is an arm of a campaign, a configuration in a results
+        directory, or a single experiment. `ratios` has a ratio for each metric, without a unit: the value divided by
+        the baseline's. Each ratio's `value` and `baseline_value` have the unit of the metric's column in the table
+        `experiments`. `objections` lists the reasons why the case is not comparable, each with a code.
 
     Raises:
         ResultsError: something cannot be found, has no completed experiment, or has nothing in common with the

@@ -1,6 +1,6 @@
 """Mean, standard deviation, coefficient of variation and confidence interval of repeated measurements.
 
-This module works on plain numbers. With fewer than two values the spread is None, not 0.
+This module works on plain numbers. With fewer than two values, the spread is None, not 0.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(n, mean, sd, sd / abs(mean) if mean else None, mean - half, mean + half)
 
 
-# The quantiles of Student's t for a 95% interval with 1 to 9 degrees of freedom. With them, up to ten cycles need no
-# scipy; importing it takes longer than computing the rows of a thousand experiments. A test compares them with scipy.
+# The quantiles of Student's t for a 95% interval with 1 to 9 degrees of freedom. They make scipy unnecessary for up to
+# ten cycles; importing scipy takes longer than computing the rows of a thousand experiments. A test compares these
+# values with scipy's.
 _T_975 = (
     12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987, 2.570581835636314,
     2.4469118511449692, 2.3646242515927844, 2.306004135204166, 2.2621571627409915,
@@ -56,7 +57,7 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Return a quantile of Student's t distribution; the degrees of freedom may be fractional, as in Welch's test."""
     if probability == 0.5 + CONFIDENCE / 2 and degrees_of_freedom in range(1, len(_T_975) + 1):
         return _T_975[int(degrees_of_freedom) - 1]
-    from scipy.special import stdtrit  # takes a fraction of the time to import scipy.stats
+    from scipy.special import stdtrit  # imported in a fraction of the time that scipy.stats takes
 
     return float(stdtrit(degrees_of_freedom, probability))
 
@@ -126,7 +127,7 @@ def sd_limit(sd: float, degrees_of_freedom: int, confidence: float) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return a percentile of at least one value in ascending order, interpolating linearly between neighbors."""
+    """Return a percentile of values in ascending order (at least one), interpolating linearly between neighbors."""
     place = (len(ordered) - 1) * percent / 100
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

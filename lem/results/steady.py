@@ -1,8 +1,8 @@
 """The steady state of batched serving: the span from the first to the last moment when all slots are taken.
 
 While the first requests fill the slots, and while the last ones leave them, an engine works on smaller batches. With
-few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude it.
-This module knows nothing about engines.
+few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude that
+part. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
 
     Args:
         strategy: the batching strategy.
-        batch_size: the engine's slots.
+        batch_size: the number of the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests that each replica holds at a time, for the pattern `concurrency`.
         by_client: whether only the client knows which requests are in flight, as with a server.
@@ -102,7 +102,7 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
 
 
 def tokens_between(request: RequestRecord, begin_s: float, end_s: float) -> int:
-    """Return how many of a request's tokens came after `begin_s` and by `end_s`.
+    """Return how many of a request's tokens came after `begin_s` and no later than `end_s`.
 
     Without streaming, tokens are assumed to be evenly spread, after the prefill if its end is known.
     """

@@ -48,7 +48,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule for stopping a campaign, which may stop after any of the cycles in `looks` and stops after the last.
+    """When an adaptive campaign stops: after one of the cycles in `looks`, at the latest after the last of them.
 
     The campaign stops as soon as each interval's half-width, divided by its ratio, is at most `half_width`. `level` is
     the joint nominal level of the intervals: each of m intervals is computed at 1 - (1 - level) / m.
@@ -78,7 +78,8 @@ def rule_of(campaign: Campaign, arms: int, level: float | None = None) -> Rule |
         level: the nominal level with which the campaign began; None means the calibrated level.
 
     Raises:
-        ConfigError: fewer than two squares of a latin campaign end between its minimum and maximum number of cycles.
+        ConfigError: fewer than two squares of a latin campaign end between its minimum and maximum number of cycles,
+            or no level was calibrated for this range of cycles.
     """
     if campaign.until_ci is None or campaign.max_cycles is None:
         return None

@@ -123,7 +123,7 @@ class Store:
         return sorted(filter(ID.fullmatch, names), key=age)
 
     def marked_by_fingerprint(self) -> dict[str, list[str]]:
-        """Return the ids of the experiments that are marked as unfinished, by fingerprint, oldest first."""
+        """Return the ids of the experiments that are marked as unfinished, grouped by fingerprint, oldest first."""
         found: dict[str, list[str]] = {}
         for name in self.marked():
             if (fingerprint := _text(self.root / "unfinished" / name)) is not None:
@@ -150,7 +150,7 @@ def age(experiment_id: str) -> tuple[str, int]:
 
 
 def _says_the_same(directory: ExperimentDir, fingerprint: str) -> bool:
-    """Return whether a directory's plan matches the fingerprint that is stored for it; the stored one may be wrong."""
+    """Return whether a stored fingerprint, which may be wrong, matches the plan; True if the plan cannot be read."""
     try:
         plan = directory.plan()
     except ResultsError:
@@ -172,5 +172,5 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 
 
 def results_flag(store: Store) -> str:
-    """Return ` -o …`, the option that names the results directory in a command; empty if not needed."""
+    """Return ` -o …`, the option that names the results directory in a command; empty for the default one."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"

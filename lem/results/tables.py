@@ -2,9 +2,9 @@
 
 A table is a folder of Parquet files. A file contains the rows of one experiment, `<id>.parquet`, or of several that
 were aggregated together, `<first>-<last>-<digest>.parquet`; files with the same name in requests/, cycles/ and
-experiments/ contain the same experiments. They are written in this order, each atomically. A file without a counterpart
-in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, no matter when a writer
-is killed. This module knows rows, but not how they are computed.
+experiments/ contain the same experiments. The three files are written in this order, each atomically. A file without a
+counterpart in experiments/ does not count, and the next writer removes it, so no row is lost or duplicated, no matter
+when a writer is killed. This module knows rows, but not how they are computed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files that are missing or damaged in one of the other two tables, with a message about any damage.
+        """Return the files whose counterpart in another table is missing or damaged, with a message about any damage.
 
         Files of single experiments are not checked for damage, because there may be thousands of them.
         """
@@ -179,9 +179,9 @@ class Tables:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove the rows of experiments; the caller must hold the lock (see `locked`).
 
-        An experiment's rows count only if the table `experiments` has a row for it. If a file has no other rows, that
-        row is therefore removed first. In a shared file, it is removed last, so that after an interruption, the next
-        call finds the rows that are left.
+        An experiment's rows count only if the table `experiments` has a row for it. If all rows of a file are to be
+        removed, the file in `experiments` is therefore removed first. Otherwise, the file in `experiments` is rewritten
+        last, so that after an interruption, the next call still finds the rows to remove.
         """
         self._sweep()
         locations = self.locations()

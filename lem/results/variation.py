@@ -27,7 +27,7 @@ LEVEL = 0.04
 POWER = 0.95
 # Up to this number, each time of day is a slot; with more times, those in the same hour share a slot.
 MOST_SLOTS = 24
-# Sums of squares below this share of the values' own squares are rounding errors.
+# Sums of squares below this share of the sum of the values' squares are rounding errors.
 ROUNDING = 1e-20
 # Eigenvalues below this belong to combinations of levels that other factors already explain; all others are near 1 or
 # above, because the columns of the models are zeros and ones.
@@ -96,7 +96,7 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio between two halves of the levels that the test finds with a probability of `POWER`."""
+        """The ratio between two halves of the levels at which the test finds a difference with probability `POWER`."""
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
@@ -119,7 +119,7 @@ def variations(points: Sequence[Point]) -> tuple[Variation, Variation]:
 
 
 def judged(found: Sequence[Variation]) -> list[Variation]:
-    """Add the verdicts; the p-values are adjusted for all tests in the list by Holm's method."""
+    """Return the variations with verdicts; the p-values are adjusted for all tests in the list by Holm's method."""
     adjusted = iter(holm([one.result.p_value for one in found if one.result is not None]))
     return [one if one.result is None else _judged(one, next(adjusted)) for one in found]
 
@@ -255,8 +255,8 @@ def f_test(
 ) -> FTest | None:
     """Test whether a factor explains more of the values than chance would, by comparing nested linear models.
 
-    The error is what the model with the factor leaves unexplained or, with `error`, the part of it that differences
-    between the levels of `error` explain. With complete blocks, this is the classical analysis of variance; with
+    The error is what the model with the factor leaves unexplained or, with `error`, only the part that is explained by
+    differences between the levels of `error`. With complete blocks, this is the classical analysis of variance; with
     incomplete blocks, it is the intra-block analysis (H. Scheffé, The Analysis of Variance, 1959, ch. 4 and 5).
 
     Args:
@@ -309,14 +309,14 @@ def _codes(levels: Sequence[Hashable]) -> np.ndarray[Any, Any]:
 
 
 def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Subtract from each column the mean of its group."""
+    """Subtract from each value the mean of its group in the same column."""
     counts = np.bincount(groups)
     sums = np.stack([np.bincount(groups, column) for column in columns.T], axis=1)
     return np.asarray(columns - (sums / counts[:, None])[groups])
 
 
 def detectable_difference(result: FTest) -> float | None:
-    """Return the difference between two halves of the levels that a test at `LEVEL` finds with the probability `POWER`.
+    """Return how far two halves of the levels must differ for a test at `LEVEL` to find it with probability `POWER`.
 
     This is computed from the noncentral F distribution, for balanced data; None if only an extreme difference is
     detectable.

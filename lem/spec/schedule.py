@@ -104,7 +104,7 @@ def _time_of(text: str) -> str:
 
 
 def days_of(text: str) -> tuple[str, ...]:
-    """Return the days in a list such as mon,wed-fri or weekends, from Monday on; raises `ConfigError` otherwise."""
+    """Return the days in a list such as mon,wed-fri or weekends, in order; raises `ConfigError` for anything else."""
     chosen = {day for part in text.lower().split(",") for day in _days_of_part(part.strip())}
     return tuple(day for day in WEEKDAYS if day in chosen)
 
@@ -129,7 +129,7 @@ def _day_of(name: str, text: str) -> int:
 
 
 def length_of(seconds: float) -> str:
-    """Return a length of time as it is written on the command line, in its two largest units: 1d 6h, 30m, 5s."""
+    """Return a length of time as text, in at most two units: 1d 6h, 30m or 5s."""
     left, parts = round(seconds), list[str]()
     for unit in ("d", "h", "m", "s"):
         number, left = divmod(left, int(SECONDS[unit]))

@@ -23,7 +23,7 @@ def share(value: object) -> float:
     """Return a share as a number: 0.02 for 0.02, "0.02", "2%" and "2 %".
 
     Raises:
-        ValueError: the value is not a number, or is not greater than 0 and less than 1.
+        ValueError: the value is not a number greater than 0 and less than 1.
     """
     if isinstance(value, str):
         number, is_percentage = value.strip(), value.strip().endswith("%")
@@ -47,5 +47,5 @@ def _checked(value: Any) -> float | None:
         raise PydanticCustomError("share", IN_WORDS) from None
 
 
-# The type of a share in a schema; None means that it is not set.
+# The type of a share in a schema; None means that no share is set.
 Share = Annotated[float | None, BeforeValidator(_checked), WithJsonSchema(_SCHEMA)]
