@@ -63,7 +63,7 @@ class Override:
         return Layer("command line", self.text, nested(self.key, self.values[0]))
 
     def each(self) -> list[Override]:
-        """Return a separate override for each value or option."""
+        """Return a separate override for each value or option; an override of a Hydra setting is returned as it is."""
         return [
             Override(f"{self.key}={part}", self.key, self.values[i : i + 1], self.choices[i : i + 1], (part,))
             for i, part in enumerate(self.parts)
