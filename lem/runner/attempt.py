@@ -46,7 +46,7 @@ COOLDOWN_POLL_S = 1.0
 class Loaded:
     """All that a process needs to measure cycles once the model is loaded.
 
-    `phases` and `warnings`, those of the attempt so far, go into the record of every cycle.
+    `phases` and `warnings` are those of the attempt so far; they go into the record of every cycle.
     """
 
     bench: Bench
@@ -68,7 +68,7 @@ class Cycle:
 
 
 class Attempt:
-    """One process's attempt at a planned experiment; it also records the windows that it measures."""
+    """One process's attempt at a planned experiment; as a `Recorder`, it also writes its windows to the journal."""
 
     def __init__(self, directory: ExperimentDir, number: int) -> None:
         self._directory, self._number = directory, number
@@ -197,7 +197,7 @@ class Attempt:
             raise RunError(f"All {len(errors)} requests failed; the last error was: {errors[-1]}")
 
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
-        """Return how the remaining prompts arrive.
+        """Return how the remaining prompts arrive; None if all of them are available from the start.
 
         The arrival clock continues from the end of earlier attempts' windows. A request that arrived in an earlier
         attempt but was not finished has therefore been waiting since its arrival.

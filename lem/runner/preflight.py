@@ -53,7 +53,7 @@ class Ready:
 
 
 def validated(experiment: Experiment) -> Experiment:
-    """Return an experiment that was made in Python, with its types and ranges checked.
+    """Check the types and ranges of an experiment that was made in Python, and return the checked experiment.
 
     A configuration that Hydra composed has been checked already.
 
@@ -137,7 +137,7 @@ def check_again(
         experiment: the experiment as it was started.
         host: the machine.
         force: run despite inadvisable options.
-        has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
+        has_arrivals: whether the arrival times from its trace are stored as well, so that the trace file is not needed.
         in_campaign: whether the experiment is a cell of a campaign.
 
     Raises:

@@ -27,8 +27,8 @@ GRACE_S = 8.0
 class Undisturbed:
     """A stretch of work that no signal interrupts, so that finished work is always written completely.
 
-    A signal that arrives during the stretch interrupts the run at its end. Signals belong to the whole process, so
-    there is only one instance.
+    A signal that arrives during the stretch interrupts the run when the stretch ends. Signals belong to the whole
+    process, so there is only one instance.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
-    """Treat SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) like Ctrl-C: raise `error(name)`."""
+    """Make SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) raise `error(name of the signal)`."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise error(signal.Signals(number).name)
