@@ -123,7 +123,7 @@ def _exists(aware: datetime) -> bool:
 
 
 def _nothing(settings: Schedule, zone: ZoneInfo, begin: datetime) -> str:
-    """Return the error message for a schedule without starts, which names the time of the next possible start."""
+    """Return the error message for a schedule without starts; it names the next possible start, if there is one."""
     longer = replace(settings, interval_s=None) if settings.at else settings
     following = next(_starts(longer, zone, begin, begin + NEXT_ONE), None)
     duration = length_of(settings.duration_s)

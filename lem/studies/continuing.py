@@ -81,7 +81,7 @@ def run_as_jobs(
 
 
 def _submitted_before(cells: Sequence[Cell]) -> Path | None:
-    """Return the directory of the newest awaited study with the same cells; None if there is none."""
+    """Return the directory of the newest study with the same cells whose outcome has not been shown, or None."""
     wanted = cells_sha256(cell.fingerprint for cell in cells)
     roots = dict.fromkeys(experiment_of(cell).io.results_dir for cell in cells)
     found = [ledger for root in roots for ledger in awaited(Store(root))]
@@ -102,7 +102,7 @@ def sweep_at(directory: Path) -> Submitted:
 
 
 def _present(manifest: Manifest) -> int:
-    """Print the table of a sweep or batch, with rows from the tables; return the exit code."""
+    """Print the summary of a sweep or batch, reading its rows from the results tables; return the exit code."""
     directories = [state.directory for state in manifest.states if state.directory is not None]
     roots = dict.fromkeys(directory.path.parent.parent for directory in directories)
     rows = {row.experiment_id: row for root in roots for row in Tables(Store(root)).rows()[0]}

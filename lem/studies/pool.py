@@ -38,7 +38,7 @@ from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.study import Runner
 
-# A child's grace period for its worker, plus some time for the child itself to end.
+# How long a child may take to end: the grace period that it gives its worker, plus some time for itself.
 STOP_S = GRACE_S + 5.0
 
 
@@ -118,7 +118,7 @@ class Pool(Runner):
     ended: queue.Queue[Child] = field(default_factory=queue.Queue)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Start a cell as soon as a slot is free."""
+        """Start a cell as soon as a slot is free, unless no further cells should start by then."""
         while not self.free:
             self._wait_for_one()
         if self.manifest.is_over:

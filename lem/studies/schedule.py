@@ -268,7 +268,7 @@ def _words(manifest: ScheduleManifest) -> str:
 
 
 def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[str]:
-    """Return a warning if a run is expected to take longer than the time to the next start."""
+    """Yield a warning if a run is expected to take longer than the shortest time between two starts."""
     times = [files.due(start) for start in manifest.starts]
     shortest_s = min(((after - before).total_seconds() for before, after in pairwise(times)), default=None)
     if each_s is not None and shortest_s is not None and each_s > shortest_s:

@@ -69,7 +69,7 @@ AT_ONCE = 2
 MANY = 64
 # What Slurm says if a user, account, QOS or cluster has as many jobs as are allowed. More are accepted as jobs end.
 TOO_MANY_JOBS = re.compile(r"(Max|Grp)Submit|temporarily unable|temporarily unavailable")
-# Array tasks that are not limited; submitit limits them to 256 by default.
+# How many tasks of an array may run at once if the user sets no limit; submitit's default is 256.
 UNLIMITED = 1_000_000
 
 
@@ -403,7 +403,7 @@ class SlurmRunner(Runner):
             self.unsubmitted.clear()
 
     def _by_resources(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the cells in groups that request the same from Slurm."""
+        """Yield groups of cells whose jobs request the same resources from Slurm."""
         groups: dict[str, list[int]] = {}
         for number in numbers:
             parameters = sbatch_parameters([self._experiment(number)], self.slurm)
@@ -554,7 +554,7 @@ class SlurmRunner(Runner):
         self._submit_array(some)
 
     def _not_submitted(self) -> list[int]:
-        """Return the planned cells that have no job; a signal may arrive while some of them are being submitted."""
+        """Return the planned cells that have no job, even if a signal arrived while some were being submitted."""
         # A cell that is being submitted may still be listed as unsubmitted.
         planned = [*self.unsubmitted, *(number for cells in self.deferred for number in cells)]
         return [number for number in planned if self.manifest.states[number].status == "not run"]
@@ -810,7 +810,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _end_of_log(file: Path | None) -> list[str]:
-    """Return the last lines of a job's log that are not empty; none if the job wrote none."""
+    """Return the last non-empty lines of a job's log; an empty list if there is no log."""
     try:
         lines = file.read_text(errors="replace").splitlines() if file else []
     except OSError:

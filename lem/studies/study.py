@@ -1,8 +1,8 @@
-"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest, for every sweep and batch.
+"""Runs the checked cells of a study (a sweep, batch or campaign) as a Hydra multirun, and keeps the manifest.
 
-`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. The outcome of each cell
-is recorded in `experiments.json` in the study's directory and in the table at the end. This module does not know how an
-experiment is measured.
+`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files, and
+`lem.studies.campaign` from arms. The outcome of each cell is recorded in `experiments.json` in the study's directory
+and in the table at the end. This module does not know how an experiment is measured.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Runner(ABC):
         """Wait for the cells that are still running."""
 
     def stop(self) -> None:
-        """End the cells that are still running, at the user's request, and record that."""
+        """End the cells that are still running, and record how they ended."""
 
     def interrupted(self, by_signal: str) -> None:
         """End after a signal; called once the display is gone.
