@@ -1,4 +1,4 @@
-"""The `lem` command. `lem.cli.commands` finds and runs the command asked for; this module is imported before it.
+"""The `lem` command. `lem.cli.commands` finds and runs the requested command; this module is imported before it.
 
 That way, the garbage collector is already paused when the first library is imported.
 """
