@@ -166,7 +166,7 @@ class Attempt:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the pids of the run's processes that this one did not start: the engine's server and other ranks."""
+        """Return the pids of the engine's server and, if several processes run, of all processes of the launcher."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
