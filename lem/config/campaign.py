@@ -81,7 +81,7 @@ def check_alone(file: Path) -> None:
 
 
 def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
-    """Read a campaign file with its parents.
+    """Read a campaign file and its parents, which are the files that it inherits from.
 
     Raises:
         Problems: a file cannot be read, its `defaults` are wrong, or it inherits from itself.
@@ -160,7 +160,7 @@ def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Ca
     """Return a campaign's settings; if it is latin, with a number of cycles that allows complete Latin squares.
 
     Without `until_ci`, `cycles` is raised to complete squares; with it, `max_cycles` is raised to allow one square more
-    than `cycles` needs. A number that the user set is kept, as is one that would have to exceed its limit.
+    than `cycles` needs. A number that the user set stays unchanged, and no number is raised beyond its limit.
 
     Args:
         campaign: the campaign's settings.

@@ -147,7 +147,7 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
     """Return `first`, followed by the problems in `then` at other paths.
 
-    A problem in `then` at a path of `first` is dropped, because it is probably a consequence of the first problem.
+    A problem in `then` is dropped if `first` has a problem at the same path, which has probably caused it.
     """
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
@@ -352,7 +352,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Replace a Hydra error with the problems that plain composition finds or, if it finds none, with one sentence."""
+    """Replace a Hydra error with the problems that plain composition finds or, if there are none, with one sentence."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -3,8 +3,8 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 The tests check that the result equals Hydra's composition of conf/config.yaml. Merging plain dictionaries is a thousand
-times as fast as Hydra, and large grids need that speed. It also records the layer of each value, which Hydra does not.
-This module does not parse Hydra's grammar and does not check values.
+times as fast as Hydra, and large grids need that speed. This module also keeps track of the layer of each value, which
+Hydra does not. This module does not parse Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose the values, leaving interpolations unresolved; do not modify the result, which shares subtrees."""
+        """Compose the values, leaving interpolations unresolved; the result is shared, so do not modify it."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -172,7 +172,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return the defaults of a backend or, without one, of everything except the group `backend`."""
+    """Return the defaults of a backend or, if none is given, of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):
@@ -254,7 +254,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """Return the layer of the engine's defaults, below an option of the group `backend`; none for other groups."""
+    """For an option of the group `backend`, return the layer of its engine's defaults; otherwise, return no layer."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)

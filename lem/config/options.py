@@ -46,7 +46,7 @@ class Options:
 
     @classmethod
     def find(cls, config_dir: Path | None = None, config_file: Path | None = None) -> Options:
-        """Return the options available to a config file or, without one, in the working directory.
+        """Return the options available to a config file or, if none is given, in the working directory.
 
         `lem.config.userfile.find_options` also looks beside the files from which a config file inherits.
 

@@ -27,7 +27,7 @@ from lem.spec.schema import GROUPS
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
-# A short range can expand to more values than fit in memory.
+# A range of a few characters can expand to more values than fit in memory.
 MOST_VALUES = 100_000
 SEVERAL = "this override has several values; add --multirun to run each of them, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")

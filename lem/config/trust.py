@@ -63,7 +63,7 @@ def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
 def _with_origin(asked: Asked, layers: list[Any]) -> Asked:
     paths = [tuple(path.split(".")) for path in (asked.path, *(("backend.url",) if asked.kind == "key" else ()))]
     found = [(path, layer) for path in paths if (layer := origin(layers, path)) and layer.kind != "default"]
-    # An interpolation brings in text from elsewhere, no matter who wrote it.
+    # An interpolation brings in text from elsewhere, even if the user typed the interpolation.
     foreign = [(path, layer) for path, layer in found if layer.kind != "command line" or _interpolates(layer, path)]
     if found and not foreign:
         return replace(asked, is_own=True)

@@ -103,7 +103,10 @@ class UserFile:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings deeply; lists and scalars in `over` replace those in `base`. The result shares unchanged parts."""
+    """Merge mappings deeply; lists and scalars in `over` replace those in `base`.
+
+    The result shares its unchanged parts with the arguments.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -118,7 +121,7 @@ def flattened(layers: Iterable[Layer]) -> dict[str, Any]:
 
 
 def read(path: Path, config_dir: Path | None = None) -> UserFile:
-    """Read a config file with its parents.
+    """Read a config file and its parents, which are the files that it inherits from.
 
     Raises:
         Problems: the file does not exist, its YAML is broken (with line and column), it is not a mapping, a parent is
@@ -161,7 +164,7 @@ def _parents(path: Path) -> list[Path]:
 
 
 def examine_file(path: Path, options: Options, group: str | None = None) -> UserFile:
-    """Read a config file with its parents; leave out anything that is wrong and list it in `problems`.
+    """Read a config file and its parents; leave out everything that is wrong, and list it in `problems`.
 
     Args:
         path: the file.
