@@ -166,7 +166,7 @@ class Attempt:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the pids of the engine's server and, if several processes run, of all processes of the launcher."""
+        """Return the pids of the engine's server and, if there are several ranks, of the launcher and its children."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
@@ -176,7 +176,7 @@ class Attempt:
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
-        """Warm up, then measure the prompts of the cycle that earlier attempts left unfinished."""
+        """Warm up, then measure those prompts of the cycle that earlier attempts left unfinished."""
         experiment, cycle = self._plan.experiment, self._cycle
         left = [p for p in loaded.prompts if p.index not in finished]
         cycle.measured.indices = [p.index for p in left]
@@ -335,7 +335,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report, clock: Clock = REAL) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool; return False if they are too warm after `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool; return False if they are still warm after `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     clock.sleep(cooldown.wait_s)

@@ -45,7 +45,8 @@ Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 class Outcome:
     """How an experiment ended, and where its files are.
 
-    `problem` is the reason why writing the row to the tables failed; None if it did not fail or was not requested.
+    `problem` is the reason why writing the row to the tables failed; None if the row was written or was not to be
+    written.
     """
 
     row: ExperimentRow

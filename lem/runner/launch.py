@@ -39,7 +39,8 @@ from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_
 
 log = logging.getLogger(__name__)
 
-# How long a launcher may keep running after its workers have ended. This is enough, because a launcher writes no files.
+# How long a launcher may keep running after its workers have ended. A short time is enough, because a launcher writes
+# no files.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
@@ -268,7 +269,7 @@ def record_loss(
 
 
 def _record_reason(directory: ExperimentDir, attempt: int, reason: str) -> None:
-    """Put the reason into the records of an interrupted attempt; the workers knew only the signals they received."""
+    """Put the reason for an interruption into the attempt's records; the workers knew only the signals they got."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
             error = replace(record.error, message=reason)

@@ -1,4 +1,4 @@
-"""All checks before a run; given an experiment and a host, they return objections, the model and the prompts.
+"""All the checks that an experiment must pass before it runs on a machine.
 
 Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
 options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are
@@ -100,8 +100,8 @@ def preflight(
         force: run despite inadvisable options.
         in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
-        elsewhere: whether the experiment will run on another machine, about which only `host` is known; that machine
-            checks its sensors itself.
+        elsewhere: whether the experiment will run on another machine, about which only `host` is known; the sensors are
+            then checked there.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.
