@@ -27,7 +27,7 @@ def is_over(
     cycle: int,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Return whether a campaign ends after this cycle; False if a later cycle has begun and must be completed.
+    """Return whether an adaptive campaign ends after a cycle; False if a later cycle has begun and must be completed.
 
     Args:
         definition: the campaign.

@@ -559,7 +559,7 @@ def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> 
 def _measure(
     planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation, resume: str
 ) -> int:
-    """Run the cells that are missing and present the answer; `resume` is the command that resumes the campaign."""
+    """Run the cells without a result and present the answer; `resume` is the command that resumes the campaign."""
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     kept = _continued(planned, store, options, resume)
     planned, states = kept or (planned, [CellState(cell) for cell in _cells(planned)])
@@ -1066,7 +1066,7 @@ def _left_words(left: Sequence[int]) -> str:
 
 
 def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
-    """Yield the time, energy and detectable difference to expect from earlier runs, or say that there were none.
+    """Yield sentences that estimate time, energy and detectable difference from earlier runs, if there were any.
 
     Args:
         planned: the campaign.
@@ -1105,7 +1105,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
 
 
 def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
-    """Yield the detectable difference or, in an adaptive campaign, the number of cycles to expect.
+    """Yield a sentence about the detectable difference or, in an adaptive campaign, the expected number of cycles.
 
     `sd_log` is the standard deviation of the logarithm of a cell's metric in earlier runs; None if unknown.
     """

@@ -33,7 +33,7 @@ LONGEST_SHOWN = 300
 
 
 def agreements() -> Path:
-    """Return the directory of the agreements; `LEM_STATE_DIR` changes its parent."""
+    """Return the directory of the agreements; `LEM_STATE_DIR` sets its parent directory."""
     import platformdirs
 
     return Path(os.environ.get(STATE_VARIABLE) or platformdirs.user_state_dir("lem")) / "agreed"

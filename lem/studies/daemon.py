@@ -46,7 +46,7 @@ from lem.spec.schedule import length_of
 LONGEST_SLEEP_S = 30.0
 # A start that is more than this late is missed, because a run at another time says nothing about the planned time.
 GRACE_S = 60.0
-# If the clock advances this much more or less than the time slept, the difference is reported.
+# A difference larger than this between the time slept and the time that passed on the clock is reported.
 CLOCK_STEP_S = 5.0
 LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

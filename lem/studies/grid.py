@@ -199,7 +199,7 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return the reasons why a point cannot be run: problems with its values or, if there are none, objections."""
+    """Return the reasons why a point cannot be run: problems with its values or, if none, blocking objections."""
     sources = _sources(base, point)
     values, unresolved = resolved(sources.values())
     experiment, found = examine(values)

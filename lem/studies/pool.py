@@ -60,7 +60,7 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     if not each:
         return [Slot(tuple(gpus))] * parallel
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    # `gpus` follows the order of the entries and stops at the first entry that names no device.
+    # `gpus` is in the order of the variable's entries, and stops at the first entry that names no device.
     names = [gpu.uuid for gpu in gpus] if chosen is None else [name.strip() for name in chosen.split(",")]
     bounds = [range(i * each, (i + 1) * each) for i in range(parallel)]
     return [Slot(tuple(gpus[i] for i in those), ",".join(names[i] for i in those)) for those in bounds]

@@ -5,8 +5,8 @@
 This process and a job (`lem.studies.slurm_job`) communicate only through files on a shared file system. An experiment's
 own state tells whether the experiment has ended. Slurm tells only whether a job still exists and, if not, why it ended.
 
-Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do;
-`lem.studies.continuing` then creates a runner from the ledger that continues where this one stopped.
+Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do; from
+the ledger, `lem.studies.continuing` then creates a runner that continues where this one stopped.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- continuing after an earlier command
     def restore_jobs(self, cells: Mapping[str, list[int]]) -> None:
-        """Continue with jobs that have been submitted; `cells` gives the cells of each job that have not ended."""
+        """Continue with jobs that have been submitted; `cells` gives, by job, the cells that have not ended."""
         assert self.ledger is not None
         self.jobs = [Job(job_id, all_cells) for job_id, all_cells in self.ledger.accepted if job_id in cells]
         for job in self.jobs:

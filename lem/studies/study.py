@@ -69,7 +69,7 @@ class Runner(ABC):
         """End the cells that are still running, and record how they ended."""
 
     def interrupted(self, by_signal: str) -> None:
-        """End after a signal; called once the display is gone.
+        """End after a signal; called when the display is already gone.
 
         `by_signal` is a sentence about the signal; it is empty for Ctrl-C.
 
@@ -133,7 +133,7 @@ def run_study(
 
 @contextmanager
 def alone_with_jobs(directory: Path) -> Iterator[None]:
-    """Hold the lock of a new study whose cells are jobs.
+    """Hold the lock of a new study whose cells run as jobs.
 
     Raises:
         ResultsError: the directory belongs to a study whose jobs have not been collected.
