@@ -169,7 +169,7 @@ def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> li
 
 
 def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Split arguments into the config file, or None, and the overrides."""
+    """Split arguments into the config file (None if none is given) and the overrides."""
     files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ConfigError(f"Give one config file, not {len(files)}: {', '.join(files)}.")
