@@ -128,7 +128,7 @@ def launcher_of(
 ) -> tuple[config_launcher.Launcher | None, list[str]]:
     """Return the Slurm launcher, or None if none is chosen, and the overrides to apply to the experiments.
 
-    The overrides that choose the launcher or set its options are left out if it is the Slurm launcher.
+    If the Slurm launcher is chosen, the overrides that choose it or set its options are left out.
     """
     given = [*choice_overrides({"hydra/launcher": name}), *overrides]
     if not any(text.lstrip("+").startswith("hydra/launcher=") for text in given):

@@ -281,7 +281,7 @@ def compose_quickly(
 
 
 def register_schema() -> None:
-    """Give Hydra the schema's defaults, updated from environment variables, as config nodes."""
+    """Register the schema's defaults, updated from environment variables, as Hydra's config nodes."""
     for name in BACKENDS:
         _store("schema/backend", name, None, schema_defaults(name))
     _store("schema", "experiment", "_global_", flattened(schema_layers()))
@@ -352,7 +352,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Replace a Hydra error with the problems that plain composition finds or, if there are none, with one sentence."""
+    """In the block, replace a Hydra error with the problems that plain composition finds or, if none, one sentence."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,6 +1,6 @@
 """Finds the programs, code and API keys that a configuration would run or send, and whether the user asked for them.
 
-This covers a program that starts a server, Python code that comes with a model or that an engine's argument names, and
+This covers a program that starts a server, Python code that comes with a model or is named by an engine's argument, and
 an API key that would be sent to another machine. If a config file asks for one of these, the user must confirm it
 (`lem.studies.consent`); if the command line asks for it, no confirmation is needed. This module runs nothing and
 imports no code of a model.

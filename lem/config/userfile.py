@@ -124,8 +124,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
     """Read a config file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: the file does not exist, its YAML is broken (with line and column), it is not a mapping, a parent is
-            missing, a file inherits from itself, or an option does not exist.
+        Problems: the file does not exist, has broken YAML (the error gives line and column) or is not a mapping; a
+            parent is missing; a file inherits from itself; or an option does not exist.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):
@@ -136,8 +136,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
     """Return the options available to a config file.
 
-    They come from the given directory. If none is given, they come from `conf/` beside the file or, if there is none,
-    beside the nearest file that it inherits from.
+    They come from the given directory. If none is given, they come from the nearest `conf/`: beside the file or, if
+    there is none, beside one of the files that it inherits from.
 
     Raises:
         ConfigError: the given directory contains no options.

@@ -141,7 +141,7 @@ class _Fifo:
         self._waiting: threading.Thread | None = None
 
     def relay_until_end_of(self, workers: subprocess.Popen[bytes], report: Report) -> None:
-        """Pass events on until the workers have ended, sleeping between events."""
+        """Pass the workers' events on to `report` until the workers have ended; sleep between events."""
 
         def write_the_end() -> None:
             workers.wait()

@@ -113,7 +113,7 @@ def signals_held() -> Iterator[None]:
 def signals_blocked() -> Iterator[None]:
     """Hold back signals as `signals_held` does, and also keep them from programs that are started within the block.
 
-    A Ctrl-C reaches all processes of a terminal. Blocking it keeps it from ending a program whose work may already be
+    A Ctrl-C reaches all processes of a terminal. While it is blocked, it cannot end a program whose work may already be
     done.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
@@ -125,7 +125,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
-    """Make SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) raise `error(name of the signal)`."""
+    """Within the block, SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) raise `error(signal's name)`."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise error(signal.Signals(number).name)

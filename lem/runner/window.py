@@ -346,8 +346,8 @@ class Bench:
     def open_together(self) -> None:
         """Synchronize the device, wait for the other processes, settle the meter, and begin metering with them.
 
-        The meter settles while all processes stand still, so that they begin exactly when it is ready. If it settled
-        before all processes had arrived, it would have to settle again inside the window.
+        The meter settles while all processes stand still, so that they begin exactly when the meter is ready. If the
+        meter settled before all processes had arrived, it would have to settle again inside the window.
         """
         self.backend.synchronize()
         self.ranks.barrier()
@@ -414,7 +414,7 @@ class _Window:
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
     def note(self) -> None:
-        """Record the progress of the window and its energy within a batch; do nothing once the window is over."""
+        """Record the window's progress within a batch, if its energy is known; do nothing once the window is over."""
         with self._lock:
             if self._is_over.is_set():
                 return
@@ -513,7 +513,7 @@ class _Window:
 class _Failures:
     """Counts the failed requests of a window; more failures than the engine tolerates end the run.
 
-    The failure that exceeds the limit is not kept, so that a resumed run sends that request again.
+    A failed request beyond that limit is not kept, so that a resumed run sends it again.
     """
 
     def __init__(self, backend: Backend, requests: int) -> None:

@@ -50,7 +50,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a look at a study found: the states of its cells, and Slurm's report about those that have not ended."""
+    """What a look at a study found: the states of its cells, and Slurm's report about the cells that have not ended."""
 
     ledger: Ledger
     manifest: Manifest

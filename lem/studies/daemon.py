@@ -46,7 +46,7 @@ from lem.spec.schedule import length_of
 LONGEST_SLEEP_S = 30.0
 # A start that is more than this late is missed, because a run at another time says nothing about the planned time.
 GRACE_S = 60.0
-# A difference larger than this between the time slept and the time that passed on the clock is reported.
+# It is reported if the clock goes back by more than this, or advances by this much more than the time slept.
 CLOCK_STEP_S = 5.0
 LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,7 +70,7 @@ class Clock:
         return datetime.now(UTC)
 
     def sleep(self, seconds: float) -> int | None:
-        """Sleep until the time is over or a signal arrives; return the signal's number or None."""
+        """Sleep until the time is over or a signal arrives; return the signal's number, or None if none arrived."""
         found = signal.sigtimedwait(self._signals, seconds)
         return found.si_signo if found else None
 

@@ -2,8 +2,8 @@
 
     settings ─> composed, checked ─> table of starts ─> schedule.json, what.json ─> lem.studies.daemon, this process
 
-Everything that imports heavy libraries or may ask the user a question happens here, before the daemon, which works
-through the table, replaces this process. A schedule that has begun is continued by the same command or by its name,
+Everything that imports heavy libraries or may ask the user a question happens here, before this process is replaced by
+the daemon, which works through the table. A schedule that has begun is continued by the same command or by its name,
 without checking again what it measures.
 """
 

@@ -280,7 +280,7 @@ class SlurmRunner(Runner):
             self.stop()
 
     def how_to_return(self) -> str:
-        """Return sentences that say which jobs there are, and which commands follow or cancel them."""
+        """Return sentences about the remaining jobs, and about the commands that follow or cancel them."""
         assert self.ledger is not None
         study = f"{self.ledger.directory.name}{results_flag(Store(self.ledger.terms.results_dirs[0]))}"
         left = [n for n, state in enumerate(self.manifest.states) if state.status in OPEN]
@@ -503,7 +503,7 @@ class SlurmRunner(Runner):
         """Find out whether Slurm accepted the array whose submission was interrupted.
 
         If it did, this runner takes over the array's jobs. If not, the array's cells are still to be submitted. Because
-        sbatch may still be running, the latter is decided only after a while, unless `at_once` is set.
+        sbatch may still be running, this is concluded only after a while, unless `at_once` is set.
         """
         ledger = self.ledger
         if ledger is None or ledger.unknown is None:
@@ -599,8 +599,8 @@ class SlurmRunner(Runner):
     def _ended(self, job: Job, known: Mapping[str, Queued] | None) -> Iterator[_Ended]:
         """Yield the cells of a job that have ended, and record which one has started.
 
-        Of thousands of jobs, most wait or have ended, so only the states of cells that may have changed are read: the
-        cells of a job run in order, and those of a waiting job do not run.
+        A study may have thousands of jobs, most of which are waiting or have ended. Therefore, only states that may
+        have changed are read: a job runs its cells in order, and a waiting job runs none.
         """
         seen = None if known is None else known.get(job.id)
         if seen is not None and seen.is_waiting and not seen.restarts:
@@ -769,7 +769,7 @@ class SlurmRunner(Runner):
                 self._end(number, written.get(directory.path, outcome))
 
     def _interrupted(self, number: int) -> None:
-        """Record that a cell was stopped or did not begin, so that the same command resumes it."""
+        """Record that a cell was stopped or did not begin, so that repeating the study's command resumes it."""
         directory = ExperimentDir(Path(self.steps[number].directory))
         Store(directory.path.parent.parent).mark_unfinished(directory.id, directory.plan().fingerprint)
         if directory.state().attempt <= self.steps[number].attempts:
