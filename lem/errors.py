@@ -1,4 +1,4 @@
-"""Every error that lem raises on purpose, and the exit code that goes with it.
+"""The base classes of all errors that lem raises on purpose, and their exit codes.
 
     LemError                1
     ├── BadInput            2   the request cannot be carried out; nothing has run

@@ -81,7 +81,7 @@ def timestamp(now: datetime | None = None) -> str:
 
 
 # ------------------------------------------------------------------ texts
-# C0 except tab and line feed, DEL, C1, line and paragraph separators, and characters that change the text direction.
+# C0 (except tab and line feed), DEL, C1, line and paragraph separators, and characters that change the text direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _CONTROL_OR_BREAK = re.compile(f"{_CONTROL.pattern[:-1]}\n\t]")
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -30,11 +30,11 @@ UNCOVERED_SHARE = 0.01
 UNCOVERED_S = 0.1
 UNCOVERED_MOST = 0.05
 
-# Only one of the processes meters the node, because every meter sees the whole node's energy.
+# Only the process of this rank meters energy, because each meter reads the energy of the whole node.
 ENERGY_OWNER = 0
 
-# The ranges of the numbers in a record. A file with a number outside its range was edited or is damaged, and cannot be
-# read. `MOST` is larger than any quantity of a run, but small enough to be summed and squared. Amounts have a lower
+# The ranges of the numbers in a record. A file with a number outside its range was edited or is damaged, and is
+# rejected. `MOST` is larger than any quantity of a run, but small enough to be summed and squared. Amounts have a lower
 # maximum, except for FLOPs. An amount may be slightly below 0, because a difference of two times may be rounded. Other
 # numbers, such as temperatures, may be negative. Integers have 64 bits, as in the tables.
 MOST, ROUNDING = 1e30, 1e-6
@@ -57,11 +57,11 @@ class EnergyReading(Struct, frozen=True, gc=False):
     """The energy of one component over one phase, and how it was obtained.
 
     `energy_j` is None if the energy could not be read; `reason` then says why. `resolution_s` is the counter's tick or
-    the sampling period. `trace_energy_j` is the integral of the power trace, if any, over the same phase.
-    `covered_s` is the part of the phase that `energy_j` covers, counted from the phase's opening and summed over
-    attempts. None (as in records written by 0.1.0) means the whole phase.
-    `trace_reach_s` is the maximum age of the power that a trace sample reports: the sensor's averaging time, plus the
-    driver's update period, plus the sampling period.
+    the sampling period. `trace_energy_j` is the integral of the power trace, if any, over the same phase. `covered_s`
+    is the length of the part of the phase that `energy_j` covers. This part begins when the phase opens; the lengths of
+    several attempts are added up. None (as in records written by lem 0.1.0) means the whole phase. `trace_reach_s` is
+    the maximum age of the power that a trace sample reports: the sensor's averaging time, plus the driver's update
+    period, plus the sampling period.
     """
 
     component: Component
@@ -90,7 +90,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
 
 def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
-    """Return the readings, with `covered_s` filled in where the meter has not set it."""
+    """Return the readings; those with an energy but no `covered_s` get the given value."""
     return tuple(
         r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
     )
@@ -166,9 +166,9 @@ class PowerRecord(Struct, frozen=True, gc=False):
 class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were processed, up to the first token of each batch or request.
 
-    `duration_s` is measured directly. It is None if other requests were decoding at the same time, because the prefill
-    spans then contain both kinds of work. `energy_j` is the integral of the power trace over the prefill spans. It is
-    None without a trace, or if the spans are short compared with the maximum age of the trace's samples.
+    `duration_s` is measured directly. It is None if other requests were decoding at the same time, because the times of
+    prefill then contain both kinds of work. `energy_j` is the integral of the power trace over these times. It is None
+    if there is no trace, or if these times are short compared with the maximum age of the trace's samples.
     `uncertainty_j` bounds the error that this age causes in the energy of prefill and, equally, of decode. `reason`
     says why a value is None.
     """
@@ -256,7 +256,7 @@ class Carbon(Struct, frozen=True, gc=False):
     """The carbon intensity that converts joules into grams of CO2e, and its source.
 
     `trace_sha256` is the digest of the file with intensities over time, if there was one. `until_unix_s` is set only
-    while a window is open: the intensity applies only up to that time, and what follows is not known yet.
+    while a window is open: `intensity_g_per_kwh` applies up to that time, and later intensities are not known yet.
     """
 
     intensity_g_per_kwh: Annotated[Amount, quantities.GRAM_CO2E_PER_KWH]
@@ -327,18 +327,18 @@ class Environment(Struct, frozen=True, gc=False):
 
 
 class CpuLoad(Struct, frozen=True, gc=False):
-    """The average number of busy cores in the measured window: of the machine, and of this process and its children."""
+    """The average number of cores kept busy in the window: by all processes, and by this process and its children."""
 
     machine_cores: Amount
     process_cores: Amount
 
 
 class OwnTime(Struct, frozen=True, gc=False):
-    """The time that a process spent on work that is not in a phase of its own.
+    """The time that a process spent on work without a phase of its own.
 
     `import_s` is the time for starting the engine, which imports its libraries, and `encode_s` the time for tokenizing
     the prompts; both happen once in an attempt, outside the phases. `recording_s` is the part of the measured window
-    that was spent on reading the meter and writing the journal between batches. A time is None if that work was not
+    that was spent on reading the meter and writing the journal between batches. A time is None if the work was not
     finished.
     """
 
@@ -439,10 +439,10 @@ class ProcessRecord(Struct, frozen=True, gc=False):
 
     `phases` holds the phases of the cycle (warm-up, measured) and of the attempt (idle, load); the latter are repeated
     in each record of the attempt. `window_opened_unix_s` is for comparing processes, not for measuring. With continuous
-    batching, `energy_so_far` holds energy readings taken when some of the requests finished. `cut` is None if the
-    window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total
-    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None
-    outside Slurm. `hostname` is None if no process of the experiment ran.
+    batching, `energy_so_far` holds a sample of the energy readings taken during the window. `cut` is None if the window
+    was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total measured
+    time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None outside
+    Slurm. `hostname` is None if no process of the experiment ran.
     """
 
     format_version: Integer

@@ -45,7 +45,8 @@ POWER_LEAST_S = 2.0
 LEAST_CYCLES = 2
 # The percentiles of latencies that rows report.
 PERCENTILES = (50, 95, 99)
-# A sample is large enough if its largest value is at least the true percentile with at least this probability.
+# A sample is large enough for a percentile if its largest value reaches the true percentile with this probability or
+# more.
 PERCENTILE_CERTAINTY = 0.95
 # Even in a good run, the counter and the power trace differ by up to this share, so smaller differences are ignored.
 IDLE_TOLERANCE = 0.01
@@ -607,7 +608,7 @@ def _of_the_gpu(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_power(record: ProcessRecord) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU whose average power exceeds its limit."""
+    """Yield a warning for each GPU whose average power exceeds its limit by more than sensor error can explain."""
     window, environment = record.phase("measured"), record.environment
     if window is None or environment is None or window.duration_s < POWER_LEAST_S:
         return
@@ -692,7 +693,7 @@ def _held_down(window: DeviceWindow) -> list[str]:
 
 
 def _of_host(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
-    """Yield a warning if other processes loaded the machine; yield nothing if the record of any rank is missing."""
+    """Yield a warning if other processes kept the machine busy; nothing if the CPU load of any rank is unknown."""
     loads = [record.cpu_load for record in records if record.cpu_load is not None]
     here = records[0].environment
     if not loads or len(loads) < records[0].world_size or here is None or not here.cpu_threads:
@@ -720,7 +721,10 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return each request's time per output token, without prefill if enough requests report their prefill time."""
+    """Return the time per output token of each request; without prefill, if enough requests report their prefill time.
+
+    In that case, requests that do not report it are left out.
+    """
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
         for r in requests
@@ -800,7 +804,8 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
 def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
     """Yield a warning if parts of a run were measured in different places.
 
-    `places` lists the hosts, devices and engine versions, by `host`, `device` and `engine`.
+    `places` maps `host`, `device` and `engine` to the hosts, devices and engine versions that measured parts of the
+    run.
     """
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
@@ -831,7 +836,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 @cache
 def samples_needed(percent: float) -> int:
-    """Return the sample size at which the largest value is at least the true percentile with 95% probability.
+    """Return the smallest sample size at which the largest value reaches the true percentile with 95% probability.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
@@ -839,7 +844,7 @@ def samples_needed(percent: float) -> int:
 
 
 def of_samples(counts: Mapping[str, int]) -> Sequence[CodedWarning]:
-    """Return any warning about percentiles that rest on too few values; `counts` has the number of values by metric."""
+    """Return a warning if percentiles rest on too few values; `counts` maps each metric to its number of values."""
     return _of_samples(tuple(counts.items()))
 
 
@@ -872,7 +877,8 @@ def of_times(
     Args:
         duration_s: the length of the window, or the sum of the attempts' windows.
         first_s: the earliest start of a request, counted from the opening of its window.
-        last_s: the latest end of a request, counted from the opening of its window and summed over the attempts.
+        last_s: the latest end of a request, counted from the opening of its window; the sum of these ends if there are
+            several attempts.
         busy_s: the time during which at least one request was running.
         attempts: the number of attempts.
         filled: whether at least one request should always have been running, because requests were always waiting.

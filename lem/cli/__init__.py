@@ -1,6 +1,6 @@
-"""The `lem` command. `lem.cli.commands` finds and runs the command asked for; this module is imported before it.
+"""The `lem` command. `lem.cli.commands` finds and runs the requested command; this module is imported first.
 
-That way, the garbage collector is already paused when the first library is imported.
+It pauses the garbage collector before any library is imported.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Finds and runs the command asked for. Importing a command module registers its commands.
+"""Finds and runs the requested command. Importing a command module registers its commands.
 
-The commands delegate to the other packages. Only the module of the command that runs is imported; `lem --help` needs
-none of them. This module imports no heavy libraries; a command that needs hydra, pyarrow or codecarbon imports it when
-it runs.
+The commands delegate to the other packages. Only the module of the command that runs is imported; `lem --help` imports
+no command module. This module imports no heavy libraries; a command that needs hydra, pyarrow or codecarbon imports it
+when it runs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _lem(
 
 
 class _ToStderr(logging.Handler):
-    """Write log lines to the current sys.stderr, so that they appear above any progress bar."""
+    """Writes log lines to the current sys.stderr, so that they appear above any progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
@@ -116,7 +116,7 @@ def _log_to_stderr() -> None:
 
 
 def run() -> int:
-    """Run the command asked for and return its exit code; print lem's own errors as messages."""
+    """Run the requested command and return its exit code; print lem's own errors as messages."""
     forgiving_streams()
     code = _with_output(exit_code_of(_run, _with_flag))
     log.debug("exit code %d", code)
@@ -149,7 +149,7 @@ def _not_run() -> None:
 
 def _asked(arguments: list[str]) -> str | None:
     """Return the name of the command on a command line; None if the line names no command or an unknown one."""
-    # The options before a command take no values.
+    # The options before a command take no values, so the first other word is the command.
     first = next((text for text in arguments if not text.startswith("-")), None)
     return first if first in COMMANDS else None
 
@@ -157,7 +157,7 @@ def _asked(arguments: list[str]) -> str | None:
 @cache
 @paused_collector()
 def _command(asked: str | None) -> Callable[..., Any]:
-    """Return the click command that includes the requested command or, if there is none, that only prints help.
+    """Return a click command that includes the requested command or, if none is requested, only prints help.
 
     The result is cached, because building it takes a while.
     """
@@ -216,7 +216,7 @@ def _misused(error: Any) -> int:
 
 
 def _wrong_value(error: Any) -> str | None:
-    """Return a sentence about a flag's value of the wrong type; None if the error is about something else."""
+    """Return a sentence about a flag whose value has the wrong type; None if the error is about something else."""
     from pydantic import ValidationError  # the library with which typer converts values
 
     cause, parameter = error.__cause__, getattr(error, "param", None)

@@ -151,7 +151,7 @@ def _flags_of(settings: dict[str, Any]) -> list[str]:
 
 
 def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[str, Any]) -> None:
-    """Refuse arguments that only --noise uses."""
+    """Raise `ConfigError` if arguments are given that only --noise uses."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
         raise ConfigError(f"{', '.join(given)}: accepted only together with --noise. Add --noise, or leave these out.")

@@ -52,7 +52,7 @@ class Draft:
 
 
 def first_draft(options: Options, preset: str | None) -> Draft:
-    """Return the draft to start from when no questions are asked."""
+    """Return the draft that is written if no questions are asked."""
     draft = Draft(options).choose("preset", preset).choose("dataset", DATASET)
     draft = draft.set("model", MODEL).set("dataset.sample_size", SAMPLE_SIZE)
     for path in FIRST:

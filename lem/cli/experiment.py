@@ -136,7 +136,7 @@ def experiment(
 
 
 def _conf_beside(config_file: Path | None) -> Path | None:
-    """Return the config directory that is used unless --config-dir names another."""
+    """Return the default config directory, which is `conf/` beside the config file; None if there is none."""
     folder = config_file.parent / "conf" if config_file else None
     return folder if folder and folder.is_dir() else None
 

@@ -128,7 +128,7 @@ def launcher_of(
 ) -> tuple[config_launcher.Launcher | None, list[str]]:
     """Return the Slurm launcher, or None if none is chosen, and the overrides to apply to the experiments.
 
-    The overrides that choose the launcher or set its options are left out if it is the Slurm launcher.
+    If the Slurm launcher is chosen, the overrides that choose it or set its options are left out.
     """
     given = [*choice_overrides({"hydra/launcher": name}), *overrides]
     if not any(text.lstrip("+").startswith("hydra/launcher=") for text in given):
@@ -169,7 +169,7 @@ def value_overrides(values: Mapping[str, str | int | float | Path | None]) -> li
 
 
 def split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Split arguments into the config file, or None, and the overrides."""
+    """Split arguments into the config file (None if none is given) and the overrides."""
     files = [text for text in arguments if "=" not in text.partition("/")[0] and text.endswith((".yaml", ".yml"))]
     if len(files) > 1:
         raise ConfigError(f"Give one config file, not {len(files)}: {', '.join(files)}.")

@@ -1,4 +1,4 @@
-"""Imports typer's formatter of help and usage errors, without the parts of rich that lem's help never uses."""
+"""Imports typer's formatter for help and usage errors, without the parts of rich that lem's help never uses."""
 
 from __future__ import annotations
 

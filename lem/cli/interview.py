@@ -122,7 +122,7 @@ def parsed(item: Leaf, text: str) -> Any:
 
 
 def problem_with(draft: Draft, item: Leaf, text: str) -> str:
-    """Return a message describing the problem with an answer, or an empty string."""
+    """Return a message that describes the problem with an answer, or an empty string if there is no problem."""
     value = parsed(item, text)
     if item.path == "model" and not value:
         return "An experiment needs a model."

@@ -1,4 +1,4 @@
-"""The `lem results` commands that copy, move or delete results: export, delete, archive and merge."""
+"""The `lem results` commands that copy or delete results: export, delete, archive and merge."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _instance(instance: MigInstance, device: PhysicalGpu) -> str:
 
 
 def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
-    """Print the named datasets; return 2 if one of the user's files cannot be used."""
+    """Print the named datasets; return 2 if one of the user's files cannot be used, otherwise 0."""
     found, errors = _readable("dataset", config_dir)
     if as_json:
         print(json.dumps([_as_data(option, "dataset.") for option in found], indent=2, ensure_ascii=False))
@@ -81,7 +81,7 @@ def show_datasets(config_dir: Path | None = None, *, as_json: bool = False) -> i
 
 
 def show_presets(config_dir: Path | None = None, *, as_json: bool = False) -> int:
-    """Print the presets and the values they set; return 2 if one of the user's files cannot be used."""
+    """Print the presets and the values they set; return 2 if one of the user's files cannot be used, otherwise 0."""
     found, errors = _readable("preset", config_dir)
     if as_json:
         print(json.dumps([_as_data(option) for option in found], indent=2, ensure_ascii=False))

@@ -122,7 +122,7 @@ def schedule(
 
 
 def _existing(text: str) -> str:
-    """Return the absolute path of the file with carbon intensities, because each run reads the file again.
+    """Return the absolute path of a file with carbon intensities, so that every run can find the file.
 
     Raises:
         ConfigError: there is no such file.

@@ -115,12 +115,12 @@ class _Descriptor(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace a character that the encoding lacks with an ASCII spelling or, if it has none, a JSON escape."""
+    """Spell a character that the encoding lacks in ASCII or, if it has no such spelling, as a JSON escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
     code = ord(character)
-    if 0xDCA0 <= code <= 0xDCFF:  # an undecodable byte of a file name that is not a Latin-1 control character
+    if 0xDCA0 <= code <= 0xDCFF:  # a file name's undecodable byte, unless it is a Latin-1 control character
         return bytes([code - 0xDC00]), error.start + 1
     units = character.encode("utf-16-be", "surrogatepass").hex()
     escaped = "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -62,7 +62,7 @@ def is_campaign(file: Path) -> bool:
         seen.add(path)
         try:
             values = yamlfile.read(path).values
-            # A pipe would block the read.
+            # Reading from a named pipe would block.
             waiting += [each for each in _parents(values.get("defaults", []), path) if each.is_file()]
         except Problems:
             continue
@@ -74,17 +74,17 @@ def is_campaign(file: Path) -> bool:
 def check_alone(file: Path) -> None:
     """Raise `Problems` if a file cannot be read as YAML.
 
-    This is for a file that is given alone and does not look like a campaign file: the reason may be a YAML error.
+    This is for a file that is given alone and was not recognized as a campaign file: broken YAML may be the reason.
     """
     if problems := yamlfile.read(file).problems:
         raise Problems(problems)
 
 
 def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
-    """Read a campaign file with its parents.
+    """Read a campaign file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: a file cannot be read, or it inherits from itself.
+        Problems: a file cannot be read, its `defaults` are wrong, or it inherits from itself.
     """
     ring = [os.path.realpath(child) for child in children]
     if os.path.realpath(file) in ring or len(ring) >= MAX_FILES:
@@ -141,7 +141,10 @@ def compose(file: Path | None, given: Mapping[str, Any]) -> Campaign:
 
 
 def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location | None:
-    """Return where a campaign file or one of its parents sets a key; None without a file or for a key in `given`."""
+    """Return where a campaign file or one of its parents sets a key; if none of them does, return the file itself.
+
+    Return None if there is no file, or if the key is in `given`.
+    """
     if file is None or key in given:
         return None
     return read(file).locations.get((key,), Location(file))
@@ -154,9 +157,10 @@ def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
 
 
 def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
-    """Return a campaign's settings; if it is latin, adapt the numbers of cycles that the user did not set.
+    """Return a campaign's settings; if it is latin, with a number of cycles that allows complete Latin squares.
 
-    These numbers are raised so that the campaign consists of complete Latin squares.
+    Without `until_ci`, `cycles` is raised to complete squares; with it, `max_cycles` is raised to allow one square more
+    than `cycles` needs. A number that the user set stays unchanged, and no number is raised beyond its limit.
 
     Args:
         campaign: the campaign's settings.
@@ -242,7 +246,7 @@ def _of_name(campaign: Campaign | None) -> Iterator[tuple[KeyPath, Problem]]:
 
 
 def _path(values: Any, location: Iterable[str | int]) -> KeyPath:
-    """Return the path of a value from pydantic's location, dropping the names of union members."""
+    """Turn pydantic's location of an error into the path of a value by dropping the names of union members."""
     path: list[str | int] = []
     for part in location:
         try:

@@ -164,7 +164,11 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 
 # ------------------------------------------------------------------ interpolations, secrets
 def resolved(values: Values) -> tuple[Values, Found]:
-    """Return the values with interpolations resolved, and a problem for each interpolation that cannot be resolved."""
+    """Return the values with interpolations resolved, and a problem for each string that is unusable.
+
+    The unusable strings are ???, interpolations that cannot be resolved, and texts that contain the Hugging Face token
+    or a null character.
+    """
     found_texts = list(texts(values))
     message = "??? marks a value that must be set; set it."
     found = [(path, Problem("missing_value", dotted(path), message)) for path, text in found_texts if text == MISSING]
@@ -190,7 +194,7 @@ def unusable(values: Values) -> Found:
 
 
 def texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the path and value of each string."""
+    """Yield the path and value of each string in nested plain data."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -207,7 +211,7 @@ def _interpolated(values: Values, paths: list[KeyPath]) -> tuple[Values, Found]:
 
     problems: dict[KeyPath, Problem] = {}
     for path in paths:
-        # If OmegaConf cannot parse one string, it rejects the whole configuration.
+        # Each string is parsed alone, because OmegaConf rejects the whole configuration if it cannot parse one of them.
         try:
             OmegaConf.create({"value": _at(values, path)})
         except (OmegaConfBaseException, RecursionError) as error:

@@ -37,8 +37,8 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 
 CONFIG_NAME = "config"
-# The user's file becomes this option of a separate group, appended to the defaults list. In a sweep over a group, the
-# file's values that belong to one option of that group become options of user_file_<group>.
+# The user's file becomes this option of a group of its own, which is appended to the defaults list. In a sweep over
+# another group, the values that the file sets in that group become options of user_file_<group> instead.
 FILE_GROUP, FILE_OPTION = "user_file", "this"
 
 
@@ -52,7 +52,7 @@ class Inputs:
     problems: tuple[Problem, ...]
 
     def all_problems(self) -> list[Problem]:
-        """Return all problems, including problems with values."""
+        """Return the problems found so far and the problems with the composed values."""
         _, found = values_of(self.sources)
         return without_echoes(self.problems, located(self.sources, found))
 
@@ -76,7 +76,7 @@ def read_inputs(
 
 
 def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
-    """Reword the problem of an unknown backend key to suit the chosen backend."""
+    """Reword a problem about an unknown `backend.…` key to suit the chosen backend; return others unchanged."""
     if problem.code != "unknown_key" or not problem.path.startswith("backend."):
         return problem
     try:
@@ -87,7 +87,7 @@ def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
 
 
 def _option_problems(known: Options, chosen: Iterable[tuple[str, Choice]]) -> list[Problem]:
-    """Return the problems of the chosen options and of the options that a chosen preset chooses."""
+    """Return the problems with the chosen options, including the options that a chosen preset selects."""
     problems: list[Problem] = []
     for group, choice in chosen:
         if choice.name is None:
@@ -145,7 +145,10 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 
 
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
-    """Combine problems, dropping those in `then` that follow from a problem in `first` at the same path."""
+    """Return `first`, followed by the problems in `then` at other paths.
+
+    A problem in `then` is dropped if `first` has a problem at the same path, which has probably caused it.
+    """
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
     return first + [problem for problem in then if problem.path not in paths]
@@ -278,7 +281,7 @@ def compose_quickly(
 
 
 def register_schema() -> None:
-    """Give Hydra the schema's defaults, updated from environment variables, as config nodes."""
+    """Register the schema's defaults, updated from environment variables, as Hydra's config nodes."""
     for name in BACKENDS:
         _store("schema/backend", name, None, schema_defaults(name))
     _store("schema", "experiment", "_global_", flattened(schema_layers()))
@@ -291,7 +294,7 @@ _STORED: dict[tuple[str, str], tuple[str | None, Values]] = {}
 
 
 def _store(group: str, name: str, package: str | None, node: Values) -> None:
-    """Store a config node; Hydra treats slashes in its name as folders."""
+    """Store a config node, unless Hydra's store already has it; slashes in its name separate folders."""
     from hydra.core.config_store import ConfigStore
 
     if _STORED.get((group, name)) == (package, node):
@@ -302,7 +305,10 @@ def _store(group: str, name: str, package: str | None, node: Values) -> None:
 
 
 def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> None:
-    """Store the options that are not files in lem's conf/: the user's own, and datasets given as hub ids or files."""
+    """Register with Hydra the chosen options that it cannot read from lem's conf/.
+
+    These are the user's own options, datasets given as hub ids or files, and options for which a preset sets values.
+    """
     for group, choice in chosen:
         if choice.name is None:
             continue
@@ -325,7 +331,8 @@ def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> N
 def _register_file(inputs: Inputs) -> list[str]:
     """Store the values of the user's file; return the overrides that append them to the defaults list.
 
-    In a sweep over a group, the values that the file sets for its own option apply only to the cells with that option.
+    In a sweep over a group, the values that the file sets in this group apply only to cells that use the option the
+    file itself chooses.
     """
     file, known = inputs.sources.file, inputs.sources.file.options
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"]
@@ -345,7 +352,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """Turn a Hydra error into the located problems that plain composition finds or, if there are none, one message."""
+    """In the block, replace a Hydra error with the problems that plain composition finds or, if none, one sentence."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -19,8 +19,8 @@ from lem.spec.engines import BACKENDS
 from lem.spec.experiment import Experiment
 from lem.spec.schema import GROUPS, Leaf
 
-# Written beside the files that refer to it, so that editors find it offline and after a clone. The pattern *.yaml does
-# not match it.
+# Written beside the config files that refer to it, so that editors find it without a network and in every clone of the
+# repository. The pattern *.yaml does not match this name.
 SCHEMA_FILE = ".lem-schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 # The newest JSON Schema draft that the YAML language server supports in full.
@@ -32,7 +32,7 @@ INTERPOLATION = {"$ref": "#/$defs/Interpolation"}
 
 
 def file_schema(options: Options) -> dict[str, Any]:
-    """Return the JSON Schema of a config file, for groups with these options."""
+    """Return the JSON Schema of a config file that may choose among these options."""
     schema = TypeAdapter(Experiment).json_schema()
     definitions = {name: _part(part) for name, part in schema["$defs"].items()}
     properties = _part(schema)["properties"]
@@ -56,7 +56,7 @@ def file_schema(options: Options) -> dict[str, Any]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return an object's schema for a file: it requires nothing, allows interpolations, and has no titles."""
+    """Return an object's schema adapted to files: without required keys or titles, and with interpolations allowed."""
     properties = {key: _value(value) for key, value in part["properties"].items()}
     kept = {key: part[key] for key in ("type", "description", "additionalProperties")}
     return {**kept, "properties": properties}

@@ -1,4 +1,4 @@
-"""Finds the config files that command-line arguments (files, folders, glob patterns) name, without parsing them."""
+"""Finds the config files to which command-line arguments (files, folders, glob patterns) refer; parses no file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from lem.config.options import SUFFIXES
 from lem.errors import BadInput, ConfigError
 from lem.spec.paths import expanded
 
-# The first key of a grid's index file; it tells the index apart from a config file.
+# The first key of a grid's index file, which shows that the file is not a config file.
 INDEX_KEY = "lem_grid"
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Return the config files matched by files, folders and glob patterns, in order and without duplicates."""
+    """Return the config files that files, folders and glob patterns refer to, in order and without duplicates."""
     return _each_once(path for files in find_each(patterns) for path in files)
 
 
 def find_each(patterns: Sequence[str]) -> list[list[Path]]:
     """Return, for each of the given files, folders and glob patterns, the config files that it matches.
 
-    A grid's index is skipped when config files of its grid are given, because a shell expands `grid/*.yaml` to both.
+    A grid's index is skipped if config files of the same grid are given too, because a shell expands `grid/*.yaml` to
+    both. An index without them is an error.
 
     Raises:
         ConfigError: some patterns match no config file; the message lists all of them.

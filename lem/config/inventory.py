@@ -1,4 +1,4 @@
-"""Summaries of the options that can be chosen by name, from the YAML files in conf/ and the user's own."""
+"""Summarizes the options that can be chosen by name, from lem's YAML files in conf/ and the user's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Summary:
 
 
 def summaries(group: str, options: Options | None = None) -> Iterator[Summary]:
-    """Yield the options of a group, sorted by name; raises `Problems` if a user's option cannot be used."""
+    """Yield summaries of a group's options, sorted by name; raises `Problems` if a user's option cannot be used."""
     options = options or Options()
     for name in options.names(group):
         yield summary(options, group, name)
 
 
 def summary(options: Options, group: str, name: str) -> Summary:
-    """Return one option; raises `Problems` if it is a user's option that cannot be used."""
+    """Return the summary of one option; raises `Problems` if it is a user's option that cannot be used."""
     read = option(options, group, name)
     values = {inner: chosen.name for inner, chosen in read.choices.items() if chosen.name}
     for layer in (*read.bound.values(), *read.layers):

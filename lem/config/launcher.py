@@ -39,7 +39,8 @@ def chosen_launcher(overrides: Sequence[str], config_dir: Path | None) -> Launch
     """Return the Slurm launcher that the overrides choose, or None if the cells run in this process.
 
     Raises:
-        ConfigError: the launcher does not exist or is of another kind, or options are wrong; the error lists them all.
+        ConfigError: the launcher does not exist or is of another kind, or options are wrong; all wrong options are
+            listed.
     """
     own = [text for text in overrides if is_of_launcher(text)]
     chosen = [text for text in own if _key(text) == GROUP]
@@ -71,17 +72,17 @@ def submit(
     parameters: Mapping[str, Any],
     python: str | None,
 ) -> list[str]:
-    """Submit a job that calls a function or, for several calls, a job array; return the id of each job.
+    """Submit a job that calls a function, or a job array if there are several calls; return the id of each job.
 
     Args:
-        folder: where the jobs' batch files and logs are written, in a folder for each job that is named after its id.
+        folder: where batch files and logs are written; each job gets a folder inside it, named after the job's id.
         run: a function that can be imported by its name on the node.
         calls: for each job, the arguments of the function.
         parameters: submitit's parameters for the jobs.
         python: the command that starts Python on the node; None means the Python that runs this process.
 
     Raises:
-        Refused: Slurm did not accept the job, or any job of the array.
+        Refused: Slurm did not accept the job or the job array.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -100,13 +101,15 @@ def submit(
 
 
 def complete(folder: Path, run: Callable[..., None], calls: Sequence[Sequence[Any]], ids: Sequence[str]) -> None:
-    """Write the files that jobs wait for, if `submit` was interrupted after Slurm had accepted the jobs.
+    """Write the files from which submitted jobs read their calls, except for those that `submit` has already written.
+
+    This repairs a submission that was interrupted after Slurm had accepted the jobs.
 
     Args:
         folder: as for `submit`.
         run: as for `submit`.
         calls: as for `submit`.
-        ids: the ids of the jobs.
+        ids: the ids of the jobs, in the order of `calls`.
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
@@ -135,7 +138,7 @@ def _unknown_key(text: str) -> Problem | None:
 
 
 def _composed(overrides: list[str], search_path: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra compose the launcher's file and the overrides."""
+    """Return the launcher's options, which Hydra composes from the launcher's file and the overrides."""
     from hydra import compose, initialize_config_module
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException

@@ -3,8 +3,8 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 The tests check that the result equals Hydra's composition of conf/config.yaml. Merging plain dictionaries is a thousand
-times as fast, which grids need. It also records the layer of each value, which Hydra does not. This module does not
-parse Hydra's grammar and does not check values.
+times as fast as Hydra, and large grids need that speed. This module also keeps track of the layer of each value, which
+Hydra does not. This module does not parse Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Option:
-    """An option's content: its values, nested as in the whole configuration, and the options that a preset picks."""
+    """An option's values, nested as in the whole configuration, and, for a preset, the options that it chooses."""
 
     file: OptionFile
     layers: tuple[Layer, ...]
@@ -91,7 +91,7 @@ class Sources:
         return [*base, *settled.file.layers, *settled.given]
 
     def values(self) -> Values:
-        """Compose the values, leaving interpolations unresolved; do not modify the result, which shares subtrees."""
+        """Compose the values, leaving interpolations unresolved; the result is shared, so do not modify it."""
         settled = self.settled()
         base = _base_values(self.file.options, settled._all_chosen(), _environment())
         above = [layer.values for layer in settled.file.layers] + [layer.values for layer in settled.given]
@@ -140,7 +140,7 @@ def _base_layers(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def layers_of(options: Options, group: str, choice: Choice) -> tuple[Layer, ...]:
-    """Return the layers of a choice: the option's own, and the values of the preset that chose it."""
+    """Return the layers of a choice: the option's own and, if a preset chose it, the preset's values for it."""
     assert choice.name is not None
     own = option(options, group, choice.name, choice.source).layers
     return (*own, option(options, "preset", choice.preset).bound[group]) if choice.preset else own
@@ -152,7 +152,7 @@ def _base_values(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def schema_layers(environment: tuple[tuple[str, str], ...] | None = None) -> Iterator[Layer]:
-    """Yield the layers of the schema's defaults and of environment variables."""
+    """Yield a layer for the schema's defaults, and then one for each environment variable that sets a value."""
     yield Layer("default", None, schema_defaults())
     for name, value in _environment() if environment is None else environment:
         # The value of a variable is never an interpolation, even if it looks like one.
@@ -172,7 +172,7 @@ def _variables() -> dict[str, str]:
 
 @cache
 def schema_defaults(backend: str | None = None) -> Values:
-    """Return the defaults of a backend or, without one, of everything except the group `backend`."""
+    """Return the defaults of a backend or, if none is given, of everything except the group `backend`."""
     cls: type[Any] = BACKENDS[backend] if backend else Experiment
     node: Values = {}
     for f in fields(cls):
@@ -208,7 +208,8 @@ def option(options: Options, group: str, name: str, source: str | None = None) -
     file = options.get(group, name)
     assert file is not None, (group, name)
     if source is not None and name == CUSTOM:
-        # If a file or a preset names the source, that layer also sets these values and overrides this layer.
+        # If a file or a preset names the source, its own layer sets these values too, and takes precedence over this
+        # one.
         given = Layer("command line", f"dataset={source}", {"dataset": {"name": source, "path": source}})
         return Option(file, (given,))
     return _users(file, options) if file.is_users else _builtin(file)
@@ -253,7 +254,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """Return the layer below an option of the group `backend`: the defaults of its engine."""
+    """For an option of the group `backend`, return the layer of its engine's defaults; otherwise, return no layer."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)

@@ -1,6 +1,6 @@
 """A study's plan and its Hydra multirun: one resolved config file per cell, composed and run by Hydra in turn.
 
-The plan is a config group in the study's own directory, so that Hydra merges nothing into a cell. If the cells are
+The plan is a config group in the study's own directory, so that Hydra merges nothing else into a cell. If the cells are
 submitted to Slurm, Hydra runs a single task that submits all of them, because Hydra would take a tenth of a second to
 compose each cell. This module does not know how a cell is run.
 """
@@ -128,7 +128,7 @@ def _run_by_hydra(directory: Path, overrides: Sequence[str], task: Callable[[Any
     # hydra.main reads its overrides from sys.argv.
     sys.argv = [*sys.argv[:1], "--multirun", *overrides, f"{SWEEP_DIR}{quoted(escaped(str(directory)))}"]
     try:
-        # Without this setting, Hydra prints its errors and exits.
+        # Without this setting, Hydra would print errors and exit instead of raising them.
         with env_override({"HYDRA_FULL_ERROR": "1"}):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=NAME)(task)()
     except HydraException as error:
@@ -138,7 +138,7 @@ def _run_by_hydra(directory: Path, overrides: Sequence[str], task: Callable[[Any
 
 
 def _register_launcher() -> None:
-    """Make the launcher for Slurm known to Hydra, which overlooks it in an editable installation."""
+    """Register the Slurm launcher with Hydra, which does not find it in an editable installation."""
     from hydra.core.plugins import Plugins
 
     from hydra_plugins.lem_slurm import SlurmLauncher

@@ -1,9 +1,9 @@
 """The options of each group and their files: the built-in ones in conf/, and the user's own.
 
 A user's options are YAML files in the folders `backend/`, `dataset/`, `decoder/`, `energy/` and `preset/` of one
-directory. This is the directory given by --config-dir or, if none is given, `conf/` beside the config file or one of
-its parents. Without a config file, it is `conf/` in the working directory. A user's option replaces a built-in one of
-the same name. This module only finds options; `lem.config.layers` reads them.
+directory. This is the directory given by --config-dir or, if none is given, `conf/` beside the config file or beside a
+file that it inherits from. Without a config file, it is `conf/` in the working directory. A user's option replaces a
+built-in one of the same name. This module only finds options; `lem.config.layers` reads them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Options:
 
     @classmethod
     def find(cls, config_dir: Path | None = None, config_file: Path | None = None) -> Options:
-        """Return the options available to a config file or, without one, in the working directory.
+        """Return the options available to a config file or, if none is given, in the working directory.
 
-        `lem.config.userfile.find_options` also looks beside a file's parents.
+        `lem.config.userfile.find_options` also looks beside the files from which a config file inherits.
 
         Raises:
             ConfigError: the given directory contains no options.
@@ -61,7 +61,8 @@ class Options:
                 )
             return cls(config_dir.resolve())
         folder = (config_file.parent if config_file else Path()) / FOLDER
-        # lem's own conf/ is a package; when lem runs in its own checkout, that folder does not count as the user's.
+        # lem's own conf/ is a package, and does not count as the user's folder, even if lem runs in the directory that
+        # contains it.
         return cls(folder.resolve() if folder.is_dir() and not (folder / "__init__.py").exists() else None)
 
     @cached_property
@@ -106,5 +107,5 @@ def builtin(group: str) -> dict[str, OptionFile]:
 def _yaml_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    # A pipe would block the read.
+    # Reading from a named pipe would block.
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())

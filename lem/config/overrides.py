@@ -27,7 +27,7 @@ from lem.spec.schema import GROUPS
 NO_PRESET = "none"
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 NOT_NAMES = {"null", "true", "false", "nan", "inf"}
-# A short range can expand to more values than fit in memory.
+# A range of a few characters can expand to more values than fit in memory.
 MOST_VALUES = 100_000
 SEVERAL = "this override has several values; add --multirun to run each of them, or write a list as [a,b]."
 HYDRA = ("hydra.", "hydra/", "+hydra", "++hydra", "~hydra")
@@ -63,7 +63,7 @@ class Override:
         return Layer("command line", self.text, nested(self.key, self.values[0]))
 
     def each(self) -> list[Override]:
-        """Return a separate override for each value or option."""
+        """Return a separate override for each value or option; an override of a Hydra setting is returned as it is."""
         return [
             Override(f"{self.key}={part}", self.key, self.values[i : i + 1], self.choices[i : i + 1], (part,))
             for i, part in enumerate(self.parts)

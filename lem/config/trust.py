@@ -1,6 +1,6 @@
 """Finds the programs, code and API keys that a configuration would run or send, and whether the user asked for them.
 
-This covers a program that starts a server, Python code that comes with a model or that an engine's argument names, and
+This covers a program that starts a server, Python code that comes with a model or is named by an engine's argument, and
 an API key that would be sent to another machine. If a config file asks for one of these, the user must confirm it
 (`lem.studies.consent`); if the command line asks for it, no confirmation is needed. This module runs nothing and
 imports no code of a model.
@@ -31,7 +31,8 @@ MOST_BYTES = 64_000_000
 # Files of a model that determine which code is loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
-# The interpolation of an environment variable, and the minimum length in characters of a value that may be a secret.
+# The resolver that interpolates environment variables, and the minimum length, in characters, of a variable's value
+# that may be a secret.
 OF_ENVIRONMENT = "oc.env"
 SHORTEST_SECRET = 8
 
@@ -40,7 +41,7 @@ SHORTEST_SECRET = 8
 class Asked:
     """A configuration's request to run a program or code, or to send an API key.
 
-    `path` is the option that makes the request, and `text` says what would be run or sent. `digest` identifies the
+    `path` is the key whose value makes the request, and `text` says what would be run or sent. `digest` identifies the
     request and the content of the files that it names. `is_own` means that the request is on the command line;
     otherwise, `where` is its place in a file, if known.
     """
@@ -62,7 +63,7 @@ def asked_by(experiment: Experiment, sources: Sources) -> list[Asked]:
 def _with_origin(asked: Asked, layers: list[Any]) -> Asked:
     paths = [tuple(path.split(".")) for path in (asked.path, *(("backend.url",) if asked.kind == "key" else ()))]
     found = [(path, layer) for path in paths if (layer := origin(layers, path)) and layer.kind != "default"]
-    # An interpolation brings in text from elsewhere, no matter who wrote it.
+    # An interpolation brings in text from elsewhere, even if the user typed the interpolation.
     foreign = [(path, layer) for path, layer in found if layer.kind != "command line" or _interpolates(layer, path)]
     if found and not foreign:
         return replace(asked, is_own=True)
@@ -81,7 +82,7 @@ def _interpolates(layer: Any, path: tuple[str, ...]) -> bool:
 
 
 def all_asked(experiment: Experiment) -> Iterator[Asked]:
-    """Yield everything that an experiment asks to run or send, except for environment variables; `is_own` is False."""
+    """Yield everything that an experiment asks to run or send, except environment variables; `is_own` stays False."""
     backend = experiment.backend
     if isinstance(backend, OpenaiBackend):
         if backend.command is not None:
@@ -194,7 +195,7 @@ def _variables(backend: object, layers: list[Any]) -> Iterator[Asked]:
 
 
 def _other_machine(backend: OpenaiBackend) -> str | None:
-    """Return the address of the backend's server if it is on another machine; None if it is on this machine."""
+    """Return the address of the backend's server, or None if the server is on this machine or has no valid address."""
     if backend.url is None:
         return None
     from lem.backends.openai_options import address_of

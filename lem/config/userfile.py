@@ -103,7 +103,10 @@ class UserFile:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings deeply; lists and scalars in `over` replace those in `base`. Unchanged parts are shared."""
+    """Merge mappings deeply; lists and scalars in `over` replace those in `base`.
+
+    The result shares its unchanged parts with the arguments.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -118,11 +121,11 @@ def flattened(layers: Iterable[Layer]) -> dict[str, Any]:
 
 
 def read(path: Path, config_dir: Path | None = None) -> UserFile:
-    """Read a config file with its parents.
+    """Read a config file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: the file does not exist, its YAML is broken (with line and column), it is not a mapping, a parent is
-            missing, a file inherits from itself, or an option does not exist.
+        Problems: the file does not exist, has broken YAML (the error gives line and column) or is not a mapping; a
+            parent is missing; a file inherits from itself; or an option does not exist.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):
@@ -133,14 +136,15 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
     """Return the options available to a config file.
 
-    They come from the given directory or, without one, from `conf/` beside the file or its nearest parent that has it.
+    They come from the given directory. If none is given, they come from the nearest `conf/`: beside the file or, if
+    there is none, beside one of the files that it inherits from.
 
     Raises:
         ConfigError: the given directory contains no options.
     """
     options = Options.find(config_dir, path)
     waiting = [path] if path else []
-    # Breadth first; the loop extends the list while reading it.
+    # The search is breadth-first; the loop extends the list over which it iterates.
     for file in waiting:
         if options.folder is not None or len(waiting) > MAX_FILES:
             break
@@ -160,12 +164,12 @@ def _parents(path: Path) -> list[Path]:
 
 
 def examine_file(path: Path, options: Options, group: str | None = None) -> UserFile:
-    """Read a config file with its parents; leave out anything that is wrong and list it in `problems`.
+    """Read a config file and its parents; leave out everything that is wrong, and list it in `problems`.
 
     Args:
         path: the file.
         options: the options that can be chosen by name.
-        group: the group, if the file is an option of one; the file then contains only values of that group.
+        group: if the file is an option of a group, that group; the file then contains only values of the group.
     """
     return _Reader(options, group).file(path, ())
 
@@ -231,7 +235,7 @@ class _OwnContent:
     problems: list[Problem] = field(default_factory=list)
 
     def split(self) -> Layer:
-        """Fill `parents`, `choices` and `problems`; return the values."""
+        """Fill `parents`, `choices` and `problems`; return the values as a layer."""
         content = dict(self.document.values)
         if "defaults" in content:
             self._defaults(content.pop("defaults"))

@@ -44,7 +44,7 @@ FLOAT = re.compile(
 
 @dataclass
 class Document:
-    """A file's mapping, the location of each key and list item, and the problems that did not stop the reading."""
+    """A file's mapping, the locations of its keys and list items, and the problems that did not prevent reading it."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, Location] = field(default_factory=dict)

@@ -51,7 +51,7 @@ def block(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def escaped(value: Any) -> Any:
-    """Escape strings in fully resolved data that would otherwise be read as interpolations."""
+    """Escape every `${` in fully resolved data, so that no string is read as an interpolation."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

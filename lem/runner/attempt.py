@@ -46,7 +46,7 @@ COOLDOWN_POLL_S = 1.0
 class Loaded:
     """All that a process needs to measure cycles once the model is loaded.
 
-    `phases` and `warnings`, those of the attempt so far, go into the record of every cycle.
+    `phases` and `warnings` are those of the attempt so far; they go into the record of every cycle.
     """
 
     bench: Bench
@@ -68,7 +68,7 @@ class Cycle:
 
 
 class Attempt:
-    """One process's attempt at a planned experiment; it also records the windows that it measures."""
+    """One process's attempt at a planned experiment; as a `Recorder`, it also writes its windows to the journal."""
 
     def __init__(self, directory: ExperimentDir, number: int) -> None:
         self._directory, self._number = directory, number
@@ -166,7 +166,7 @@ class Attempt:
             return None, (warning("flops_unknown", f"FLOPs are null: {error}."),)
 
     def _others_pids(self) -> Sequence[int]:
-        """Return the pids of the run's processes that this one did not start: the engine's server and other ranks."""
+        """Return the pids of the engine's server and, if there are several ranks, of the launcher and its children."""
         ranks = processes.family_of([os.getppid()]) if self._plan.processes > 1 else ()
         return [*self._backend.server_pids(), *(process.pid for process in ranks)]
 
@@ -176,7 +176,7 @@ class Attempt:
 
     # -------------------------------------------------------------- a cycle
     def _measure_cycle(self, loaded: Loaded, finished: set[int]) -> None:
-        """Warm up, then measure the prompts of the cycle that earlier attempts left unfinished."""
+        """Warm up, then measure those prompts of the cycle that earlier attempts left unfinished."""
         experiment, cycle = self._plan.experiment, self._cycle
         left = [p for p in loaded.prompts if p.index not in finished]
         cycle.measured.indices = [p.index for p in left]
@@ -197,7 +197,7 @@ class Attempt:
             raise RunError(f"All {len(errors)} requests failed; the last error was: {errors[-1]}")
 
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
-        """Return how the remaining prompts arrive.
+        """Return how the remaining prompts arrive; None if all of them are available from the start.
 
         The arrival clock continues from the end of earlier attempts' windows. A request that arrived in an earlier
         attempt but was not finished has therefore been waiting since its arrival.
@@ -335,7 +335,7 @@ class Attempt:
 
 
 def cool_down(cooldown: Cooldown, gpus: Sequence[Gpu], report: Report, clock: Clock = REAL) -> bool:
-    """Wait for a fixed time, then until the GPUs in use are cool; return False if they are too warm after `max_s`."""
+    """Wait for a fixed time, then until the GPUs in use are cool; return False if they are still warm after `max_s`."""
     if cooldown.wait_s or (cooldown.to_c is not None and gpus):
         report(Event("cooldown"))
     clock.sleep(cooldown.wait_s)

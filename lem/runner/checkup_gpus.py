@@ -1,4 +1,4 @@
-"""The findings of a checkup about the NVIDIA driver and its GPUs: their sensors and their settings.
+"""The part of a checkup that concerns the NVIDIA driver and the sensors and settings of the GPUs.
 
 If a record would contain a warning about the same fact, the finding has that warning's remedy. This module changes no
 settings and opens no CUDA context.
@@ -154,7 +154,7 @@ def _power_limit(state: DeviceState) -> Finding:
 def _clocks(state: DeviceState) -> Finding:
     """Return the finding about the current limits of the clocks.
 
-    NVML does not report directly whether clocks are locked. It lists a setting that fixes the clocks among the active
+    NVML does not report directly whether clocks are locked. A setting that fixes the clocks appears among the active
     throttle reasons, but possibly not while the GPU is idle.
     """
     reasons = state.throttle_reasons

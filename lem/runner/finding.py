@@ -1,4 +1,4 @@
-"""The catalog of the checks of `lem doctor`, and their findings, each with a fact, a status and a remedy.
+"""The catalog of `lem doctor`'s checks, and the findings of these checks, each with a fact, a status and a remedy.
 
 `CHECKS` is the single source of the checks' names. The names are stable, because programs read them from
 `lem doctor --json`. This module does not know how a check is made.

@@ -45,7 +45,8 @@ Launcher = Callable[[ExperimentDir, int, host.Host, Report], None]
 class Outcome:
     """How an experiment ended, and where its files are.
 
-    `problem` is the reason why writing the row to the tables failed; None if it did not fail or was not requested.
+    `problem` is the reason why writing the row to the tables failed; None if the row was written or was not to be
+    written.
     """
 
     row: ExperimentRow
@@ -148,7 +149,10 @@ def planned(
     schedule: ScheduleRun | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
 ) -> tuple[Store, ExperimentDir]:
-    """Claim an id and write the plan, without running anything; the arguments are those of `run_ready`."""
+    """Claim an id and write the plan, or check the inputs of an unfinished run; nothing is run yet.
+
+    The arguments are those of `run_ready`.
+    """
     store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()
     if claimed is not None:
@@ -284,7 +288,7 @@ def _execute(
         began_s = time.monotonic()
         row, problem = _row(store, directory, write_tables)
         log.debug("computing and writing the rows took %.2f s", time.monotonic() - began_s)
-        # This comes last, so that `catch_up` finds an experiment that was killed before its rows were written.
+        # This comes last, so that `catch_up` finds an experiment whose process was killed before the rows were written.
         if problem is None and not leave_marked and not plan.unfinished_cycles(directory.finished()):
             store.mark_finished(directory.id)
         return Outcome(row, directory, store, problem)
@@ -321,7 +325,7 @@ def _how_it_ended(directory: ExperimentDir, plan: Plan) -> tuple[StateName, str 
 
 
 def _full_disk(store: Store, directory: ExperimentDir) -> AbstractContextManager[None]:
-    """Turn the error that a full disk raises within the block into a one-line error with a remedy."""
+    """If the disk becomes full within the block, raise a one-line error with a remedy."""
     return needs_space(store.root, f"Free some space, then run {resume_command(store, directory)}")
 
 

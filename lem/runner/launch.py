@@ -39,13 +39,14 @@ from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_
 
 log = logging.getLogger(__name__)
 
-# How long a launcher may keep running after its workers have ended. This is enough, because a launcher writes no files.
+# How long a launcher may keep running after its workers have ended. A short time is enough, because a launcher writes
+# no files.
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
 KILLED_AT_ONCE = "was killed at once, because the run was interrupted a second time."
 KILLED_LATE = f"was killed, because it did not end within {GRACE_S:g} s."
-# The message of torch's launcher about the first of several processes that failed.
+# The message in which torch's launcher names the signal that ended the first of several processes to fail.
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
 
@@ -140,7 +141,7 @@ class _Fifo:
         self._waiting: threading.Thread | None = None
 
     def relay_until_end_of(self, workers: subprocess.Popen[bytes], report: Report) -> None:
-        """Pass events on until the workers have ended, sleeping between events."""
+        """Pass the workers' events on to `report` until the workers have ended; sleep between events."""
 
         def write_the_end() -> None:
             workers.wait()
@@ -160,7 +161,7 @@ class _Fifo:
                 report(event)
 
     def close(self) -> None:
-        """Close the pipe, unless a thread may still write to it: its descriptor could be reused for another file."""
+        """Close the pipe, unless its thread may still write: the number of a closed descriptor may be reused."""
         if self._waiting is not None:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():
@@ -169,7 +170,7 @@ class _Fifo:
 
 @contextmanager
 def _fifos(directory: ExperimentDir) -> Iterator[tuple[_Fifo, _Fifo]]:
-    """Make two named pipes: one carries progress; when the other closes, the workers know that the parent is gone."""
+    """Make two named pipes: one for progress, and one whose closing tells the workers that the parent is gone."""
     prefix = f"lem-{hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()[:16]}-"
     for left_by_a_killed_one in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left_by_a_killed_one, ignore_errors=True)
@@ -244,7 +245,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 def record_loss(
     directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None, hostname: str | None
 ) -> None:
-    """Record that the scheduler made an attempt fail, in the records of its interrupted and killed processes.
+    """State in the records of an attempt's interrupted and killed processes that the scheduler made the attempt fail.
 
     If the attempt has no records, or only those of completed cycles, a record without measurements is added.
     `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which the attempt began (None if it
@@ -261,14 +262,14 @@ def record_loss(
     if not cut:
         cycle = next(iter(plan.unfinished_cycles(directory.finished())), plan.experiment.cycles)
         record = bare_record(plan, WindowId(directory.id, 0, cycle, attempt), "failed", error)
-        # This process is not the one that was to run the experiment, unless it belongs to that job itself.
+        # Unless this process belongs to that job, its host and its node are not those on which the attempt began.
         if record.slurm_job_id is None or record.slurm_job_id != slurm_job_id:
             record = replace(record, slurm_job_id=slurm_job_id, hostname=hostname, slurm_node=None)
         directory.write_record(record)
 
 
 def _record_reason(directory: ExperimentDir, attempt: int, reason: str) -> None:
-    """Add the reason to the records of an interrupted attempt: each worker knows only the signal that it received."""
+    """Put the reason for an interruption into the attempt's records; the workers knew only the signals they got."""
     for record in directory.records():
         if record.attempt == attempt and record.error is not None and record.error.type == Interrupted.__name__:
             error = replace(record.error, message=reason)

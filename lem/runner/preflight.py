@@ -1,4 +1,4 @@
-"""All checks before a run; given an experiment and a host, they return objections, the model and the prompts.
+"""All the checks that an experiment must pass before it runs on a machine.
 
 Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
 options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are
@@ -53,7 +53,7 @@ class Ready:
 
 
 def validated(experiment: Experiment) -> Experiment:
-    """Return an experiment that was made in Python, with its types and ranges checked.
+    """Check the types and ranges of an experiment that was made in Python, and return the checked experiment.
 
     A configuration that Hydra composed has been checked already.
 
@@ -100,8 +100,8 @@ def preflight(
         force: run despite inadvisable options.
         in_campaign: whether the experiment is a cell of a campaign.
         load: the function that loads the prompts; a caller that checks many experiments may cache them.
-        elsewhere: whether the experiment will run on another machine, about which only `host` is known; that machine
-            checks its sensors itself.
+        elsewhere: whether the experiment will run on another machine, about which only `host` is known; the sensors are
+            then checked there.
 
     Raises:
         ConfigError: the experiment cannot or should not run; the error lists all reasons.
@@ -137,7 +137,7 @@ def check_again(
         experiment: the experiment as it was started.
         host: the machine.
         force: run despite inadvisable options.
-        has_arrivals: whether the arrivals of its trace are also stored, so that the trace file is not needed.
+        has_arrivals: whether the arrival times from its trace are stored as well, so that the trace file is not needed.
         in_campaign: whether the experiment is a cell of a campaign.
 
     Raises:

@@ -67,7 +67,7 @@ class CombinedReport:
         self._last: dict[int, Event] = {}
 
     def __call__(self, event: Event) -> None:
-        """Report the combined progress."""
+        """Take in one process's event; report the combined progress if the event belongs to the phase of rank 0."""
         self._last[event.rank] = event
         lead = self._last.get(0)
         if lead is None or (event.rank and (event.phase != lead.phase or event.phase == "cycle")):

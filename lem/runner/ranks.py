@@ -39,7 +39,7 @@ class Ranks:
 
 
 class TorchRanks(Ranks):
-    """Processes started by a launcher and connected by torch.distributed."""
+    """The ranks of a process that a launcher started together with others; torch.distributed connects them."""
 
     def barrier(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait for the other processes; raises torch's error if another process is gone."""

@@ -181,7 +181,7 @@ def _cut(measured: Measurement, *, counts: bool) -> Cut:
 def bare_record(
     plan: Plan, window: WindowId, status: Status, error: ErrorInfo | None, started_at: str | None = None
 ) -> ProcessRecord:
-    """Return a record that states only the process and how it ended, without measurements."""
+    """Return a record without measurements, which only identifies the process and says how it ended."""
     return ProcessRecord(
         format_version=FORMAT_VERSION,
         lem_version=__version__,
@@ -254,7 +254,7 @@ def _readings(measured: Measurement) -> Sequence[EnergyReading]:
 def prefill_of(
     requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill | None:
-    """Return the window's time and energy in prefill; None if the backend does not report where prefill ends.
+    """Return the window's time and energy in prefill; None if the backend does not report when prefill ends.
 
     Args:
         requests: the window's requests.
@@ -282,7 +282,7 @@ def prefill_of(
 def _with_energy(
     prefill: Prefill, spans: Sequence[tuple[int, int]], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill:
-    """Add the energy of the prefill spans, if the power sensor can resolve it."""
+    """Add the energy of the prefill spans if the power sensor can resolve it; otherwise, add the reason."""
     by_device: dict[str, list[PowerSample]] = {}
     for sample in trace:
         if sample.component == "gpu":

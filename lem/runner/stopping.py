@@ -27,8 +27,8 @@ GRACE_S = 8.0
 class Undisturbed:
     """A stretch of work that no signal interrupts, so that finished work is always written completely.
 
-    A signal that arrives during the stretch interrupts the run at its end. Signals belong to the whole process, so
-    there is only one instance.
+    A signal that arrives during the stretch interrupts the run when the stretch ends. Signals belong to the whole
+    process, so there is only one instance.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def signals_held() -> Iterator[None]:
 def signals_blocked() -> Iterator[None]:
     """Hold back signals as `signals_held` does, and also keep them from programs that are started within the block.
 
-    A Ctrl-C reaches all processes of a terminal. Blocking it keeps it from ending a program whose work may already be
+    A Ctrl-C reaches all processes of a terminal. While it is blocked, it cannot end a program whose work may already be
     done.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
@@ -125,7 +125,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
-    """Treat SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) like Ctrl-C: raise `error(name)`."""
+    """Within the block, SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) raise `error(signal's name)`."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise error(signal.Signals(number).name)

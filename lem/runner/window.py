@@ -78,8 +78,8 @@ class Measurement:
     - `energy_behind_s`: how long before the window's end its energy was last read; None if no meter was read;
     - `under_way`: the work that the engine had in progress at the window's end.
 
-    If `ends_when_cut` is true, the window ends at the interruption, because other processes may have gone on finishing
-    requests up to then.
+    If `ends_when_cut` is true, the window ends at the interruption, because other processes may have finished requests
+    until then.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.
@@ -226,7 +226,7 @@ class Bench:
 
     # -------------------------------------------------------------- each cycle
     def warm_up(self, prompts: Sequence[Encoded], warmup: Warmup, batching: Batching, into: Measurement) -> None:
-        """Run as many prompts before the window as `warmup` requires, in batches like the measured ones."""
+        """Run the prompts that `warmup` requires, in batches like the measured ones; then drop the state they left."""
         if prompts and (warmup.prompts or warmup.until_cv is not None):
             batches = warmup_batches(prompts, batching)
             with self.phase("warmup", into):
@@ -346,8 +346,8 @@ class Bench:
     def open_together(self) -> None:
         """Synchronize the device, wait for the other processes, settle the meter, and begin metering with them.
 
-        The meter settles while all processes stand still, so that they begin exactly when it is ready. If it settled
-        before all processes had arrived, it would have to settle again inside the window.
+        The meter settles while all processes stand still, so that they begin exactly when the meter is ready. If the
+        meter settled before all processes had arrived, it would have to settle again inside the window.
         """
         self.backend.synchronize()
         self.ranks.barrier()
@@ -414,7 +414,7 @@ class _Window:
         return max(METER_POLL_NS / NS_PER_S, NOTED_SHARE * passed_s)
 
     def note(self) -> None:
-        """Record the progress of the window and its energy within a batch; do nothing once the window is over."""
+        """Record the window's progress within a batch, if its energy is known; do nothing once the window is over."""
         with self._lock:
             if self._is_over.is_set():
                 return
@@ -513,7 +513,7 @@ class _Window:
 class _Failures:
     """Counts the failed requests of a window; more failures than the engine tolerates end the run.
 
-    The failure that exceeds the limit is not kept, so that a resumed run sends that request again.
+    A failed request beyond that limit is not kept, so that a resumed run sends it again.
     """
 
     def __init__(self, backend: Backend, requests: int) -> None:
@@ -543,10 +543,9 @@ class _Failures:
         raise RunError(f"{self._failed} of {self._requests} requests failed, more than allowed; the last was {reason}")
 
     def check_warmup(self) -> None:
-        """Raise RunError if a request of the warm-up failed.
+        """Raise RunError if any request of the warm-up failed or, if the engine tolerates failures, if all of them did.
 
-        If the engine tolerates failures, one failed request is not an error, but the failure of all requests is,
-        because then nothing was warmed up.
+        If all requests failed, nothing was warmed up.
         """
         if self._last is not None and (not self._tolerates_some or self._failed == self._ended):
             raise RunError(f"The engine did not finish prompt {self._last.index} of the warm-up: {self._last.error}")
@@ -554,7 +553,7 @@ class _Failures:
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Divide prompts into the batches used for measuring or, for continuous batching, groups that run together."""
+    """Divide prompts into the batches used for measuring or, for continuous batching, into groups that run together."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
@@ -571,7 +570,7 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 
 # ------------------------------------------------------------------ processor time
 class _CpuClock:
-    """Measures processor time, in busy cores: of the machine, and of this process with its children and servers."""
+    """Measures how many cores all processes, and this process with its children and servers, kept busy on average."""
 
     def find_processes(self, server_pids: Sequence[int]) -> None:
         """Find the processes to measure.

@@ -4,7 +4,7 @@
 
 It starts from spec.json and does not know where the configuration came from. Even if its attempt is ended by an error,
 a signal or a missing package, it leaves a record with a status (`lem.runner.attempt`) and all finished requests in its
-journal. The exit code is 0 if the attempt completed.
+journal. The exit code is 0 if the attempt completed, 130 if it was interrupted, and 1 if it failed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Decides after each cycle of an adaptive campaign whether to continue, and describes the plan beforehand.
+"""Finds out after each cycle of an adaptive campaign whether to continue, and describes the plan beforehand.
 
-The rule and its level are in `lem.results.stopping`, and the decision is in `lem.results.campaign`; this module passes
-them the states of the cells. The decision depends only on the completed cells, so a campaign that was killed and
-resumed stops after the same cycle as one that was not.
+The stopping rule and its level are defined in `lem.results.stopping` and applied in `lem.results.campaign`; this module
+only passes the states of the cells on. The decision depends only on the completed cells, so a campaign that was killed
+and resumed stops after the same cycle as one that was not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_over(
     cycle: int,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Return whether a campaign ends after this cycle; False if a later cycle has begun and must be completed.
+    """Return whether an adaptive campaign ends after a cycle; False if a later cycle has begun and must be completed.
 
     Args:
         definition: the campaign.
@@ -55,7 +55,7 @@ def settled(definition: Definition, places: Sequence[Place], states: Sequence[Ce
 
 
 def after(places: Sequence[Place], cycle: int) -> Iterator[int]:
-    """Yield the numbers of the cells in later cycles."""
+    """Yield the numbers of the cells in the cycles after the given one."""
     return (number for number, place in enumerate(places) if place.cycle > cycle)
 
 

@@ -30,7 +30,7 @@ NEITHER = (
 
 
 def starts(settings: Schedule, now: datetime) -> list[datetime]:
-    """Return the times at which runs start, in the schedule's time zone, from `now` until its duration has elapsed.
+    """Return the start of each run, in the schedule's time zone, from `now` until the schedule's duration has elapsed.
 
     Args:
         settings: the settings of the schedule.
@@ -85,7 +85,7 @@ def _starts(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime) 
 
 
 def _at_times(settings: Schedule, zone: ZoneInfo, begin: datetime, end: datetime) -> Iterator[datetime]:
-    """Yield the starts at the chosen times and days that lie in [begin, end), in order and without duplicates."""
+    """Yield the starts in [begin, end) at the chosen times and days, in order and without duplicates."""
     from dateutil.rrule import DAILY, rrule, rruleset
 
     days = [WEEKDAYS.index(day) for day in settings.days or WEEKDAYS]
@@ -123,7 +123,7 @@ def _exists(aware: datetime) -> bool:
 
 
 def _nothing(settings: Schedule, zone: ZoneInfo, begin: datetime) -> str:
-    """Return the error message for a schedule without starts, which names the time of the next possible start."""
+    """Return the error message for a schedule without starts; it names the next possible start, if there is one."""
     longer = replace(settings, interval_s=None) if settings.at else settings
     following = next(_starts(longer, zone, begin, begin + NEXT_ONE), None)
     duration = length_of(settings.duration_s)
@@ -148,7 +148,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def machine_zone(environ: os._Environ[str] | dict[str, str] = os.environ, etc: Path = Path("/etc")) -> str:
-    """Return the IANA name of this machine's time zone, from TZ or else /etc; raises `ConfigError` if unknown."""
+    """Return the IANA name of this machine's time zone, from TZ or, if unset, /etc; raises `ConfigError` if unknown."""
     if wanted := environ.get("TZ", "").removeprefix(":"):
         candidates = [wanted.partition("/zoneinfo/")[2] or wanted]
     else:

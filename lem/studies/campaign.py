@@ -224,7 +224,7 @@ def fitted(campaign: Campaign, arms: Sequence[Arm], given: Mapping[str, Any], ow
 
     Args:
         campaign: the settings.
-        arms: the arms, with the settings of the campaign that apply to them.
+        arms: the arms; their experiments already contain the settings that apply to every arm.
         given: the settings that do not come from a file, by key.
         own: the campaign file, if there is one.
 
@@ -301,7 +301,7 @@ def _where_it_began(kept: Definition) -> Iterator[None]:
 
 # ------------------------------------------------------------------ the request
 def check(campaign: Campaign) -> None:
-    """Check a campaign's name; raises `ConfigError` if it cannot be a directory name."""
+    """Check a campaign's name; raises `ConfigError` if it cannot be a directory name or looks like an id."""
     if not re.fullmatch(NAME, campaign.name or ""):
         raise ConfigError(f"name: '{campaign.name}' cannot be a directory name; use {NAME_IN_WORDS}.")
     if is_like_an_id(campaign.name or ""):
@@ -397,7 +397,7 @@ def check_arm_name(name: str, place: str = "") -> None:
 
 
 def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> str:
-    """Return the arm that is the baseline; raises `ConfigError` if no arm has that name."""
+    """Return the name of the baseline arm, by default the first; raises `ConfigError` if no arm has the wanted name."""
     if not wanted:
         return names[0]
     if wanted not in names:
@@ -559,7 +559,7 @@ def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> 
 def _measure(
     planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation, resume: str
 ) -> int:
-    """Run the cells that are missing and present the answer; `resume` is the command that resumes the campaign."""
+    """Run the cells without a result and present the answer; `resume` is the command that resumes the campaign."""
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     kept = _continued(planned, store, options, resume)
     planned, states = kept or (planned, [CellState(cell) for cell in _cells(planned)])
@@ -576,7 +576,7 @@ def _measure(
     if left and not (options.yes or confirmed(_question(planned, len(left)))):
         return 0
     with _locked(folder, name):
-        kept = _continued(planned, store, options, resume)  # another process may have measured some cells since then
+        kept = _continued(planned, store, options, resume)  # another process may have measured cells meanwhile
         planned, states = kept or (planned, states)
         manifest = _manifest(folder, states)
         if kept is None:
@@ -786,7 +786,7 @@ def _states(planned: Planned, store: Store) -> list[CellState]:
 
 
 def _ids_of_cells(planned: Planned, store: Store) -> list[str | None]:
-    """Find each cell's latest experiment by the experiments' plans; return its id, or None for a cell without one.
+    """Return the id of each cell's latest experiment, found in the experiments' plans; None for a cell without one.
 
     This replaces the list of cells if it is lost.
     """
@@ -845,7 +845,8 @@ class CampaignRunner(OneByOne):
     def run(self, number: int, experiment: Experiment) -> None:
         """Run this cell, unless no further cycle is needed.
 
-        Before the first cell of a new cycle, or of a new arm if grouped, the failed cells so far are retried.
+        Before the first cell of each further cycle (in a grouped campaign, of each further arm), the cells that have
+        failed so far are retried.
         """
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
@@ -903,7 +904,7 @@ class CampaignJobs(SlurmRunner):
     retried at the end, in one job for each cycle, on the node that ran the rest of the cycle.
     """
 
-    resubmits: ClassVar[bool] = False  # a cycle that is lost is retried as a whole
+    resubmits: ClassVar[bool] = False  # instead, a lost cycle is retried as a whole
 
     planned: Planned
     waiting: list[int] = field(default_factory=list)
@@ -966,11 +967,11 @@ class CampaignJobs(SlurmRunner):
             self.waiting.clear()
 
     def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
-        """Return the options of a job; cells of a cycle that has partly run are sent to the node that ran the rest."""
+        """Return the options of a job; the remaining cells of a cycle are sent to the node that ran the others."""
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
-        # A node that cannot run jobs would make the job wait forever; "n1+n2" is not the name of one node.
+        # A node that cannot run jobs would make the job wait forever. A name such as "n1+n2" stands for two nodes.
         is_possible = len(ran_on) == 1 and slurm.is_usable(*ran_on)
         return replace(self.slurm, nodelist=ran_on.pop()) if is_possible else self.slurm
 
@@ -1065,7 +1066,7 @@ def _left_words(left: Sequence[int]) -> str:
 
 
 def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
-    """Yield the time, energy and detectable difference to expect from earlier runs, or say that there were none.
+    """Yield sentences that estimate time, energy and detectable difference from earlier runs, if there were any.
 
     Args:
         planned: the campaign.
@@ -1104,7 +1105,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
 
 
 def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
-    """Yield the detectable difference or, in an adaptive campaign, the number of cycles to expect.
+    """Yield a sentence about the detectable difference or, in an adaptive campaign, the expected number of cycles.
 
     `sd_log` is the standard deviation of the logarithm of a cell's metric in earlier runs; None if unknown.
     """

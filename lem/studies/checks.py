@@ -24,7 +24,7 @@ from lem.workload.prompts import Prompts, draw
 class RecentPrompts:
     """Loads prompts and keeps the last two datasets, because neighboring cells usually use the same one.
 
-    A dataset is kept whole, so that cells with other seeds or sample sizes only draw from it.
+    A dataset is kept whole, so that cells with other seeds or sample sizes need only draw from it.
     """
 
     def __init__(self, size: int = 2) -> None:

@@ -1,8 +1,8 @@
 """The user's consent to the programs, code and keys that a config file names: requested once, then remembered.
 
-Each agreement is a file in the user's state directory (`~/.local/state/lem/agreed`); its name is the digest of the text
-agreed to. Requests from the command line need no consent, but are remembered so that the experiment can be resumed.
-This module does not know what a configuration can ask for; `lem.config.trust` does.
+Each agreement is a file in the user's state directory (`~/.local/state/lem/agreed`); its name is the digest of the
+request and of the files that the request names. Requests from the command line need no consent, but are remembered so
+that the experiment can be resumed. This module does not know what a configuration can ask for; `lem.config.trust` does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONGEST_SHOWN = 300
 
 
 def agreements() -> Path:
-    """Return the directory of the agreements; `LEM_STATE_DIR` changes its parent."""
+    """Return the directory of the agreements; `LEM_STATE_DIR` sets its parent directory."""
     import platformdirs
 
     return Path(os.environ.get(STATE_VARIABLE) or platformdirs.user_state_dir("lem")) / "agreed"

@@ -50,7 +50,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a look at a study found: the states of its cells, and Slurm's report about those that have not ended."""
+    """What a look at a study found: the states of its cells, and Slurm's report about the cells that have not ended."""
 
     ledger: Ledger
     manifest: Manifest
@@ -81,7 +81,7 @@ def run_as_jobs(
 
 
 def _submitted_before(cells: Sequence[Cell]) -> Path | None:
-    """Return the directory of the newest awaited study with the same cells; None if there is none."""
+    """Return the directory of the newest study that has the same cells and has not shown its outcome, or None."""
     wanted = cells_sha256(cell.fingerprint for cell in cells)
     roots = dict.fromkeys(experiment_of(cell).io.results_dir for cell in cells)
     found = [ledger for root in roots for ledger in awaited(Store(root))]
@@ -102,7 +102,7 @@ def sweep_at(directory: Path) -> Submitted:
 
 
 def _present(manifest: Manifest) -> int:
-    """Print the table of a sweep or batch, with rows from the tables; return the exit code."""
+    """Print the summary of a sweep or batch, reading its rows from the results tables; return the exit code."""
     directories = [state.directory for state in manifest.states if state.directory is not None]
     roots = dict.fromkeys(directory.path.parent.parent for directory in directories)
     rows = {row.experiment_id: row for root in roots for row in Tables(Store(root)).rows()[0]}

@@ -46,7 +46,7 @@ from lem.spec.schedule import length_of
 LONGEST_SLEEP_S = 30.0
 # A start that is more than this late is missed, because a run at another time says nothing about the planned time.
 GRACE_S = 60.0
-# A difference between the clock and the time slept is reported if it exceeds this.
+# It is reported if the clock goes back by more than this, or advances by this much more than the time slept.
 CLOCK_STEP_S = 5.0
 LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,7 +70,7 @@ class Clock:
         return datetime.now(UTC)
 
     def sleep(self, seconds: float) -> int | None:
-        """Sleep until the time is over or a signal arrives; return the signal's number or None."""
+        """Sleep until the time is over or a signal arrives; return the signal's number, or None if none arrived."""
         found = signal.sigtimedwait(self._signals, seconds)
         return found.si_signo if found else None
 
@@ -86,7 +86,7 @@ class Run(Protocol):
 
 
 class Screen:
-    """Prints a line for each event and, on a terminal (`is_live`), shows the time to the next start below."""
+    """Prints a line for each event and, on a terminal (`is_live`), shows the time to the next start below the lines."""
 
     def __init__(self, log: Path | None) -> None:
         self._log = log
@@ -139,7 +139,7 @@ class Daemon:
     current: tuple[Start, Run] | None = None
     is_stopping: bool = False
     zone: ZoneInfo = field(init=False)
-    # No start before this position in the table is still planned.
+    # The starts before this position in the table are no longer planned.
     position: int = 0
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class Daemon:
         """Work through all starts that are left; return the exit code.
 
         Returns:
-            1 if a run failed or none was done, 130 if a signal ended the schedule early, and 0 otherwise.
+            130 if a signal ended the schedule early; otherwise, 1 if a run failed or none was done, and 0 if not.
         """
         self._catch_up()
         while self._step():

@@ -93,7 +93,7 @@ class _Above:
 
     def __init__(self, stream: TextIO, console: Any) -> None:
         self._stream, self._console, self._begun = stream, console, ""
-        # Rich consoles, including this one, write to this attribute.
+        # Rich consoles, including this one, write to the stream in this attribute.
         self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)
 
     def write(self, text: str) -> int:
@@ -300,7 +300,7 @@ class Rate:
         self._since_s = 0.0
 
     def __call__(self, event: Event) -> str:
-        """Return the text to show next to the bar."""
+        """Return the text to show next to the bar; it is empty as long as the rate is unknown."""
         now_s = self._clock_s()
         if event.phase != self._phase:
             self._phase, self._since_s = event.phase, now_s

@@ -1,7 +1,7 @@
 """`lem experiment`: composes, checks, confirms, runs and shows one experiment; `lem.studies.sweep` handles several.
 
 `lem.cli.hydra_app` also uses this module to run one experiment as a plain Hydra app. Modules that only a run needs are
-imported in the functions that run, so that a dry run stays fast.
+imported when the run begins, so that a dry run stays fast.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(
 
 @paused_collector()
 def _ready(config_file: Path | None, overrides: Sequence[str], options: RunOptions, config_dir: Path | None) -> Ready:
-    """Compose the experiment, obtain the user's consent to what it starts, and check it."""
+    """Compose the experiment, obtain the user's consent to what it starts, and run preflight."""
     composition = prepare(config_file, overrides, config_dir=config_dir)
     experiment = composition.experiment()
     Consents(options).require(asked_by(experiment, composition.sources))

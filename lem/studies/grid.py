@@ -199,7 +199,7 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return the reasons why a point cannot be run: problems of its values, or else objections that block it."""
+    """Return the reasons why a point cannot be run: problems with its values or, if none, blocking objections."""
     sources = _sources(base, point)
     values, unresolved = resolved(sources.values())
     experiment, found = examine(values)
@@ -335,7 +335,10 @@ def _parent(base: Path, folder: Path) -> str:
 
 
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
-    """Return the files of an earlier grid that the new grid lacks; raise if other files would be overwritten."""
+    """Return the files of an earlier grid that the new grid lacks.
+
+    Raises `ConfigError` if files that do not belong to the earlier grid would be overwritten.
+    """
     index = folder / INDEX
     earlier: set[str] = set()
     if os.path.lexists(index):

@@ -76,7 +76,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
 def look_at_all(store: Store) -> dict[Path, InJob]:
     """Collect the jobs that have ended, without submitting any; return what Slurm reports about the others.
 
-    A study that cannot be read is reported, so that it does not hide the others.
+    A study that cannot be read is reported in a warning, so that it does not hide the others.
     """
     found: dict[Path, InJob] = {}
     for ledger in awaited(store):

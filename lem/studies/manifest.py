@@ -169,7 +169,7 @@ class Manifest:
         return all(state.is_settled for state in self.states)
 
     def close(self) -> None:
-        """Mark cells still listed as running as interrupted; the interrupt came before their end was recorded."""
+        """Mark as interrupted all cells still listed as running: an interruption came before their end was recorded."""
         for number, state in enumerate(self.states):
             if state.status == "running":
                 with suppress(DiskFull):  # an earlier error has already reported the full disk

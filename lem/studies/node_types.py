@@ -1,7 +1,7 @@
 """Keeps a campaign on one type of node of a Slurm cluster, so that its cycles run on the same type of board.
 
 Slurm reports the GPUs, cores and features that each node is configured to have. It does not report whether two nodes of
-the same configuration have the same processor; this is checked afterwards, by the board in each row.
+the same configuration have the same processor; the board in each row shows this afterwards.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Place:
-    """A cell's place in a campaign: its cycle and its position in it, counted from 1, and its arm, counted from 0."""
+    """A cell's cycle and its position in the cycle, both counted from 1, and its arm, counted from 0."""
 
     cycle: int
     position: int

@@ -38,7 +38,7 @@ from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.study import Runner
 
-# A child's grace period for its worker, plus some time for the child itself to end.
+# How long a child may take to end: the grace period that it gives its worker, plus some time for itself.
 STOP_S = GRACE_S + 5.0
 
 
@@ -60,7 +60,7 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     if not each:
         return [Slot(tuple(gpus))] * parallel
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    # `gpus` follows the order of the entries and stops at the first entry that names no device.
+    # `gpus` is in the order of the variable's entries, and stops at the first entry that names no device.
     names = [gpu.uuid for gpu in gpus] if chosen is None else [name.strip() for name in chosen.split(",")]
     bounds = [range(i * each, (i + 1) * each) for i in range(parallel)]
     return [Slot(tuple(gpus[i] for i in those), ",".join(names[i] for i in those)) for those in bounds]
@@ -118,7 +118,7 @@ class Pool(Runner):
     ended: queue.Queue[Child] = field(default_factory=queue.Queue)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Start a cell as soon as a slot is free."""
+        """Start a cell as soon as a slot is free, unless no further cells should start by then."""
         while not self.free:
             self._wait_for_one()
         if self.manifest.is_over:

@@ -2,8 +2,8 @@
 
     settings ─> composed, checked ─> table of starts ─> schedule.json, what.json ─> lem.studies.daemon, this process
 
-Everything that imports heavy libraries or may ask the user a question happens here, before the daemon, which works
-through the table, replaces this process. A schedule that has begun is continued by the same command or by its name,
+Everything that imports heavy libraries or may ask the user a question happens here, before this process is replaced by
+the daemon, which works through the table. A schedule that has begun is continued by the same command or by its name,
 without checking again what it measures.
 """
 
@@ -268,7 +268,7 @@ def _words(manifest: ScheduleManifest) -> str:
 
 
 def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[str]:
-    """Return a warning if a run is expected to take longer than the time to the next start."""
+    """Yield a warning if a run is expected to take longer than the shortest time between two starts."""
     times = [files.due(start) for start in manifest.starts]
     shortest_s = min(((after - before).total_seconds() for before, after in pairwise(times)), default=None)
     if each_s is not None and shortest_s is not None and each_s > shortest_s:

@@ -58,7 +58,7 @@ class What:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure a run of a schedule; return 0, or 1 if it did not complete."""
+    """Measure a run of a schedule; return 0 if it completed, and another exit code if it did not."""
     folder, number = sys.argv[1:] if argv is None else argv
     # The daemon blocks the signals that it fetches while it sleeps, and this process has inherited the block.
     signal.signal(signal.SIGTERM, raise_interrupted)

@@ -5,8 +5,8 @@
 This process and a job (`lem.studies.slurm_job`) communicate only through files on a shared file system. An experiment's
 own state tells whether the experiment has ended. Slurm tells only whether a job still exists and, if not, why it ended.
 
-Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do;
-`lem.studies.continuing` then creates a runner from the ledger that continues where this one stopped.
+Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do; from
+the ledger, `lem.studies.continuing` then creates a runner that continues where this one stopped.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ AT_ONCE = 2
 MANY = 64
 # What Slurm says if a user, account, QOS or cluster has as many jobs as are allowed. More are accepted as jobs end.
 TOO_MANY_JOBS = re.compile(r"(Max|Grp)Submit|temporarily unable|temporarily unavailable")
-# Array tasks that are not limited; submitit limits them to 256 by default.
+# How many tasks of an array may run at once if the user sets no limit; submitit's default is 256.
 UNLIMITED = 1_000_000
 
 
@@ -280,7 +280,7 @@ class SlurmRunner(Runner):
             self.stop()
 
     def how_to_return(self) -> str:
-        """Return sentences that say which jobs there are, and which commands follow or cancel them."""
+        """Return sentences about the remaining jobs, and about the commands that follow or cancel them."""
         assert self.ledger is not None
         study = f"{self.ledger.directory.name}{results_flag(Store(self.ledger.terms.results_dirs[0]))}"
         left = [n for n, state in enumerate(self.manifest.states) if state.status in OPEN]
@@ -326,7 +326,7 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- continuing after an earlier command
     def restore_jobs(self, cells: Mapping[str, list[int]]) -> None:
-        """Continue with jobs that have been submitted; `cells` gives the cells of each job that have not ended."""
+        """Continue with jobs that have been submitted; `cells` gives, by job, the cells that have not ended."""
         assert self.ledger is not None
         self.jobs = [Job(job_id, all_cells) for job_id, all_cells in self.ledger.accepted if job_id in cells]
         for job in self.jobs:
@@ -403,7 +403,7 @@ class SlurmRunner(Runner):
             self.unsubmitted.clear()
 
     def _by_resources(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the cells in groups that request the same from Slurm."""
+        """Yield groups of cells whose jobs request the same resources from Slurm."""
         groups: dict[str, list[int]] = {}
         for number in numbers:
             parameters = sbatch_parameters([self._experiment(number)], self.slurm)
@@ -503,7 +503,7 @@ class SlurmRunner(Runner):
         """Find out whether Slurm accepted the array whose submission was interrupted.
 
         If it did, this runner takes over the array's jobs. If not, the array's cells are still to be submitted. Because
-        sbatch may still be running, the latter is decided only after a while, unless `at_once` is set.
+        sbatch may still be running, this is concluded only after a while, unless `at_once` is set.
         """
         ledger = self.ledger
         if ledger is None or ledger.unknown is None:
@@ -554,7 +554,7 @@ class SlurmRunner(Runner):
         self._submit_array(some)
 
     def _not_submitted(self) -> list[int]:
-        """Return the planned cells that have no job; a signal may arrive while some of them are being submitted."""
+        """Return the planned cells that have no job, even if a signal arrived while some were being submitted."""
         # A cell that is being submitted may still be listed as unsubmitted.
         planned = [*self.unsubmitted, *(number for cells in self.deferred for number in cells)]
         return [number for number in planned if self.manifest.states[number].status == "not run"]
@@ -599,8 +599,8 @@ class SlurmRunner(Runner):
     def _ended(self, job: Job, known: Mapping[str, Queued] | None) -> Iterator[_Ended]:
         """Yield the cells of a job that have ended, and record which one has started.
 
-        Of thousands of jobs, most wait or have ended, so only the states of cells that may have changed are read: the
-        cells of a job run in order, and those of a waiting job do not run.
+        A study may have thousands of jobs, most of which are waiting or have ended. Therefore, only states that may
+        have changed are read: a job runs its cells in order, and a waiting job runs none.
         """
         seen = None if known is None else known.get(job.id)
         if seen is not None and seen.is_waiting and not seen.restarts:
@@ -769,7 +769,7 @@ class SlurmRunner(Runner):
                 self._end(number, written.get(directory.path, outcome))
 
     def _interrupted(self, number: int) -> None:
-        """Record that a cell was stopped or did not begin, so that the same command resumes it."""
+        """Record that a cell was stopped or did not begin, so that repeating the study's command resumes it."""
         directory = ExperimentDir(Path(self.steps[number].directory))
         Store(directory.path.parent.parent).mark_unfinished(directory.id, directory.plan().fingerprint)
         if directory.state().attempt <= self.steps[number].attempts:
@@ -810,7 +810,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _end_of_log(file: Path | None) -> list[str]:
-    """Return the last lines of a job's log that are not empty; none if the job wrote none."""
+    """Return the last non-empty lines of a job's log; an empty list if there is no log."""
     try:
         lines = file.read_text(errors="replace").splitlines() if file else []
     except OSError:

@@ -34,13 +34,13 @@ from lem.studies.display import Lines
 
 # The signal that submitit asks Slurm to send before the time limit.
 LIMIT_SIGNAL = signal.SIGUSR2
-# Slurm ends a requeued job at once, except when its controller is busy.
+# How long to wait until Slurm ends a requeued job, which it does at once unless its controller is busy.
 REQUEUED_S = 120.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment of a job: its directory, how many attempts it has had, and the pause before it in seconds."""
+    """One experiment of a job: its directory, its number of earlier attempts, and the pause before it in seconds."""
 
     directory: str
     attempts: int = 0
@@ -61,7 +61,7 @@ class JobFile:
 
 
 class _Limit:
-    """Notes when Slurm announces the time limit. All processes of the job get the signal; only this one acts on it.
+    """Notes Slurm's signal that the time limit is near. All processes of the job get it; only this one acts on it.
 
     By default, the signal would end the workers at once. The main thread therefore blocks it, and all threads and
     processes started from there inherit the block. In this process, either the waiting thread receives the signal, or a

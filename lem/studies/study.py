@@ -1,8 +1,8 @@
-"""Runs the checked cells of a study as one Hydra multirun and keeps its manifest, for every sweep and batch.
+"""Runs the checked cells of a study (a sweep, batch or campaign) as a Hydra multirun, and keeps the manifest.
 
-`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files. The outcome of each cell
-is recorded in `experiments.json` in the study's directory and in the table at the end. This module does not know how an
-experiment is measured.
+`lem.studies.sweep` creates cells from override values, `lem.studies.batch` from config files, and
+`lem.studies.campaign` from arms. The outcome of each cell is recorded in `experiments.json` in the study's directory
+and in the table at the end. This module does not know how an experiment is measured.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Runner(ABC):
         """Wait for the cells that are still running."""
 
     def stop(self) -> None:
-        """End the cells that are still running, at the user's request, and record that."""
+        """End the cells that are still running, and record how they ended."""
 
     def interrupted(self, by_signal: str) -> None:
-        """End after a signal; called once the display is gone.
+        """End after a signal; called when the display is already gone.
 
         `by_signal` is a sentence about the signal; it is empty for Ctrl-C.
 
@@ -133,7 +133,7 @@ def run_study(
 
 @contextmanager
 def alone_with_jobs(directory: Path) -> Iterator[None]:
-    """Hold the lock of a new study whose cells are jobs.
+    """Hold the lock of a new study whose cells run as jobs.
 
     Raises:
         ResultsError: the directory belongs to a study whose jobs have not been collected.
