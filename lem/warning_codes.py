@@ -479,8 +479,8 @@ WARNINGS: dict[str, WarningKind] = {
         "List the cells with lem results list --campaign NAME, and show a cell's warnings with lem results show ID.",
     ),
     "carbon_unknown": WarningKind(
-        "CO2e is null because the carbon intensity during the measurement is unknown: the file energy.carbon_trace "
-        "does not cover this time, or could no longer be read. An intensity is never extrapolated.",
+        "CO2e is null because the carbon intensity during the measurement is unknown: the file set as "
+        "energy.carbon_trace does not cover this time, or could no longer be read. An intensity is never extrapolated.",
         "Keep the file up to date while you measure; each run reads it anew.",
     ),
     "schedule_runs_missing": WarningKind(

@@ -19,9 +19,9 @@ def counts(ready: Ready) -> str:
     prompts = ready.prompts
     files = f" ({_listed(prompts.files)})" if prompts.files else ""
     empty = f", {prompts.dropped_empty} of them empty and dropped" if prompts.dropped_empty else ""
-    drawn = (
-        f"{len(prompts.texts)} of {prompts.available} drawn" if len(prompts.texts) < prompts.available else "all used"
-    )
+    everything = "all others used" if empty else "all used"
+    is_sample = len(prompts.texts) < prompts.available
+    drawn = f"{len(prompts.texts)} of {prompts.available} drawn" if is_sample else everything
     return printable(f"{prompts.read} read from {prompts.source}{files}, column {prompts.column}{empty}; {drawn}")
 
 

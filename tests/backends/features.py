@@ -170,7 +170,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Lengths and prompts": (
         Feature("maximum output", "The output is at most this long.", {"max_output_tokens": 5}),
         Feature("minimum output", "The end token is suppressed up to this length.", {"min_output_tokens": 9}),
-        Feature("maximum input", "Prompts are truncated at the end.", {"max_input_tokens": 8}),
+        Feature("maximum input", "Longer prompts are cut off at this length.", {"max_input_tokens": 8}),
         Feature("chat template", "Prompts are wrapped as user turns.", {"chat_template": True}),
     ),
     "Batching": (

@@ -16,7 +16,7 @@ def test_dry_run_shows_the_first_prompts_as_they_are_sent(lem, tmp_path):
     asked = ("experiment", "-m", "tiny", "-p", "p.txt", "--dry-run")
     said = comments(lem(*asked, "max_input_tokens=3", "-n", "4"))
     assert said[1:4] == [
-        "prompts: 6 read from p.txt, column text, 2 of them empty and dropped; all used; 2 cut to 3 tokens",
+        "prompts: 6 read from p.txt, column text, 2 of them empty and dropped; all others used; 2 cut to 3 tokens",
         "the first prompts as they are sent:",
         '  3 tokens, cut: "<s>one two"',
     ]
@@ -41,7 +41,7 @@ def test_run_says_how_many_prompts_were_read_dropped_and_cut(lem, tmp_path):
     (tmp_path / "p.txt").write_text("one two three four five\n\nsix\n")
     asked = ("experiment", "-m", "any", "-p", "p.txt", "backend=simulated", "energy=none", "max_input_tokens=3", "-y")
     finished = lem(*asked, "-c", "2")
-    assert "Prompts: 3 read from p.txt, column text, 1 of them empty and dropped; all used." in finished.err
+    assert "Prompts: 3 read from p.txt, column text, 1 of them empty and dropped; all others used." in finished.err
     assert "2 of 2 from p.txt, seed 42 · 3 read, 1 empty and dropped, 1 cut" in " ".join(finished.out.split())
     (row,) = yaml.safe_load(lem("results", "list", "--json").out)
     assert [row[f"prompts_{name}"] for name in ("read", "empty", "cut")] == [3, 1, 1]
