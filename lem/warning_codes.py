@@ -433,7 +433,7 @@ WARNINGS: dict[str, WarningKind] = {
     "campaign_nodes_interact": WarningKind(
         "The ratio of two arms differs between the nodes or boards of a cluster by more than the noise explains. The "
         "answer is a mean over the nodes or boards that happened to run the cycles.",
-        "Read the ratios for each board, and measure a campaign for each board that matters "
+        "Read the ratios for each board, and run a separate campaign on each board that matters "
         "(hydra.launcher.gpu_type, constraint or nodelist).",
     ),
     "campaign_meters_differ": WarningKind(
@@ -902,7 +902,7 @@ def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]
     if wrong:
         first = wrong[0]
         times = len(first.itl_s or ()) + 1
-        text = f"request {first.request} has {first.output_tokens} output tokens and {times} token times"
+        text = f"request {first.request} has {first.output_tokens} output tokens but {times} token times"
         more = f"; {len(wrong) - 1} more disagree as well" if len(wrong) > 1 else ""
         yield warning("tokens_disagree", f"{text}{more}.")
 

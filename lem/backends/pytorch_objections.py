@@ -255,7 +255,9 @@ def _quantized(model: Model, host: Host, used: Sequence[Gpu]) -> Iterator[Object
 def _padding(experiment: Experiment, model: Model) -> Iterator[Objection]:
     batching, kind = experiment.batching, model.text_config.get("model_type")
     if kind in PADDING_UNMASKED and batching.strategy != "continuous" and batching.batch_size > 1:
-        fact = f"transformers does not mask padding in a {kind} model, so padding changes shorter prompts' tokens."
+        fact = (
+            f"transformers does not mask padding in a {kind} model, so padding changes the output of shorter prompts."
+        )
         yield Objection("padding_changes_tokens", "batching.batch_size", fact)
 
 

@@ -112,7 +112,7 @@ def generate_grid(
 
 @config_app.command("schema")
 def schema(campaign: Campaign = False, config_dir: ConfigDir = None) -> None:
-    """Print the JSON Schema of config files, with which editors check and complete the files."""
+    """Print the JSON Schema for config files, which editors use to check and complete them."""
     from lem.config import file_schema
     from lem.config.options import Options
 

@@ -53,7 +53,9 @@ FLAGS = {
 def option(name: str, *declarations: str) -> Any:
     """Return the typer option for a deprecated flag; its help text comes from the schema."""
     path = FLAGS[name].path
-    return typer.Option(*declarations, help=f"Deprecated, use {path}: {leaf(path).description}", show_default=False)
+    return typer.Option(
+        *declarations, help=f"Deprecated; use {path} instead. {leaf(path).description}", show_default=False
+    )
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:

@@ -116,7 +116,7 @@ def _check_all_started(environ: os._Environ[str]) -> None:
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment for the launcher's processes; raises `ConfigError` if it needs more or fewer of them."""
+    """Return the experiment; raise `ConfigError` if it needs another number of processes than the launcher started."""
     experiment = composition.experiment()
     source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):

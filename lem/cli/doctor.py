@@ -46,7 +46,9 @@ def doctor(
     dataset: flags.Dataset = None,
     prompts: flags.Prompts = None,
     sample_size: flags.SampleSize = None,
-    cycles: Annotated[int | None, typer.Option("--cycles", "-c", help=_HELP["cycles"] + " Default: 5.")] = None,
+    cycles: Annotated[
+        int | None, typer.Option("--cycles", "-c", help="Number of cells that each of the two arms gets. Default: 5.")
+    ] = None,
     warmup_prompts: flags.WarmupPrompts = None,
     warmup_timeout: flags.WarmupTimeout = None,
     config_gap: flags.ConfigGap = None,
@@ -63,7 +65,7 @@ def doctor(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--campaign-name", help=_HELP["name"] + " Default: noise_ and the time.")
+        str | None, typer.Option("--campaign-name", help=_HELP["name"] + " Default: noise_ followed by the time.")
     ] = None,
     resume: Annotated[
         str | None,

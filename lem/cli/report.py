@@ -18,7 +18,7 @@ def results_report(
         list[str] | None,
         typer.Argument(
             metavar="[ID…]",
-            help="Experiment ids, or the beginnings of ids. Default: all experiments of the results directory.",
+            help="Experiment ids, or the beginnings of ids. Default: all experiments in the results directory.",
             show_default=False,
             autocompletion=complete.experiment_ids,
         ),
@@ -55,7 +55,7 @@ def results_report(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files in the directory of --plots.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Write an HTML page with warnings, numbers and charts that any browser can open offline."""
+    """Write an HTML page, with warnings, numbers and charts, that any browser can open offline."""
     from lem.errors import ResultsError
     from lem.quantities import one_line, timestamp
     from lem.reports import plots

@@ -27,7 +27,7 @@ OfDataset = Annotated[str | None, typer.Option("--dataset", help="Only datasets 
 OfCampaign = Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")]
 OfSchedule = Annotated[str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")]
 Since = Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")]
-Last = Annotated[int | None, typer.Option("--last", min=1, help="Only the last N experiments in the list.")]
+Last = Annotated[int | None, typer.Option("--last", min=1, help="Only the newest N of the selected experiments.")]
 Sort = Annotated[
     str | None,
     typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
@@ -72,7 +72,9 @@ def results_list(
     results_dir: ResultsDir = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", "-a", help="Include all experiments without a row, not only those in jobs on a cluster."),
+        typer.Option(
+            "--all", "-a", help="Also list all experiments that have no row; by default, only those in Slurm jobs are."
+        ),
     ] = False,
     status: Annotated[
         str | None,

@@ -92,7 +92,9 @@ def queue(ids: Sequence[str]) -> dict[str, Queued]:
 
 
 def submitted_from(folder: Path) -> list[str]:
-    """Return the ids of this user's jobs and arrays, among those the controller knows, with a batch file in `folder`.
+    """Return the ids of this user's jobs and arrays whose batch file is in `folder`.
+
+    Jobs that the controller has forgotten are missing.
 
     Raises:
         Unreachable: the controller does not respond.

@@ -2,7 +2,7 @@
 
 Each cell, which is one fresh process, is a replicate. Values are paired by cycle and compared as logarithms, because
 noise and drift are multiplicative. This module works on plain numbers; the methods and their interval coverage are
-explained in docs/how-to/campaigns.md. The module knows neither the tables nor how an experiment is run.
+explained in docs/how-to/campaigns.md. The module knows nothing about the tables or about how experiments are run.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
-    """Return a mean and percentiles in seconds, to three digits, so that all four fit into 80 columns."""
+    """Return a mean and percentiles in seconds, to three digits, so that four of them fit into 80 columns."""
     values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
     return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
 

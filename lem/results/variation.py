@@ -103,7 +103,7 @@ class Variation:
 
 @dataclass(frozen=True)
 class _Cell:
-    """The runs of one slot on one day: the mean of their logarithms, and their number."""
+    """The runs of one slot on one day: the mean logarithm of their values, and the number of runs."""
 
     day: date
     slot: str

@@ -44,11 +44,11 @@ class Schedule:
         float,
         Field(
             gt=0,
-            description="Time during which runs start, such as 24h or 7d (a day is 24 hours); a run that has started "
+            description="How long to keep starting runs, such as 24h or 7d (a day is 24 hours); a run that has started "
             "is allowed to finish.",
         ),
     ] = DEFAULT_DURATION_S
-    time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"
+    time_zone: Annotated[str, Field(description="Time zone in which the times of day and the days are meant.")] = "UTC"
     carbon_trace: Annotated[
         str | None, Field(description="CSV file with the carbon intensity over time, in gCO2e/kWh.")
     ] = None

@@ -900,8 +900,9 @@ class CampaignRunner(OneByOne):
 class CampaignJobs(SlurmRunner):
     """Submits each cycle of a campaign, or each arm if grouped, as one job that runs its cells in order.
 
-    All cells of a cycle therefore run on one node. With `options.one_job`, all cycles are one job. Failed cells are
-    retried at the end, in one job for each cycle, on the node that ran the rest of the cycle.
+    All cells of a cycle (if grouped, of an arm) therefore run on one node. With `options.one_job`, the whole campaign
+    is one job. Failed cells are retried at the end, in one job for each cycle or arm, on the node that ran its other
+    cells.
     """
 
     resubmits: ClassVar[bool] = False  # instead, a lost cycle is retried as a whole

@@ -1,6 +1,6 @@
 """`lem schedule`: checks what is to be measured, writes the table of all starts, and becomes the daemon.
 
-    settings ─> composed, checked ─> table of starts ─> schedule.json, what.json ─> lem.studies.daemon, this process
+    settings ─> composed, checked ─> table of starts ─> schedule.json, what.json ─> lem.studies.daemon (same process)
 
 Everything that imports heavy libraries or may ask the user a question happens here, before this process is replaced by
 the daemon, which works through the table. A schedule that has begun is continued by the same command or by its name,
