@@ -342,7 +342,7 @@ def test_each_process_has_the_gpu_of_its_own_number_and_a_pipeline_has_all():
 
 
 def test_a_gpu_that_cuda_does_not_show_is_an_error():
-    with pytest.raises(RunError, match="shows this process: 1, needed: 2"):
+    with pytest.raises(RunError, match="needs 2 GPUs, but CUDA shows it only 1"):
         devices(on_gpus(num_processes=2), 1, "0")
 
 
