@@ -63,7 +63,8 @@ def table(outcome: lem.CampaignOutcome) -> str:
         cells = [f"`{strategy}`"]
         for measure in MEASURES:
             arm = arms.loc[(strategy, measure)]
-            cells.append(f"{arm['mean']:.4g}" + (f" ({arm['source']})" if arm["source"] else ""))
+            is_energy = measure == "energy_per_output_token_j"
+            cells.append(f"{arm['mean']:.4g}" + (f" ({arm['source']})" if is_energy else ""))
             cells.append("1" if arm["is_baseline"] else _ratio(pairs.loc[(strategy, measure)]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
