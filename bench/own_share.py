@@ -30,6 +30,8 @@ HEADS = {"num_key_value_heads": 7, "head_dim": 32}
 CASE = Case(prompts=600, batch_size=1, input_tokens=32, output_tokens=32)
 # The other threads are observed before py-spy begins, because it wakes them up for every sample.
 ALONE_S, SAMPLED_S, PER_S = 5, 20, 200
+# The journal is created before the warm-up, which is five prompts and takes less than a second.
+WARMUP_S = 3
 ENGINE, OWN = ("/torch/", "/transformers/"), "/lem/"
 
 
@@ -86,7 +88,7 @@ def main() -> int:
         lem = Lem(folder / "lem")
         lem.begin(CASE, folder, sys.executable, 1, [])
         process = worker_of(lem.folder)
-        time.sleep(3)  # the warm-up is over by then
+        time.sleep(WARMUP_S)
         before_s = other_threads_s(process)
         time.sleep(ALONE_S)
         others_percent = 100 * (other_threads_s(process) - before_s) / ALONE_S
@@ -101,6 +103,8 @@ def main() -> int:
         f"Other threads used the CPU for {others_percent:.2f}% of the time. The limit for both is {LIMIT_PERCENT:g}%."
     )
     window_s = next(phase["duration_s"] for phase in record["phases"] if phase["name"] == "measured")
+    if window_s < ALONE_S + SAMPLED_S:
+        raise SystemExit(f"The window took only {window_s:.0f} s, so it ended before the sampling; raise CASE.prompts.")
     recording_s = record["own_time"]["recording_s"]
     print(
         f"Recording each of {CASE.prompts} batches took {1e6 * recording_s / CASE.prompts:.0f} µs on average, ", end=""

@@ -14,6 +14,7 @@ from lem.results.store import Store, age
 from lem.results.tables import Tables
 
 if TYPE_CHECKING:
+    from lem.results.codec import PlanExcerpt
     from lem.results.schema import ExperimentRow
 
 STATUSES = ("completed", "failed", "interrupted", "running", "pending", "planned")
@@ -77,29 +78,28 @@ class Known:
 
     def campaign(self, experiment_id: str) -> str | None:
         """Return the name of the campaign that an experiment belongs to, or None."""
-        row = self.rows.get(experiment_id)
-        if row is not None:
+        if (row := self.rows.get(experiment_id)) is not None:
             return row.campaign
+        plan = self._plan(experiment_id)
+        return plan.campaign.name if plan and plan.campaign else None
+
+    def schedule(self, experiment_id: str) -> str | None:
+        """Return the name of the schedule that an experiment belongs to, or None."""
+        if (row := self.rows.get(experiment_id)) is not None:
+            return row.schedule
+        plan = self._plan(experiment_id)
+        return plan.schedule.schedule if plan and plan.schedule else None
+
+    def _plan(self, experiment_id: str) -> PlanExcerpt | None:
+        """Return the plan of an experiment, or None if it is damaged: a damaged plan names no study."""
         try:
-            place = self.store.directory(experiment_id).plan_excerpt().campaign
-        except ResultsError:  # a damaged plan names no campaign
+            return self.store.directory(experiment_id).plan_excerpt()
+        except ResultsError:
             return None
-        return place.name if place else None
 
     def of_campaign(self, name: str) -> list[str]:
         """Return the experiments of a campaign, oldest first."""
         return [each for each in self.ids if self.campaign(each) == name]
-
-    def schedule(self, experiment_id: str) -> str | None:
-        """Return the name of the schedule that an experiment belongs to, or None."""
-        row = self.rows.get(experiment_id)
-        if row is not None:
-            return row.schedule
-        try:
-            place = self.store.directory(experiment_id).plan_excerpt().schedule
-        except ResultsError:  # a damaged plan names no schedule
-            return None
-        return place.schedule if place else None
 
     def of_schedule(self, name: str) -> list[str]:
         """Return the experiments of a schedule, oldest first."""
