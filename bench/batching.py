@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def table(outcome: lem.CampaignOutcome) -> str:
 
 def _ratio(pair: object) -> str:
     ratio, low, high = (float(pair[name]) for name in ("ratio", "ci_low", "ci_high"))
-    return f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+    return f"{ratio:.3f}" if math.isnan(low) else f"{ratio:.3f} ({low:.3f}–{high:.3f})"  # one cycle has no interval
 
 
 def main() -> int:
