@@ -204,8 +204,8 @@ def several_arms() -> bool:
     method is sound if false alarms stay below the limit at every noise, even if one arm is noisier than the others.
     """
     print(
-        f"\nadaptive campaigns with a joint level, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with most false "
-        "alarms"
+        f"\nadaptive campaigns with a joint level, {ORDERS * EACH} each, 5 to 30 cycles, at the noise with the most "
+        "false alarms"
     )
     heads = ("arms", "noisy arm", "noise", "coverage", "false alarms", "mean cycles")
     print(f"{'structure':<12}" + "".join(f"{head:>13}" for head in heads))

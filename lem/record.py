@@ -90,7 +90,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
 
 def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
-    """Return the readings; those with an energy but no `covered_s` get the given value."""
+    """Return the readings, with `covered_s` set wherever there is an energy but no `covered_s` yet."""
     return tuple(
         r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
     )

@@ -660,7 +660,10 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 
 
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
-    """Yield a warning for each GPU that was throttled in the window or, if it was not watched then, before or after."""
+    """Yield a warning for each GPU that was throttled.
+
+    What counts is the window; if a GPU was not watched during the window, its states before and after it count instead.
+    """
     for window in during:
         if held := _held_down(window):
             yield warning("throttled", f"{window.uuid}: clocks held down by {', '.join(held)} of the window.")
@@ -945,7 +948,7 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
 def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, warning("idle_adjusted_negative", f"{left_j:.4g} J remain after idle energy is subtracted.")
+            yield place, warning("idle_adjusted_negative", f"Subtracting the idle energy leaves {left_j:.4g} J.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
             yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")

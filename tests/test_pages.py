@@ -347,18 +347,18 @@ def test_the_example_of_a_meter_reads_counters(monkeypatch, tmp_path):
 @pytest.mark.processes
 def test_the_first_comparison_works_word_by_word(tmp_path):
     page = "docs/start/first-comparison.md"
-    one, four = blocks(page, "yaml")
+    single, batched = blocks(page, "yaml")
     # As on the page, but with four prompts instead of a hundred, and without the idle phases.
     (tmp_path / "first-comparison").mkdir()
-    short = one.replace("sample_size: 100", "sample_size: 4") + "energy: {idle_s: 0}\n"
-    (tmp_path / "first-comparison" / "one.yaml").write_text(short)
-    (tmp_path / "first-comparison" / "four.yaml").write_text(four)
+    short = single.replace("sample_size: 100", "sample_size: 4") + "energy: {idle_s: 0}\n"
+    (tmp_path / "first-comparison" / "single.yaml").write_text(short)
+    (tmp_path / "first-comparison" / "batched.yaml").write_text(batched)
     assert short.count("sample_size: 4}") == 1
     script = "".join(blocks(page, "bash")).replace("mkdir first-comparison\n", "")
     output = sh(script, tmp_path)
     assert "2 files: 2 valid, 0 invalid." in output
     assert "10 of 10 cells completed" in output
-    assert re.search(r"four has [\d.]+ times the output tokens per second of one", output), output
+    assert re.search(r"batched has [\d.]+ times the output tokens per second of single", output), output
     assert (tmp_path / "first-comparison" / "batches.html").exists()
 
 

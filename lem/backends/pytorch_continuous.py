@@ -225,7 +225,7 @@ class Continuous(Session[_Request]):
         yield from self.fill_places(prompts)
 
     def tokens_so_far(self, request: _Request) -> int | None:
-        """Return how many tokens have been generated for a request in flight; 0 if the engine has not begun it."""
+        """Return how many tokens have been generated for an unfinished request; 0 if the engine has not begun it."""
         state = self._manager.batch_processor.scheduler.active_requests.get(request.name)
         return 0 if state is None else len(state.generated_tokens)
 

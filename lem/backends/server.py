@@ -94,7 +94,7 @@ class Server:
         return [] if self._guardian is None else family_of([self._guardian.pid])[1:]
 
     def close(self) -> None:
-        """End the server, and wait until all of its processes have ended."""
+        """Stop the server, and wait until all of its processes have ended."""
         if self._guardian is None:
             return
         assert self._guardian.stdin is not None

@@ -129,7 +129,7 @@ class _Pass:
 
 
 def _costs(decoder: Any, config: Any) -> tuple[list[Fraction], Fraction]:
-    """Return each layer's FLOPs per attended position, and the model's FLOPs per token without attention."""
+    """Return each layer's FLOPs per attended position, and the other FLOPs per token (without the output head)."""
     layers = _layers(decoder, config)
     experts = _experts(decoder)
     passes = [_counted(decoder, layers, experts, length) for length in LENGTHS]

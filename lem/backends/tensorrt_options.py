@@ -363,8 +363,8 @@ def about_key(name: str) -> str | None:
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
     """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it.
 
-    No option sets a nested config, such as `kv_cache_config`, that is given as a mapping: its fields are added to those
-    that lem sets.
+    If a nested config, such as `kv_cache_config`, is given as a mapping, the result is None, because its fields are
+    added to those that lem sets.
     """
     if name in PARTS.values() and isinstance(value, Mapping):
         return None

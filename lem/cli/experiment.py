@@ -123,8 +123,8 @@ def experiment(
     if resume is not None:
         if slurm:
             raise ConfigError(
-                "--resume runs on this machine. To resume an experiment as a job, start it again with the command that "
-                "began it."
+                "--resume runs the experiment on this machine, not as a Slurm job. To resume it as a job, repeat the "
+                "command that began it."
             )
         _check_alone(config_file, overrides, fresh=fresh, multirun=multirun)
         raise typer.Exit(run_app.resume(resume, results_dir, options))

@@ -208,7 +208,7 @@ def settings_of_arms(campaign: Campaign) -> Iterator[str]:
 
 
 def _composed(structure: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Let Hydra compose the schema's defaults, the option for the structure, and the values."""
+    """Return the schema's defaults and the option for the structure, composed by Hydra, with the values merged in."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore

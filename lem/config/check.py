@@ -86,8 +86,9 @@ def _problem(path: KeyPath, details: list[Any], backend: str | None) -> Problem:
     if kind == "unexpected_keyword_argument":
         return Problem("unknown_key", name, unknown_key(path, backend))
     if kind.startswith("union_tag"):
-        tag = details[0].get("ctx", {}).get("tag", "nothing")
-        message = f"there is no backend {shortened(str(tag))!r}; choose one of {', '.join(BACKENDS)}."
+        tag = details[0].get("ctx", {}).get("tag")
+        wrong = "no backend is given" if tag is None else f"there is no backend {shortened(str(tag))!r}"
+        message = f"{wrong}; choose one of {', '.join(BACKENDS)}."
         return Problem("unknown_option", f"{name}.name", message)
     wanted = " or ".join(dict.fromkeys(str(detail["msg"]).removeprefix("Input should be ") for detail in details))
     given = shortened(json.dumps(details[0]["input"], ensure_ascii=False, default=str))

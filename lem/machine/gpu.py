@@ -140,9 +140,9 @@ def installed() -> list[Gpu]:
 def visible(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Return the physical GPUs that CUDA would show, in CUDA's order.
 
-    `CUDA_VISIBLE_DEVICES` may contain indices and `GPU-…` or `MIG-…` UUIDs (a unique prefix is enough). As in CUDA, the
-    list ends at the first entry that matches no device. A GPU with two visible MIG instances is returned twice, once
-    for each.
+    `CUDA_VISIBLE_DEVICES` may contain indices, `GPU-…` UUIDs (a unique prefix is enough) and complete `MIG-…` UUIDs. As
+    in CUDA, the list ends at the first entry that matches no device. A GPU with two visible MIG instances is returned
+    twice, once for each.
     """
     return _chosen(installed(), environ)
 

@@ -94,7 +94,7 @@ def content(
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
-            "Give the ids of the experiments to archive, or --campaign NAME, or --schedule NAME, or --all."
+            "Give one of these: the ids of the experiments to archive, --campaign NAME, --schedule NAME or --all."
         )
     known = Known(store)
     chosen = Content(known.named(texts)) if texts else _of_study(known, campaign, schedule)

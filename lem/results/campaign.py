@@ -139,7 +139,7 @@ class CellEntry:
 
 
 class ArmRow(Struct, frozen=True, kw_only=True):
-    """One arm of a campaign: the means of its cells, with 95% intervals (Student's t over the cells)."""
+    """One metric of one arm of a campaign: its mean over the arm's cells, with a 95% interval (Student's t)."""
 
     campaign: Annotated[str, "Name of the campaign."]
     arm: Annotated[str, "Name of the arm."]

@@ -497,7 +497,7 @@ def _with_codes(case: Case, codes: Sequence[str]) -> list[str]:
 
 # ------------------------------------------------------------------ differences
 def differences(base: Case, other: Case) -> Iterator[Difference]:
-    """Yield the configuration values, and then the properties of machine and software, in which two cases differ."""
+    """Yield the values of the configuration, and then of the machine and the software, in which two cases differ."""
     for where, of in (("config", _config), ("environment", _surroundings)):
         sides = [of(case.experiments[0]) for case in (base, other)]
         for key in dict.fromkeys([*sides[0], *sides[1]]):

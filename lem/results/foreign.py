@@ -45,7 +45,7 @@ class CsvWriter:
         self._write(lambda writer: writer.writeheader())
 
     def write(self, rows: Any) -> None:
-        """Write some rows of the experiments table."""
+        """Convert some rows of the experiments table, and write them to the file."""
         made = [ai_energy_score(row) for row in rows.to_pylist()]
         self._write(lambda writer: writer.writerows(made))
 
@@ -70,7 +70,7 @@ class ParquetWriter:
         self._writer = pq.ParquetWriter(sink, self._schema, compression="zstd")
 
     def write(self, rows: Any) -> None:
-        """Write some rows of the experiments table."""
+        """Convert some rows of the experiments table, and write them to the file."""
         import pyarrow as pa
 
         made = [_with_fractions(ml_energy(row)) for row in rows.to_pylist()]

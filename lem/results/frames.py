@@ -160,7 +160,7 @@ def _known() -> dict[str, tuple[str, type[Any]]]:
 
 
 def _can_be(name: Hashable, kind: Any) -> bool:
-    """Return whether values of a pandas type can be the quantity with the given name."""
+    """Return whether a column of the given pandas dtype can hold the quantity with the given name."""
     declared = _known().get(str(name))
     is_count = kind.kind in "iu" and declared is not None and declared[1] is not int
     return kind.kind != "b" and not is_count

@@ -69,7 +69,7 @@ def sentence(found: Found, variation: Variation) -> str:
     repeats = f"repeats differ by {percent(_rounded(variation.error_share))} (standard deviation)"
     if variation.verdict == "varies":
         by_mean = sorted(variation.levels, key=lambda level: level.mean)
-        extremes = f"{by_mean[-1].name} has {variation.ratio:.3f} times that of {by_mean[0].name}"
+        extremes = f"{by_mean[-1].name} has {variation.ratio:.3f} times the value of {by_mean[0].name}"
         return f"{what} varies with the {variation.factor}: {extremes}, and {repeats} ({p_value}; {shown})."
     text = f"{what} varies with the {variation.factor} no more than repeats do: {repeats} ({p_value}; {shown})."
     detectable = variation.detectable

@@ -87,7 +87,7 @@ def _of_experiment(store: Store, text: str) -> Side:
         names = [name for name in Tables(store).locations() if text and name.startswith(text)]
         if len(names) != 1:
             raise ResultsError(
-                f"'{text}' is neither an experiment or a campaign in {store.root} nor a results directory; "
+                f"There is no experiment, campaign or results directory '{text}' (results directory: {store.root}); "
                 "lem results list shows the ids."
             ) from None
         directory = store.directory(names[0])

@@ -26,16 +26,17 @@ class Steady(NamedTuple):
 
 
 def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None, *, by_client: bool) -> int | None:
-    """Return how many requests an engine has in flight when its slots are full; None if nothing keeps them full.
+    """Return how many requests are in flight at full load; None if nothing keeps the load full.
 
-    Two things leave slots empty: padded batches, as soon as their first request ends, and open-loop traffic.
+    The load is not kept full by padded batches, which empty as their requests end, or by open-loop traffic.
 
     Args:
         strategy: the batching strategy.
         batch_size: the number of the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests that each replica holds at a time, for the pattern `concurrency`.
-        by_client: whether only the client knows which requests are in flight, as with a server.
+        by_client: whether the client counts the requests in flight, as it does for a server; requests in the server's
+            queue are then included, and `batch_size` is no limit.
     """
     if strategy != "continuous" or pattern not in ("closed", "concurrency"):
         return None

@@ -63,7 +63,7 @@ class FTest:
 
 @dataclass(frozen=True)
 class Level:
-    """The values of one slot or weekday: geometric mean and 95% t-interval of the logarithms, back-transformed.
+    """The values of one slot or weekday: their geometric mean, with its 95% interval (Student's t on the logarithms).
 
     The interval is None with fewer than two days.
     """

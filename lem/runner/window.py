@@ -553,7 +553,7 @@ class _Failures:
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Divide prompts into the batches used for measuring or, for continuous batching, into groups that run together."""
+    """Divide the warm-up's prompts into batches as those of the window or, for continuous batching, into groups."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]

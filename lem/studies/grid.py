@@ -192,7 +192,9 @@ def _distinct(axis: Axis, notes: list[str]) -> tuple[Any, ...]:
 
 def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
     times = Counter(axis.key for axis in axes)
-    yield from (f"{key} is varied twice; give all its values in one --vary." for key, n in times.items() if n > 1)
+    yield from (
+        f"{key} is varied more than once; give all its values in one --vary." for key, n in times.items() if n > 1
+    )
     for key, other in itertools.permutations(times, 2):
         if other.startswith(f"{key}.") and key not in GROUPS:
             yield f"{other} is part of {key}, which is also varied; vary only one of them."
@@ -427,7 +429,7 @@ def generate(
     grid = make(base, vary, config_dir, any_machine=options.any_machine)
     points = grid.valid if options.validate else grid.points
     if grid.invalid and (options.strict or not points):
-        headline = f"Nothing was written: {len(grid.invalid)} of {len(grid.points)} points are invalid."
+        headline = f"Nothing was written because of invalid points ({len(grid.invalid)} of {len(grid.points)})."
         raise ConfigError(headline, *reasons(grid.invalid))
     index = write(grid, folder, points, force=options.force, as_group=options.as_group)
     for note in grid.notes:
@@ -442,8 +444,8 @@ def generate(
 def _print_summary(grid: Grid, folder: Path, written: int) -> None:
     if grid.invalid:
         is_left_out = written < len(grid.points)
-        what = "are invalid and left out" if is_left_out else "are written although they are invalid"
-        print_warnings(f"{len(grid.invalid)} of {len(grid.points)} points {what}:")
+        what = "left out" if is_left_out else "written all the same"
+        print_warnings(f"Invalid points ({len(grid.invalid)} of {len(grid.points)}) are {what}:")
         for reason in reasons(grid.invalid):
             print(_indented(reason), file=sys.stderr)
         if not is_left_out:

@@ -547,7 +547,7 @@ class SlurmRunner(Runner):
         self.to_sync.clear()
 
     def _submit_deferred(self) -> None:
-        """Submit deferred jobs: as many as have ended since the last time or, if no other job is left, all of them."""
+        """Submit a deferred job for each job that has ended since the last call; if no job is left, submit all."""
         count = self.ended_since if self.jobs else len(self.deferred)
         some, self.deferred = self.deferred[:count], self.deferred[count:]
         self.ended_since = 0
@@ -597,7 +597,7 @@ class SlurmRunner(Runner):
         return any(number in self.incomplete_since_s for number in self._open(job))
 
     def _ended(self, job: Job, known: Mapping[str, Queued] | None) -> Iterator[_Ended]:
-        """Yield the cells of a job that have ended, and record which one has started.
+        """Yield the cells of a job that have ended; if another cell has started, record that it is running.
 
         A study may have thousands of jobs, most of which are waiting or have ended. Therefore, only states that may
         have changed are read: a job runs its cells in order, and a waiting job runs none.

@@ -134,14 +134,14 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         named = ", ".join(str(path.relative_to(folder)) for path in sorted(kinds.values()))
         raise DatasetError(
             f"The directory {folder} contains files of several formats ({named}); name one file as the dataset, or "
-            "select the files to read with dataset.files, such as dataset.files='*.csv'."
+            "select the files to read with dataset.files, for example dataset.files='*.csv'."
         )
     of_split = _splits(folder)
     left_out = sorted(set(data) - {path for paths in of_split.values() for path in paths})
     if left_out:
         raise DatasetError(
             f"Some files in the directory {folder} would not be read: {_named(folder, left_out)}; select the files to "
-            "read with dataset.files, such as dataset.files='*.csv'."
+            "read with dataset.files, for example dataset.files='*.csv'."
         )
     _refuse_split(folder, split, list(of_split))
     return of_split[split]

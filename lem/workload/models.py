@@ -111,7 +111,7 @@ def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
         raise ModelError(f"{file}: architectures is {shown(classes)}, not a list of names; correct the file.")
     if layers is not None and (type(layers) is not int or not 0 <= layers <= MOST_LAYERS):
-        limit = f"not a number from 0 to {MOST_LAYERS}"
+        limit = f"not a whole number from 0 to {MOST_LAYERS}"
         raise ModelError(f"{file}: num_hidden_layers is {shown(layers)}, {limit}; correct the file.")
 
 

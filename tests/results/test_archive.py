@@ -91,9 +91,9 @@ def test_the_content_of_a_link_is_not_archived(lem, store, tmp_path):
         (["--all"], "Give the file to write: --output FILE.zip."),
         (
             ["--output", "x.zip"],
-            "Give the ids of the experiments to archive, or --campaign NAME, or --schedule NAME, or --all.",
+            "Give one of these: the ids of the experiments to archive, --campaign NAME, --schedule NAME or --all.",
         ),
-        (["exp_2026", "--all", "--output", "x.zip"], "Give the ids of the experiments to archive, or"),
+        (["exp_2026", "--all", "--output", "x.zip"], "Give one of these: the ids of the experiments to archive"),
         (["--campaign", "none", "--output", "x.zip"], "There is no campaign 'none' in"),
         (["--all", "--output", "results"], "--output: results is a directory"),
         (["--all", "--check", "x.zip"], "--check only reads an archive; leave out the experiments and --output."),

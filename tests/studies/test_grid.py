@@ -91,7 +91,7 @@ def test_a_text_is_read_as_multirun_reads_it(text, key, values):
     [
         (["batch_sise=1"], r"batch_sise: unknown key.*batch_size"),
         (["strategy=static"], r"batching\.strategy, parallelism\.strategy"),
-        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size is varied twice"),
+        (["batch_size=1", "batching.batch_size=2"], r"batching\.batch_size is varied more than once"),
         (["batching={batch_size:1}", "batching.batch_size=2"], r"part of batching"),
         (["batch_size"], r"KEY=VALUE"),
         (["batch_size="], r"KEY=VALUE"),
@@ -284,7 +284,7 @@ def test_without_flags_all_are_written_and_the_invalid_are_reported(generate):
     done = generate("batch_size=1,70000")
     assert done.code == 0
     assert names() == {"batch_size-1.yaml", "batch_size-70000.yaml"}
-    assert "1 of 2 points are written although they are invalid" in done.err
+    assert "Invalid points (1 of 2) are written all the same" in done.err
     assert "65536" in done.err
     assert index()["files"][1]["problems"]
     assert index()["skipped"] == []
@@ -294,7 +294,7 @@ def test_validate_leaves_the_invalid_out_and_lists_them(generate):
     done = generate("batch_size=1,70000", "min_output_tokens=0,500", flags=("--validate",))
     assert done.code == 0
     assert names() == {"batch_size-1--min_output_tokens-0.yaml"}
-    assert "3 of 4 points are invalid and left out" in done.err
+    assert "Invalid points (3 of 4) are left out" in done.err
     skipped = index()["skipped"]
     assert [entry["point"]["batching.batch_size"] for entry in skipped] == [1, 70000, 70000]
     assert "max_output_tokens (128)" in skipped[0]["problems"][0]
@@ -309,7 +309,7 @@ def test_validate_with_nothing_valid_writes_nothing(generate):
 def test_strict_writes_nothing_if_any_is_invalid(generate):
     done = generate("batch_size=1,70000", flags=("--strict",))
     assert done.code == 2
-    assert "1 of 2 points are invalid" in done.err
+    assert "because of invalid points (1 of 2)" in done.err
     assert "batching.batch_size=70000" in done.err
     assert not Path("grid").exists()
     assert generate("batch_size=1,2", flags=("--strict",)).code == 0
