@@ -269,7 +269,9 @@ def accuracy(session: nox.Session) -> None:
 
 @in_dev
 def perturbation(session: nox.Session) -> None:
-    """Compare lem with a script that calls the engine directly; takes about an hour."""
+    """Compare lem with a script that calls the engine directly, and show lem's own share; takes over an hour."""
+    run_in_dev(session, "python", "-m", "bench.own_share")
+    run_in_dev(session, "python", "-m", "bench.job_parts")
     run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
 
 

@@ -1,11 +1,10 @@
 """Samples the worker during its window: which share of the time is spent in lem's own Python code?
 
-Run with `python -m bench.own_share`; it needs py-spy (`pip install py-spy`). The experiment has batch size 1 and a
-model with about 6 million parameters, on one thread and without a meter. py-spy notes the stack of the worker's main
-thread 200 times per second. Each sample belongs to the innermost function that is part of lem, torch or transformers,
-so that the standard library counts for its caller, and a hook of lem that transformers calls counts for lem. The CPU
-time of the other threads, of which lem has one, is the kernel's count. The benchmark fails if the sum of both is 1% of
-the window or more.
+Run with `python -m bench.own_share`. The experiment has batch size 1 and a model with about 6 million parameters, on
+one thread and without a meter. py-spy notes the stack of the worker's main thread 200 times per second. Each sample
+belongs to the innermost function that is part of lem, torch or transformers, so that the standard library counts for
+its caller, and a hook of lem that transformers calls counts for lem. The CPU time of the other threads, of which lem
+has one, is the kernel's count. The benchmark fails if the sum of both is 1% of the window or more.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def main() -> int:
     """Run the experiment, sample its worker and print the shares; return 1 if lem's own share is too large."""
     py_spy = shutil.which("py-spy")
     if py_spy is None:
-        raise SystemExit("py-spy is not installed: pip install py-spy.")
+        raise SystemExit("py-spy is not installed; it is among the dependencies that python -m nox -s dev installs.")
     with tempfile.TemporaryDirectory(prefix="lem-share-") as name:
         folder = Path(name)
         perturbation.prepare(folder, SIZES | HEADS)

@@ -119,6 +119,11 @@ def texts(count: int) -> list[str]:
     return [" ".join(rows[(i + j) % len(rows)] for j in range(4)) for i in range(count)]
 
 
+def write_prompts(file: Path, count: int) -> None:
+    """Write the prompts to a JSONL file."""
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts(count)))
+
+
 # ------------------------------------------------------------------ running
 class Side:
     """A command that runs in its own folder; in subclasses, `begin` starts it, and `result` waits for its `Run`."""
@@ -160,8 +165,7 @@ class Lem(Side):
 
     def begin(self, case: Case, folder: Path, python: str, threads: int, extra: Sequence[str]) -> None:
         """Start the experiment."""
-        prompts = self.folder / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts(case.prompts)))
+        write_prompts(self.folder / "prompts.jsonl", case.prompts)
         options = [f"batching.batch_size={case.batch_size}", f"max_input_tokens={case.input_tokens}"]
         options += [f"max_output_tokens={case.output_tokens}", *OPTIONS[case.engine]]
         options += [] if case.is_job else ["energy=none", f"warmup.prompts={case.batch_size * 5}"]
