@@ -1,4 +1,4 @@
-"""Translates lem's options into TensorRT-LLM's arguments and sampling parameters, and objects to unsuitable options.
+"""Translates lem's options into TensorRT-LLM's arguments and sampling parameters, and reports unsuitable options.
 
 This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
 source code. It knows nothing about requests in flight or about time.
@@ -222,7 +222,7 @@ def _options(experiment: Experiment) -> TensorrtBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None if it was not found, which is reported separately."""
+    """Return all objections; if `model` is None, the checks that need the model are skipped."""
     options = _options(experiment)
     return [
         *_installation(host),
