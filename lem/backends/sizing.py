@@ -123,7 +123,7 @@ def _adapter_weights(model: Any) -> tuple[int, int]:
 class _Pass:
     """The FLOPs of one forward pass: of each layer, and of everything outside the layers.
 
-    `experts` holds the FLOPs of each module that contains experts; they are also part of `layers` or `rest`.
+    `experts` holds the FLOPs of each module that contains experts; these FLOPs are also part of `layers` or `rest`.
     """
 
     layers: list[int]

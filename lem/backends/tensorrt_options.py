@@ -185,8 +185,8 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
     The engine accepts a single end token, which it suppresses until `min_tokens` is reached; any other end tokens are
-    passed as stop words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is
-    always set, because earlier versions decode greedily if only a temperature is given.
+    passed as stop words. A request without any of temperature, top_k and top_p is decoded greedily. With sampling,
+    top_p is always set, because earlier versions decode greedily if only a temperature is given.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
