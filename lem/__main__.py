@@ -2,7 +2,7 @@
 
 import sys
 
-# With -m, Python searches the working directory for modules first, where a user's yaml.py, say, would hide the library
+# With -m, Python searches the working directory for modules first. There, a user's yaml.py, say, would hide the library
 # of that name.
 if not sys.flags.safe_path:
     del sys.path[0]

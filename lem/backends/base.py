@@ -128,12 +128,12 @@ class Backend(ABC):
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
         """Return the backend's objections to the experiment on this host, without importing the engine.
 
-        `model` is None if the model was not found, which preflight has already reported.
+        If `model` is None, the checks that need the model are skipped.
         """
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message about a key that is or was an engine argument but not an option; None for any other key."""
+        """Return a message if a key is not an option, but is or once was an argument of the engine; otherwise None."""
         return None
 
     @classmethod

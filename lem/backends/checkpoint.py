@@ -44,7 +44,7 @@ class Checkpoint:
     end_tokens: frozenset[int]
 
     def architecture(self, adapter_weights: tuple[int, int] = (0, 0)) -> Architecture:
-        """Return the sizes that determine the FLOPs, including those of an adapter.
+        """Return the sizes that determine the FLOPs of the model and of its adapter, if it has one.
 
         Args:
             adapter_weights: how many of the adapter's weights belong to the model's body, and how many to its output
@@ -54,7 +54,7 @@ class Checkpoint:
             UnknownArchitecture: the sizes cannot be determined; the message is the reason.
         """
         if self.hollow is None:
-            raise UnknownArchitecture("transformers does not know the model, or the engine uses a different config")
+            raise UnknownArchitecture("transformers does not know the model, or the engine uses a config of its own")
         return architecture_of(self.hollow).with_adapter(*adapter_weights)
 
 
@@ -63,8 +63,8 @@ def read(experiment: Experiment, config_changes: Mapping[str, Any] | None) -> Ch
 
     Args:
         experiment: the experiment, which names the model.
-        config_changes: the changes that the engine makes to the model's config; None if the engine uses a different
-            config, so that the sizes are unknown.
+        config_changes: the changes that the engine makes to the model's config; None if the engine uses a config of its
+            own, so that the sizes are unknown.
 
     Raises:
         ModelError: the model does not exist.
@@ -154,7 +154,7 @@ def encode(
         RunError: a prompt has no tokens, does not fit, or contains a token without an embedding.
     """
     if not isinstance(tokenizer.model_max_length, int | float):
-        tokenizer.model_max_length = sys.maxsize  # each call compares its result with this; lem has its own limit
+        tokenizer.model_max_length = sys.maxsize  # the tokenizer compares lengths with it; lem has its own limit
     limit = experiment.max_input_tokens
     encoded = []
     for index, text in enumerate(texts):
@@ -206,7 +206,7 @@ def tokenizer_of(path: str, **source: Any) -> Any:
 def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[tuple[Encoded, str]]:
     """Return each prompt as the model receives it: its tokens, and the text to which they decode.
 
-    No weights are loaded. A tokenizer that only transformers can load is loaded in a process of its own.
+    No weights are loaded. If transformers is needed, for the tokenizer or a chat template, it runs in its own process.
 
     Raises:
         RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template drops a prompt.

@@ -23,7 +23,7 @@ SAME_CLOCK_NS = 1_000_000
 
 # ------------------------------------------------------------------ errors
 def sentence(text: str) -> str:
-    """Return a string as one line, cut to `LONGEST_REASON` characters and ending with a full stop."""
+    """Return a string as one line that ends like a sentence; anything beyond `LONGEST_REASON` characters is cut."""
     text = " ".join(text.split()) or "no reason is given"
     if len(text) > LONGEST_REASON:
         space = text.rfind(" ", 0, LONGEST_REASON)

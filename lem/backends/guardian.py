@@ -1,11 +1,11 @@
 """Runs a command and ends all of the command's descendants, even if the process that requested the command is killed.
 
-This module is a program, `guardian.py COMMAND…`, and needs only the standard library, because lem runs it by its path
-instead of importing it. The command's family consists of all processes that the command has started, including those in
-other sessions. It also includes orphans, because the kernel makes the guardian their parent. The guardian ends the
-family in three cases: the guardian's own stdin is closed (because the process at the other end closed the pipe or
-died), the guardian receives a termination signal, or the command's first process ends. The guardian exits with the
-command's exit code. This module knows nothing about servers.
+This module is a program, `guardian.py COMMAND…`, which lem runs by its path. It needs only the standard library. The
+command's family consists of all processes that the command has started, including those in other sessions. It also
+includes orphans, because the kernel makes the guardian their parent. The guardian ends the family in three cases: the
+guardian's own stdin is closed (because the process at the other end closed the pipe or died), the guardian receives a
+termination signal, or the command's first process ends. In the third case, the guardian exits with the command's exit
+code, otherwise with 0. This module knows nothing about servers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-# How long the command may take to end on its own before it is killed.
+# How long the command may take to end, once asked to, before it is killed.
 GRACE_S = 2.0
 POLL_S = 0.05
 # As in shells, the exit code of a command that was ended by a signal is this value plus the signal's number.

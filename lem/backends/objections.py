@@ -31,7 +31,7 @@ def model_objections(experiment: Experiment, model: Model | None, *, limit: str 
 
     Args:
         experiment: the experiment to check.
-        model: the model; None if it was not found, which is reported separately.
+        model: the model; if None, the checks that need the model are skipped.
         limit: the name of the backend's option that limits the length of a sequence.
     """
     yield from _adapter(experiment)

@@ -45,7 +45,7 @@ class Openai(Backend):
         self._experiment = experiment
         self._options = experiment.backend
         self._gpus: Sequence[Gpu] = ()
-        # The reason why the server may run on GPUs other than those that are metered; None if there is no such reason.
+        # The reason why the metered GPUs may not be exactly those on which the server runs; None if there is none.
         self._doubt: str | None = None
         self._address: Address | None = None
         self._ending = ExitStack()
@@ -63,23 +63,23 @@ class Openai(Backend):
 
     @classmethod
     def wants_gpu(cls, experiment: Experiment, host: Host) -> bool:
-        """Return whether the server runs on this machine, and on a GPU rather than the CPU."""
+        """Return whether the server is assumed to use this machine's GPUs."""
         assert isinstance(experiment.backend, OpenaiBackend)
         return wants_gpu(experiment.backend, host)
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
-        """Return the GPUs that the server runs on or, if the driver does not list its processes, may run on."""
+        """Return the GPUs that the user has named or, by default, those on which the server runs or may run."""
         self._gpus = gpus_for(self._experiment, host)
         if self._options.command is None and may_use_gpu(self._options):
             self._gpus, self._doubt = self._of_the_server(self._gpus)
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and a reason why it may use others, or None.
+        """Return the GPUs to meter for a running server, and why these may not be the GPUs that it uses, or None.
 
         If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
-        processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists none, lem
-        meters all visible GPUs.
+        processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists no process
+        of the server, lem meters all visible GPUs.
         """
         pids = {process.pid for process in self._processes()}
         hidden = [gpu for gpu in installed() if gpu.uuid not in {each.uuid for each in visible}]
@@ -98,7 +98,7 @@ class Openai(Backend):
             return visible, None if is_exact else f"the server computes only on GPU {numbers}, but {of_all}."
         if not visible and (not hidden or (pids and None not in listed.values())):
             return visible, None  # there is no GPU, or the server computes on the CPU
-        why = "the driver lists none of its processes" if pids else "its processes cannot be seen"
+        why = "the driver lists none of the server's processes" if pids else "its processes cannot be seen"
         why = "the driver does not list processes" if None in listed.values() else why
         of_all = of_all if visible else "no GPU is metered, because none is visible"
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
@@ -125,7 +125,7 @@ class Openai(Backend):
             self._address = replace(self._address, port=free_port())
 
     def load(self) -> None:
-        """Load the tokenizer, start the server if requested, and send a first test request."""
+        """Load the tokenizer, start the server if requested, and send a test request."""
         from lem.backends import openai_session
 
         address, log_folder = needed(self._address), self.log_folder or Path.cwd()
@@ -156,7 +156,7 @@ class Openai(Backend):
         yield from self._begun().generate(prompts)
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
-        """Send each prompt as soon as it arrives, however many are in flight, because the server queues requests."""
+        """Send each prompt as soon as it arrives, without waiting for answers, because the server queues requests."""
         yield from self._begun().serve(arrivals)
 
     def under_way(self) -> Sequence[Begun]:
@@ -191,7 +191,7 @@ class Openai(Backend):
         return [] if self.runs_elsewhere() or port is None else listening_at(port)
 
     def peak_memory(self) -> Memory:
-        """Return the peak main memory of the server's processes; its GPU memory is unknown."""
+        """Return the peak main memory of the server's processes; if it runs on GPUs, the peak is unknown (None)."""
         processes = self._processes()
         if self._gpus:
             return Memory(None, "a server does not report its GPU memory")
@@ -279,7 +279,7 @@ class Openai(Backend):
     def _about(self, session: OpenaiSession) -> Iterator[CodedWarning]:
         """Warn about peculiarities of the server's answers to the window's requests."""
         if self._options.count == "tokenizer" and session.output_tokens:
-            text = "the server reports no token counts; output tokens were counted by tokenizing the text again."
+            text = "lem counted the output tokens by tokenizing the text again (backend.count=tokenizer)."
             yield warning("tokens_by_tokenizer", text)
         if session.retries:
             text = f"the server was busy: lem sent requests again {session.retries} times, as the server had asked."
@@ -288,5 +288,6 @@ class Openai(Backend):
             text = "the server answered in one piece although it was asked to stream, so token times are null."
             yield warning("stream_ignored", text)
         if not session.tokens_are_timed:
-            text = "the server's events have no token counts; lem spread the tokens evenly between the first and last."
+            how = "lem spread the tokens evenly from the first event to the last."
+            text = f"the number of tokens in each event is unknown; {how}"
             yield warning("tokens_not_timed", text)

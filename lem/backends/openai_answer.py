@@ -98,8 +98,8 @@ class Answer:
     def chunks(self, output_tokens: int) -> tuple[tuple[Chunk, ...], bool]:
         """Return the tokens in chunks, in order of arrival, and whether the chunks' times are exact.
 
-        If the number of tokens in each event is unknown, there are only two chunks, whose times are not exact: the
-        first token and the rest. There are no chunks if the answer was not streamed.
+        If the number of tokens in each event is unknown, there are at most two chunks, the first token and the rest,
+        and their times are not exact. There are no chunks if the answer was not streamed.
 
         Args:
             output_tokens: the number of output tokens.
@@ -133,7 +133,10 @@ def _tokens_of_events(parts: Sequence[Part], output_tokens: int) -> list[tuple[P
 
 
 def _first_and_rest(parts: Sequence[Part], output_tokens: int) -> tuple[Chunk, ...]:
-    """Return up to two chunks: the first token, and all others at the time of the last event, even one without text."""
+    """Return up to two chunks: the first token, and the rest.
+
+    The rest gets the time of the last event with text or a finish reason.
+    """
     marks = [part for part in parts if part.has_text or part.is_last] or list(parts)
     if not marks:
         return ()
@@ -546,9 +549,9 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if the count is too low for the text, as happens if a server restarts it with each event.
+        """Raise `Refused` if the count is too low for the text, as with a server that counts each event separately.
 
-        Each event with text has at least one token, except an event that holds text held back until the end.
+        Each event with text has at least one token, except that the last may hold text that the server had held back.
         """
         with_text = sum(part.has_text for part in self._parts)
         if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:

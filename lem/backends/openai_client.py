@@ -45,7 +45,7 @@ LEAST_RETRY_S = 0.25
 LARGEST_PAGE = 16 * 2**20
 # How late asyncio's timer may be.
 TIMER_NS = 1_000_000
-# Linux's socket option for timestamps of received data, which Python's `socket` does not name, and their format.
+# Linux's socket option that adds timestamps to received data (`socket` has no name for it), and their format.
 SO_TIMESTAMPNS = 35
 TIMESPEC = struct.Struct("@ll")
 # Two clocks are read together until both readings take less than CLOCK_NS, but at most CLOCK_TRIES times.
@@ -154,7 +154,7 @@ class Client:
         self._wait(call())
 
     def cancel(self) -> None:
-        """Cancel all requests in flight, and drop their answers."""
+        """Cancel all unfinished requests, and drop the answers that `next_done` has not returned."""
         if not self._thread.is_alive():
             return
         self._wait(self._cancel())

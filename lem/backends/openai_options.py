@@ -1,4 +1,4 @@
-"""Translates lem's options into a server's address, command and request bodies, and objects to unsuitable options.
+"""Translates lem's options into a server's address, command and request bodies, and reports unsuitable options.
 
 This module imports no HTTP library. It knows nothing about requests in flight or about time.
 """
@@ -72,7 +72,7 @@ class Address:
 
     @property
     def is_here(self) -> bool:
-        """Whether the address belongs to this machine."""
+        """Whether this is a loopback address, so that the server runs on this machine."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -237,7 +237,7 @@ def _options(experiment: Experiment) -> OpenaiBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None if it was not found, which is reported separately."""
+    """Return all objections; if `model` is None, the checks that need the model are skipped."""
     options = _options(experiment)
     return [
         *_address(options),
@@ -275,7 +275,7 @@ def _address(options: OpenaiBackend) -> Iterator[Objection]:
 
 @cache
 def _answers(host: str, port: int, _now: int) -> bool:
-    """Return whether a server accepts connections; cached per value of `_now`, because a grid may have many cells."""
+    """Return whether a server accepts connections; cached per value of `_now`, because a study may have many cells."""
     return answers(host, port, REACH_S)
 
 
@@ -302,7 +302,7 @@ def _command(options: OpenaiBackend) -> Iterator[Objection]:
 
 
 def _not_passed_on(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options about the model that would have no effect, because nothing passes them to the server."""
+    """Object to options that would have no effect, because neither the command nor a request passes them on."""
     options = _options(experiment)
     to_fill_in = {
         "fp_precision": ("dtype", experiment.fp_precision != "auto"),

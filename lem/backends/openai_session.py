@@ -52,7 +52,7 @@ RESET_TRIES = 20
 RESET_POLL_S = 0.1
 # How long one thread may keep another from running.
 SWITCH_S = 1e-4
-# The prompt of the first test request.
+# The prompt of the test request.
 TRIAL_TEXT = "Hello"
 FOREVER_NS = sys.maxsize
 # The finish reasons that servers use, and lem's names for them.
@@ -267,7 +267,7 @@ def _favor_the_client(ending: ExitStack) -> None:
 
 
 def _is_refusal_of_its_kind(failure: Failure) -> bool:
-    """Return whether the server rejected the form of a request; False if it failed for another reason, such as load."""
+    """Return whether a request probably failed because of its form, judging by the HTTP status."""
     return isinstance(failure.error, Refused) and failure.error.status in REFUSED_KINDS
 
 
@@ -339,15 +339,16 @@ def _models_in(text: str) -> list[dict[str, Any]]:
 
 def _raise_unreadable() -> NoReturn:
     raise RunError(
-        "The server's list of models (/v1/models) is empty or cannot be read. If it is an OpenAI-compatible server, "
+        "The server's list of models (/v1/models) is empty or cannot be read. If the server is OpenAI-compatible, "
         "set backend.model_name to the name of its model."
     )
 
 
 def _choose(models: list[dict[str, Any]], experiment: Experiment, model: Model, address: Address) -> dict[str, Any]:
-    """Return the entry whose id is `backend.model_name`; if that is null, the only entry or else the model's.
+    """Return the entry whose id is `backend.model_name`.
 
-    The model's entry is the one whose id is the configured model or its path.
+    If `backend.model_name` is null, the result is the only entry or, if there are several, the entry whose id is the
+    configured model or the model's path.
 
     Raises:
         RunError: there is no such entry.
@@ -386,7 +387,7 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 
 # ------------------------------------------------------------------ requests
 class OpenaiSession:
-    """The requests of one window, from the first prompts after `Backend.forget`.
+    """The requests of one window: all requests since `Backend.forget`.
 
     `is_broken` is True if the server did not answer the last request or gave an invalid answer; lem then does not query
     the server's counters. `output_tokens` is the number of tokens in the answers so far, `failed` is the number of
@@ -416,7 +417,7 @@ class OpenaiSession:
             yield self._batch([prompts[i] for i in positions], number)
 
     def serve(self, arrivals: Arrivals[Encoded]) -> Iterator[Sequence[Generation]]:
-        """Send each prompt as soon as it arrives, however many are in flight, because the server queues requests."""
+        """Send each prompt as soon as it arrives, without waiting for answers, because the server queues requests."""
         for number, done in enumerate(self._served(arrivals)):
             yield [replace(done, batch=number)]
 
@@ -465,7 +466,7 @@ class OpenaiSession:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel requests in flight if the caller stops early; after an error, mark the session as broken."""
+        """Cancel unfinished requests if the caller stops early; after an error, mark the session as broken."""
         try:
             yield
         except GeneratorExit:

@@ -15,14 +15,14 @@ from lem.machine.gpu import visible
 
 
 def spread(model: Any, devices: int) -> dict[str, int]:
-    """Return the device (numbered from 0) for each part of a model, giving the devices equal shares of the weights.
+    """Return the device (numbered from 0) for each part of a model, dividing the weights about equally.
 
     The parts are placed in order, each on the device whose share contains the middle of the part's weights. Modules
     that the model declares unsplittable stay whole. A part that shares the weights of another part (such as a tied
     output projection) goes to the same device.
 
     Raises:
-        RunError: the model does not declare its unsplittable modules, or its parts are too few or of too unequal sizes.
+        RunError: the model does not declare its unsplittable modules, or its parts are too few or too unequal in size.
     """
     whole = frozenset(model._no_split_modules or ())
     if not whole:
@@ -62,7 +62,7 @@ def _parts(module: Any, name: str, whole: frozenset[str]) -> Iterator[tuple[str,
 
 
 def _weights(part: Any) -> list[Any]:
-    """Return the parameters of a part; a part that is a tensor is its own only parameter."""
+    """Return the parameters of a part; if the part is a tensor, return only that tensor."""
     return list(part.parameters()) if hasattr(part, "parameters") else [part]
 
 

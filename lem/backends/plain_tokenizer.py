@@ -44,7 +44,7 @@ class PlainTokenizer:
         return {"input_ids": self._tokenizer.encode(text).ids}
 
     def decode(self, token_ids: Sequence[int], *, clean_up_tokenization_spaces: bool) -> str:
-        """Return the text that token ids stand for."""
+        """Return the text to which the token ids decode."""
         if clean_up_tokenization_spaces:
             raise NotImplementedError
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
@@ -87,7 +87,7 @@ def _is_complete(folder: Path, content: Mapping[str, Any], config: Mapping[str, 
 def _special(named: Mapping[str, Any]) -> Iterator[Any]:
     """Yield the special tokens that a file names, and any values of unknown meaning.
 
-    These values are not tokens of tokenizer.json, so `_is_complete` then returns False.
+    Values of unknown meaning are not tokens of tokenizer.json, so they make `_is_complete` return False.
     """
     for key, value in named.items():
         if key in SEVERAL:

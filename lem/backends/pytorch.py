@@ -1,8 +1,8 @@
 """The pytorch backend: transformers' `generate` on PyTorch, in this process.
 
-Prompts are padded on the left within a batch; the padding is masked and never counted. Process number i of a node
-computes on the i-th visible GPU; with pipeline parallelism, a single process uses the first `degree` GPUs. torch and
-transformers are imported only when the backend starts, because that takes seconds.
+Prompts are padded on the left within a batch; the padding is masked if the model supports this, and is never counted.
+Process number i of a node computes on the i-th visible GPU; with pipeline parallelism, a single process uses the first
+`degree` GPUs. torch and transformers are imported only when the backend starts, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from lem.workload.tokens import Chunk, first_tokens
 from lem.workload.traffic import Arrivals
 from lem.workload.weights import Fit, summary
 
-# peft's message when it initializes missing matrices of an adapter itself.
+# The beginning of peft's warning that an adapter lacks matrices, which peft then initializes.
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
 # The fields in which the output of a forward pass can hold the cache.
@@ -493,7 +493,7 @@ class Static:
         return self._cache_bytes
 
     def _measure_cache(self, tokens: int) -> None:
-        """Measure the cache after the last forward pass, unless an earlier padded batch had at least as many tokens.
+        """Measure the last batch's cache, unless an earlier batch had at least as many tokens, padding included.
 
         The cache is taken from the forward passes, because transformers generates differently if it is asked to return
         the cache.

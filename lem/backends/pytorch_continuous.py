@@ -2,10 +2,10 @@
 
 The loop that comes with transformers runs in another thread, which hides errors, cannot be interrupted, and delivers
 tokens late. Instead, this module has the engine's processor take one step after another. It gives the processor a new
-request whenever a slot is free, so a step has at most `batch_size` requests, and the cache has room for exactly
-`batch_size` requests of the maximum length. The processor cannot set some options per request: sampling with a seed for
-each prompt, and penalties and bans that depend on the whole text. This module applies these options itself, with
-transformers' own logits processors. It knows nothing about devices or files.
+request whenever a slot is free, so a step has at most `batch_size` requests, and the cache has room for `batch_size`
+requests of the maximum length. The processor cannot set some options per request: sampling with a seed for each prompt,
+and penalties and bans that depend on the whole text. This module applies these options itself, with transformers' own
+logits processors. It knows nothing about devices or files.
 """
 
 from __future__ import annotations

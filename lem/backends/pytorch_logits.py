@@ -1,4 +1,4 @@
-"""Checks for meaningless tokens in a window of the pytorch backend, such as logits that are infinite or NaN."""
+"""Counts requests of the pytorch backend whose logits are infinite or NaN, so that their tokens are meaningless."""
 
 from __future__ import annotations
 

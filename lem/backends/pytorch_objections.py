@@ -1,8 +1,7 @@
 """Objections to an experiment on the pytorch backend, found before anything heavy is loaded.
 
 The checks look at the options, the host, the model's config.json and the headers of its files; they load no weights.
-They start a process that imports transformers only if a model is to be split over processes, or if it is not evident
-that its files contain all weights.
+Importing transformers takes seconds, so checks that need it run in a process of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ PADDING_UNMASKED = frozenset([
 
 
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None if it was not found, which is reported separately."""
+    """Return all objections; if `model` is None, the checks that need the model are skipped."""
     options = experiment.backend
     assert isinstance(options, PytorchBackend)
     gpus = host.gpus if options.device != "cpu" else ()

@@ -31,7 +31,7 @@ ENDING_S = guardian.GRACE_S + 8.0
 
 
 class Server:
-    """One server process, from its start to its end."""
+    """One server, from its start to its end."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Store the command without starting anything.

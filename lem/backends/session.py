@@ -56,7 +56,7 @@ R = TypeVar("R", bound=Request)
 
 
 class Session(ABC, Generic[R]):
-    """The requests in flight in one engine, by key; a session cannot be used after the engine has raised an error.
+    """The unfinished requests of one engine, by key; after an error in the engine, a session cannot be used again.
 
     A backend creates a session for the first prompts after `Backend.forget`; until then, it has no session.
     """
@@ -70,26 +70,26 @@ class Session(ABC, Generic[R]):
 
     @abstractmethod
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
-        """Give the engine a prompt; `key` is unique among the requests in flight."""
+        """Give the engine a prompt; `key` is unique among the unfinished requests."""
 
     @abstractmethod
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
         """Let the engine work, and return the outputs of the requests that have finished, by key.
 
-        Finished requests are no longer in flight. The result may be empty. `next_ns` is the arrival time of the next
+        These requests are removed from `running`. The result may be empty. `next_ns` is the arrival time of the next
         prompt, or None if it is unknown; if the engine can be interrupted, the method returns by then.
         """
 
     @abstractmethod
     def cancel(self) -> None:
-        """Cancel all requests in flight in the engine."""
+        """Cancel all unfinished requests in the engine."""
 
     @property
     def streams(self) -> bool:
         """Whether tokens are timed."""
         return self.experiment.streaming.enabled
 
-    # -------------------------------------------------------------- requests in flight
+    # -------------------------------------------------------------- unfinished requests
     def under_way(self) -> list[Begun]:
         """Return the requests that the engine is working on.
 
@@ -105,7 +105,7 @@ class Session(ABC, Generic[R]):
         return request.given_ns if place < 0 else max(request.given_ns, self._ended_ns[place])
 
     def tokens_so_far(self, request: R) -> int | None:
-        """Return how many tokens have been generated for a request in flight; None if that is unknown."""
+        """Return how many tokens have been generated for an unfinished request; None if that is unknown."""
         return len(request.token_ids) if self.streams else None
 
     def _give(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
@@ -163,7 +163,7 @@ class Session(ABC, Generic[R]):
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Cancel requests in flight if the caller stops early; after an error, mark the session as broken."""
+        """Cancel unfinished requests if the caller stops early; after an error, mark the session as broken."""
         self._given, self._ended_ns = 0, []
         try:
             yield
@@ -224,7 +224,7 @@ class SessionBackend(Backend, Generic[S]):
 
     @abstractmethod
     def _begin(self, loaded: Loaded) -> S:
-        """Return a session without any requests in flight."""
+        """Return a session without any requests."""
 
     def gpus_in_use(self, host: Host) -> Sequence[Gpu]:
         """Return all GPUs that the run's processes use on this node, in CUDA's order; none on a CPU."""

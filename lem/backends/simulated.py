@@ -53,7 +53,7 @@ class Simulated(Backend):
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-        """Object if too few GPUs are visible, or if model options are set although no model runs."""
+        """Object if too few GPUs are visible, or if options are set that have no effect on the simulation."""
         assert isinstance(experiment.backend, SimulatedBackend)
         needed, visible = experiment.backend.gpus, len(host.gpus)
         too_few = Objection("too_few_gpus", "backend.gpus", f"GPUs needed: {needed}, visible: {visible}.")
@@ -288,7 +288,7 @@ class SimulatedSession(Session[_Running]):
         return {key: self._generation(self.running.pop(key), end_ns) for key in done}
 
     def tokens_so_far(self, request: _Running) -> int | None:
-        """Return how many tokens have been generated for a request in flight."""
+        """Return how many tokens have been generated for an unfinished request."""
         return len(request.token_ids)
 
     def cancel(self) -> None:

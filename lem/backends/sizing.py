@@ -121,7 +121,10 @@ def _adapter_weights(model: Any) -> tuple[int, int]:
 # ------------------------------------------------------------------ counting
 @dataclass
 class _Pass:
-    """The FLOPs of one forward pass: of each layer, of the modules that contain experts, and of everything else."""
+    """The FLOPs of one forward pass: of each layer, and of everything outside the layers.
+
+    `experts` holds the FLOPs of each module that contains experts; these FLOPs are also part of `layers` or `rest`.
+    """
 
     layers: list[int]
     experts: dict[str, int] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """TensorRT-LLM's LLM API with its PyTorch backend. The engine runs in other processes, and this process sends requests.
 
-Prompts and outputs are passed as token ids, so that tokenizer and end tokens are the same for every backend. Request
-times and the numbers of cache hits and accepted drafts are the engine's own figures, or None if it does not report
-them. This process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
+Prompts and outputs are passed as token ids, so that the tokenizer and the end tokens are the same for every backend.
+The engine itself reports when it began a request and when it had the first token, and the numbers of cache hits and
+accepted drafts. A figure that it does not report is None, except that the beginning of a request is then estimated.
+This process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         return encoded
 
     def forget(self) -> None:
-        """Reset the counters and start a new session; its new salt prevents the reuse of cached prefixes."""
+        """Reset the counters and, if the engine supports salts, use a new one, so that no cached prefix is reused."""
         self._windows += 1
         self._session = None
 
@@ -316,9 +317,9 @@ def _settings(args: Any, options: TensorrtBackend, arguments: Mapping[str, Any])
 
 # ------------------------------------------------------------------ requests
 class TensorrtSession(Session[Followed]):
-    """The requests in flight in TensorRT-LLM, and the engine's counts for finished requests.
+    """The unfinished requests in TensorRT-LLM, and the engine's counts for finished requests.
 
-    `counters` holds only counts that the engine reports, under the names that records use.
+    `counters` holds these counts under the names that records use; it lacks counts that the engine does not report.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded, llm: Llm, follower: Follower, salt: str) -> None:
@@ -358,7 +359,7 @@ class TensorrtSession(Session[Followed]):
         return {request.key: self._generation(request) for request in done}
 
     def _finished(self, within_s: float) -> list[Followed]:
-        """Wait for requests to finish, and return them; they are no longer in flight."""
+        """Wait for requests to finish, remove them from `running`, and return them."""
         # A request that was canceled may have finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
@@ -374,7 +375,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM is not responding: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Cancel all requests in flight in the engine, and wait until the engine has released them."""
+        """Cancel all unfinished requests in the engine, and wait until the engine has released them."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:
@@ -422,6 +423,7 @@ class TensorrtSession(Session[Followed]):
         """Return when the engine began a request and when it had the first token (`time.perf_counter_ns`).
 
         A time is None if the engine does not report it, or reports a time before the request arrived or after it ended.
+        If the first time is None, the second is None as well.
         """
         timing = getattr(_metrics(request), "timing_metrics", None)
         moments = []

@@ -1,4 +1,4 @@
-"""Translates lem's options into TensorRT-LLM's arguments and sampling parameters, and objects to unsuitable options.
+"""Translates lem's options into TensorRT-LLM's arguments and sampling parameters, and reports unsuitable options.
 
 This module imports neither TensorRT-LLM nor torch: the options that the installed version accepts are read from its
 source code. It knows nothing about requests in flight or about time.
@@ -185,8 +185,8 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
     The engine accepts a single end token, which it suppresses until `min_tokens` is reached; any other end tokens are
-    passed as stop words. A request without temperature, top_k and top_p is decoded greedily. With sampling, top_p is
-    always set, because earlier versions decode greedily if only a temperature is given.
+    passed as stop words. A request without any of temperature, top_k and top_p is decoded greedily. With sampling,
+    top_p is always set, because earlier versions decode greedily if only a temperature is given.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -222,7 +222,7 @@ def _options(experiment: Experiment) -> TensorrtBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None if it was not found, which is reported separately."""
+    """Return all objections; if `model` is None, the checks that need the model are skipped."""
     options = _options(experiment)
     return [
         *_installation(host),

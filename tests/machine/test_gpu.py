@@ -444,8 +444,8 @@ def test_a_server_on_no_gpu_is_told_from_one_that_cannot_be_seen(driver):
 @pytest.mark.parametrize(
     ("scenario", "env", "words"),
     [
-        ("devices 4", {}, "the driver lists none of its processes; all 4 visible GPUs are metered"),
-        ("devices 2\ndevice 0 process 1 50", {}, "none of its processes"),
+        ("devices 4", {}, "the driver lists none of the server's processes; all 4 visible GPUs are metered"),
+        ("devices 2\ndevice 0 process 1 50", {}, "none of the server's processes"),
         (ON_TWO, {"LISTENS": "0"}, "its processes cannot be seen; all 4 visible GPUs"),
         (
             "devices 2\n" + "\n".join(f"device {i} unsupported nvmlDeviceGetComputeRunningProcesses" for i in (0, 1)),
