@@ -129,8 +129,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
 
     With several cycles, counted, timed and metered values are means over the finished cycles, so they describe one pass
     over the prompts. Quotients, such as tokens per second, are computed from the means, so that they are consistent
-    with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`, `_ci95_low` and
-    `_ci95_high`, around the mean of the cycles' own values.
+    with each other. The columns with `_sd`, `_cv`, `_ci95_low` and `_ci95_high` in their names describe the spread of
+    the cycles' own values around their mean.
     """
 
     AFTER: ClassVar[dict[str, str]] = {
@@ -148,7 +148,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     hostname: Annotated[str | None, "Name of the machine that ran the experiment; null if no process ran."]
     processes: Annotated[int, "Number of worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
-    cycles_completed: Annotated[int, "Number of cycles in which every prompt was finished."]
+    cycles_completed: Annotated[
+        int, "Number of cycles in which all requests ended, at least one of them without an error."
+    ]
     resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model, as configured."]
