@@ -1,10 +1,10 @@
-"""Compares experiments, campaigns or results directories that were measured at different times: ratios and objections.
+"""Compares measurements made at different times: those of experiments, campaigns or whole results directories.
 
     sides ─> cases that match ─> objections, ratios with intervals, what differs ─> limits (`--fail-if`)
 
 The arms of one campaign are compared by `lem.results.campaign`, which pairs them cycle by cycle. Measurements made at
 different times cannot be paired, so this module uses Welch's t-test. It does not know how results are stored or shown;
-`lem.results.sides` reads them.
+`lem.results.sides` reads the results.
 """
 
 from __future__ import annotations

@@ -162,8 +162,8 @@ def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:
     if metered and not metered.energy:
         return f"{killed}."
     if behind_s is None:
-        return f"{killed}, and its energy is unknown."
-    return f"{killed}, and its energy was last read {behind_s:.3g} s before that."
+        return f"{killed}, and the window's energy is unknown."
+    return f"{killed}; its energy was last read {behind_s:.3g} s before that request ended."
 
 
 class Journal:

@@ -70,7 +70,7 @@ class Floor:
 
 
 class Tested:
-    """An effect that may be due to chance alone; its p-value is None if that could not be tested."""
+    """An effect that may be due to chance alone; its p-value is None if the effect could not be tested."""
 
     p_value: float | None
 

@@ -253,8 +253,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95% t-interval."] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
-    campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
-    campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
+    campaign_cycle: Annotated[int | None, "The experiment's cycle of the campaign, from 1."] = None
+    campaign_position: Annotated[int | None, "The experiment's position in its cycle of the campaign, from 1."] = None
     schedule: Annotated[str | None, "Schedule that the experiment belongs to."] = None
     schedule_run: Annotated[int | None, "Number of the run in the schedule, from 1."] = None
     schedule_planned_at: Annotated[
