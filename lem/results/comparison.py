@@ -113,7 +113,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A case of one side, compared with the same case of the baseline side."""
+    """A case of one side, compared with its counterpart on the baseline's side."""
 
     side: str
     case: str
@@ -239,8 +239,8 @@ def check_allowed(allowed: Iterable[str]) -> None:
 def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comparison]:
     """Compare every side with the first one, case by case.
 
-    If each side has a single case, the cases are compared even if their keys differ. Otherwise, cases with the same key
-    are compared.
+    If the first side and another one have a single case each, these are compared even if their keys differ. Otherwise,
+    cases with the same key are compared.
 
     Args:
         sides: at least two sides.

@@ -220,7 +220,7 @@ class Writer(Protocol):
     """Writes Arrow tables to a stream in one format."""
 
     def write(self, rows: Any) -> None:
-        """Write some rows."""
+        """Write the rows of an Arrow table."""
 
     def close(self) -> None:
         """Write what the format requires at the end; the stream stays open."""

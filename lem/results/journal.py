@@ -200,7 +200,7 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
         known: the records that the same process has written in this attempt, by cycle.
 
     Raises:
-        ValueError: a line other than the last is damaged.
+        ValueError: a line that ends with a line break is damaged.
     """
     content = journal[: journal.rfind(b"\n") + 1]
     try:

@@ -21,8 +21,8 @@ Bytes = Annotated[int | None, quantities.BYTE]
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """The measurements of an experiment or of one of its cycles: the columns that both tables have.
 
-    Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if it was
-    read from them, else that of the measured components, else the sum of the estimates.
+    Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if they
+    were metered, else that of the measured components, else the sum of the estimates.
     """
 
     # Columns are in the order of the class's fields, except that each column named here follows the column it maps to.
