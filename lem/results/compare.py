@@ -36,10 +36,10 @@ MOST_CYCLES = 10_000
 class Contrast:
     """An arm compared with the baseline; `ratio` is the arm's value divided by the baseline's.
 
-    `cycles` counts the cycles used: those in which both have a value above 0. The intervals of all contrasts in a
+    `cycles` counts the cycles in which the arm and the baseline both have a value. The intervals of all contrasts in a
     comparison hold simultaneously (Bonferroni); `confidence` is the level of a single interval. `p_value` is for the
-    hypothesis that the ratio is 1, and `p_adjusted` is `p_value` adjusted by Holm's method. With fewer than two cycles,
-    the interval and the p-values are None.
+    hypothesis that the ratio is 1, and `p_adjusted` is `p_value` adjusted by Holm's method. If there are too few values
+    to estimate their spread, the interval and the p-values are None.
     """
 
     cycles: int
@@ -79,7 +79,8 @@ def contrasts(
         analysis: how the position in the cycle is treated.
         positions: each cell's position in its cycle, from 1; needed unless the analysis is `paired`.
         confidence: the joint confidence of all intervals.
-        margin: ratios within 1 ± margin count as the same; None rules out that verdict.
+        margin: an arm whose ratio is shown to be within 1 ± margin gets the verdict "the same"; None rules out this
+            verdict.
     """
     logs = [[math.log(value) if value else math.nan for value in row] for row in values]
     arms = range(len(logs[0]))
@@ -118,7 +119,7 @@ def position_effects(differences: np.ndarray[Any, Any], offsets: np.ndarray[Any,
     """Return the mean difference of an arm from the baseline, its standard error and the degrees of freedom.
 
     A straight line in the difference in position is fitted to the difference in value (ordinary least squares). The
-    line's value at 0 is the mean, so a linear drift within the cycles neither shifts the mean nor widens its interval.
+    mean is the line's value at 0, so a linear drift within the cycles neither shifts the mean nor widens its interval.
     With fewer than `POSITION_PAIRS` pairs, or if the positions differ by the same number in all pairs, the pairs are
     compared without a line.
 

@@ -1,10 +1,10 @@
-"""Compares experiments, campaigns or results directories that were measured at different times: ratios and objections.
+"""Compares measurements made at different times: those of experiments, campaigns or whole results directories.
 
     sides ─> cases that match ─> objections, ratios with intervals, what differs ─> limits (`--fail-if`)
 
 The arms of one campaign are compared by `lem.results.campaign`, which pairs them cycle by cycle. Measurements made at
 different times cannot be paired, so this module uses Welch's t-test. It does not know how results are stored or shown;
-`lem.results.sides` reads them.
+`lem.results.sides` reads the results.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Ratio:
     """A side's value of a metric divided by the baseline's (geometric means), with an interval if there is one.
 
     If there is no interval, for example because a side has a single value, `basis` is None and `reason` says why.
-    `is_estimate` means that the energy of at least one experiment is an estimate or simulated.
+    `is_estimate` means that the metric is computed from energy that, in at least one experiment, is estimated or
+    simulated.
     """
 
     metric: str
@@ -112,7 +113,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A case of one side, compared with the same case of the baseline side."""
+    """A case of one side, compared with its counterpart on the baseline's side."""
 
     side: str
     case: str
@@ -144,8 +145,9 @@ class Limit:
     def judge(self, comparison: Comparison, allowed: Iterable[str] = ()) -> tuple[Outcome, str]:
         """Return whether a comparison passes this limit, and the reason in words.
 
-        The outcome is `failed` only if the whole interval is beyond the limit, and `passed` only if none of it is. If
-        the interval contains the limit, or if the two cases cannot be compared, the outcome is `cannot tell`.
+        The outcome is `failed` if the whole interval is beyond the limit, and `passed` if none of it is. If the
+        interval contains the limit, if there is no interval, or if the two cases cannot be compared, the outcome is
+        `cannot tell`.
         """
         against = comparison.against(self.metric, allowed)
         if against:
@@ -196,10 +198,10 @@ def parse_limit(text: str) -> Limit:
 
 
 def metric_named(name: str, flag: str) -> str:
-    """Return the column that a name stands for; the name's parts may be in any order (energy_j_per_output_token).
+    """Return the column with the given name, whose parts may be in any order, such as energy_j_per_output_token.
 
     Raises:
-        ResultsError: no column that can be compared has that name.
+        ResultsError: no column that can be compared has this name.
     """
     known = comparable_columns()
     parts = Counter(name.split("_"))
@@ -213,7 +215,7 @@ def metric_named(name: str, flag: str) -> str:
 
 
 def comparable_columns() -> list[str]:
-    """Return the columns, common to experiments and cycles, that hold measured numbers on a scale with a true zero."""
+    """Return the columns that can be compared: those of `CycleRow` with a unit, except ratios such as `idle_share`."""
     from lem.results.parquet import schema
 
     skipped = ("_share", "_rate", "mfu")
@@ -237,8 +239,8 @@ def check_allowed(allowed: Iterable[str]) -> None:
 def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comparison]:
     """Compare every side with the first one, case by case.
 
-    If each side has a single case, the cases are compared even if their keys differ. Otherwise, cases with the same key
-    are compared.
+    If the first side and another one have a single case each, these are compared even if their keys differ. Otherwise,
+    cases with the same key are compared.
 
     Args:
         sides: at least two sides.
@@ -251,8 +253,8 @@ def comparisons(sides: Sequence[Side], metrics: Sequence[str] = ()) -> list[Comp
     pairs = [(side, base, other) for side in sides[1:] for base, other in _matched(first, side)]
     if not pairs:
         raise ResultsError(
-            f"{first.name} and {', '.join(side.name for side in sides[1:])} have no configuration in common. Name one "
-            "experiment of each to compare different configurations."
+            f"{first.name} and {', '.join(side.name for side in sides[1:])} have no configuration in common. To "
+            "compare different configurations, name one experiment on each side."
         )
     # The intervals are widened so that all intervals of a metric hold jointly.
     each = 1 - (1 - CONFIDENCE) / len(pairs)
@@ -391,7 +393,7 @@ def _places_differ(base: Case, other: Case) -> Iterator[CodedWarning]:
         words = [", ".join(f"{d or 'no device'} in {h or 'an unknown machine'}" for h, d in side) for side in boards]
         yield warning("compare_board", _apart("the machine or the device differs", words))
     elif all(uuids := [_gpus(case) for case in (base, other)]) and uuids[0] != uuids[1]:
-        # Two boards of one model, whose sensors may differ.
+        # Two GPUs of the same type, whose sensors may differ.
         yield warning("compare_board", _apart("the GPU differs", [", ".join(side) for side in uuids]))
     drivers = [
         list(dict.fromkeys(e.environment.driver_version for e in case.experiments if e.environment))
@@ -473,7 +475,9 @@ def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
             "variation from run to run.",
         )
     if _has_estimates(base) and _has_estimates(other):
-        yield warning("compare_estimated", "the energy of both sides is an estimate, so its ratios are estimates too.")
+        yield warning(
+            "compare_estimated", "the energy of both sides is an estimate, so the ratios of energy are estimates too."
+        )
     codes = Counter(text.partition(":")[0] for case in (base, other) for row in case.rows() for text in row.warnings)
     if codes:
         words = ", ".join(f"{code} ({count})" for code, count in codes.most_common())

@@ -138,7 +138,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape what Markdown or HTML would interpret in a name, and keep it on one line."""
+    """Return a text on one line, with the characters escaped that Markdown or HTML would interpret."""
     from html import escape
 
     line = " ".join(text.split())

@@ -3,9 +3,9 @@
     <results>/.deleted/<id>     the raw files of an experiment that is being deleted
 
 Moving the raw files there is a single step that happens either completely or not at all; from then on, the experiment
-counts as deleted. Its rows and its mark are removed next, and the raw files last. If a deletion is killed at any
-moment, the next `lem results` or `lem aggregate` command therefore finds and finishes it. This module handles files and
-rows, but does not know their meaning.
+counts as deleted. Its rows and its mark in `unfinished/` are removed next, and the raw files last. If a deletion is
+killed at any moment, the next `lem results` or `lem aggregate` command therefore finds and finishes it. This module
+handles files and rows, but does not know their meaning.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Deletion:
         """Delete the experiments and campaigns.
 
         Raises:
-            ResultsError: an experiment or a campaign is in use; experiments listed before it have been deleted.
+            ResultsError: a campaign is in use, and nothing was deleted; or an experiment is in use, and those listed
+                before this one have been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():
@@ -101,7 +102,7 @@ def planned(store: Store, texts: Sequence[str], campaign: str | None, status: st
     """
     check_status(status)
     if not texts and campaign is None and status is None:
-        raise ResultsError("Give the ids of the experiments to delete, --campaign or --status.")
+        raise ResultsError("Say what to delete: give the ids of experiments, --campaign or --status.")
     known = Known(store)
     ids = known.named(texts) if texts else known.ids
     whole: tuple[Path, ...] = ()
@@ -152,7 +153,7 @@ def _refuse_cells(known: Known, ids: Sequence[str]) -> None:
 
 # ------------------------------------------------------------------ deleting
 def finish(store: Store) -> None:
-    """Remove the rows, marks and files of experiments whose deletion has begun; return at once if there are none."""
+    """Finish all deletions that have begun: remove the experiments' rows and marks, and all files in `.deleted/`."""
     waiting = store.root / FOLDER
     # A link would lead to files that lem did not put there.
     if waiting.is_symlink() or not waiting.is_dir():

@@ -1,9 +1,9 @@
 """`lem results export`: the tables as CSV, JSON or Parquet, with units.
 
-CSV cannot hold units or lists, so the units are written to a separate file, `FILE.units.json`, and a list becomes a
-JSON text. A null becomes an empty field, and an empty text becomes `""`. In JSON, numbers that are not finite become
-the texts "NaN", "Infinity" and "-Infinity". The rows are exported as they are in the tables; this module does not
-compute any number.
+CSV cannot hold units or lists, so the units are written to a separate file, `FILE.units.json`, and a list is written as
+JSON. A null becomes an empty field, and an empty string becomes `""`. In JSON, numbers that are not finite become the
+strings "NaN", "Infinity" and "-Infinity". The rows are exported as they are in the tables; this module does not compute
+any number. `lem.results.foreign` converts rows to the formats of other projects.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _readable(store: Store, table: str, wanted: Any, damaged: list[str]) -> Iter
 def export(
     store: Store, selection: Selection, texts: Sequence[str], *, kind: str, table: str, output: Path | None, force: bool
 ) -> int:
-    """Write rows in a format to a file or to stdout; return 1 if a file of the tables could not be read, else 0.
+    """Export the selected rows to a file or to stdout; return 1 if a file of the tables could not be read, else 0.
 
     Raises:
         ResultsError: an option is invalid, no experiment has a row, or the file cannot be written.
@@ -220,14 +220,14 @@ class Writer(Protocol):
     """Writes Arrow tables to a stream in one format."""
 
     def write(self, rows: Any) -> None:
-        """Write some rows."""
+        """Write the rows of an Arrow table."""
 
     def close(self) -> None:
         """Write what the format requires at the end; the stream stays open."""
 
 
 class _Csv:
-    """Writes CSV with Arrow: texts are always quoted, numbers keep all their digits, and a null is an empty field."""
+    """Writes CSV with Arrow: strings are always quoted, numbers keep all their digits, and a null is an empty field."""
 
     def __init__(self, sink: IO[bytes], table: str) -> None:
         import pyarrow as pa
@@ -251,7 +251,7 @@ class _Csv:
 
 
 def _as_texts(column: Any) -> Any:
-    """Return a column of lists as a column of JSON texts."""
+    """Return a column of lists as a column of strings, each a list in JSON."""
     import pyarrow as pa
 
     return pa.array([None if value is None else as_json(value) for value in column.to_pylist()], pa.string())
@@ -305,7 +305,7 @@ def envelope(table: str) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as JSON on one line; numbers that are not finite become texts."""
+    """Return plain data as JSON on one line; numbers that are not finite become strings."""
     with suppress(ValueError):
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     return json.dumps(_with_texts(value), ensure_ascii=False)

@@ -7,8 +7,9 @@
 
 Numbers can be compared with another project's only if that project's protocol was followed. No run of `lem` follows
 either protocol entirely: AI Energy Score counts the preprocessing of the prompts, which `lem` does outside its window,
-and ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, whose names
-begin with `lem_` and which state that the row is not comparable, and why. A value that `lem` does not have is null.
+and ML.ENERGY's benchmark draws its requests with its own code. Each row therefore has additional columns, with names
+that begin with `lem_`; two of them state that the row is not comparable, and why. A value that `lem` does not have is
+null.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LABEL = (
     "not comparable with the other project's results, because that project's protocol was not followed entirely. The "
     "column lem_not_comparable_because lists the deviations."
 )
-# The energy sources that mean a measurement of this run.
+# The sources of energy that was measured in this run.
 MEASURED = ("counter", "integral")
 
 Row = Mapping[str, Any]
@@ -193,12 +194,12 @@ def _configured(row: Row, *path: str) -> Any:
 TASKS = ("gpqa", "lm-arena-chat", "sourcegraph-fim", "image-chat", "video-chat")
 # If the steady state of a run is shorter than this, the project calls the run unstable.
 SHORTEST_STEADY_S = 20.0
-# The names that the project gives the boards on which it measures.
+# The project's names for the boards on which it measures.
 BOARDS = ("H100", "B200")
 
 
 def ml_energy(row: Row) -> dict[str, Any]:
-    """Return an experiment as a row of `llm.parquet`; times, energy and rates are those of the steady state."""
+    """Return an experiment as a row of `llm.parquet`; duration, energy and rates are those of the steady state."""
     length = _ratio(row["output_tokens"], row["requests_completed"]) if row["status"] == "completed" else None
     energy_j = row["steady_energy_j"] if row["energy_components"] == "gpu" else None
     per_token_j = _ratio(energy_j, row["steady_output_tokens"])

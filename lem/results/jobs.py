@@ -1,9 +1,9 @@
 """The ledger of a study's Slurm jobs: which jobs run which cells, so that another command can continue the study.
 
     <study>/jobs.jsonl       the ledger: a line for each event; lines are only appended
-    <study>/jobs/            a file for each array, with its experiments; logs
+    <study>/jobs/            a file for each Slurm array, with its experiments; logs
     <study>/.lock            held by the command that submits and collects the study's jobs
-    <results>/jobs/<name>    a mark that contains the study's directory, until the study's outcome has been shown
+    <results>/jobs/<name>    a mark with the path of the study, removed once the study's outcome has been shown
 
 An array is recorded before it is submitted, and the ids of its jobs after that. If the command is killed in between,
 the next command asks Slurm whether the array was accepted. This module does not call Slurm.
@@ -239,7 +239,7 @@ def cells_sha256(fingerprints: Iterable[str]) -> str:
 
 
 def awaited(store: Store) -> list[Ledger]:
-    """Return the ledgers of this user's studies whose outcome has not been shown yet, oldest first.
+    """Return the ledgers of this user's studies whose outcome has not been shown yet, in the order of their names.
 
     Studies of other users are left out, because only their owner can submit, cancel and collect their jobs. So are
     ledgers that are damaged, and marks of directories that are gone.

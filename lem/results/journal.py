@@ -3,7 +3,8 @@
 A journal is a file of JSON lines for one process and one attempt. It has two kinds of lines:
 
 - `{"record": …}` is written when a measured window opens, with the process's record up to then.
-- `{"done": [rows], "duration_s": …}` is written after each batch, occasionally with the window's energy so far.
+- `{"done": [rows], "duration_s": …}` is written after each batch, occasionally with the window's energy so far. If
+  several processes share the prompts, the metering process also writes such lines, without rows, during a batch.
 
 If the last line has no line break, it was cut off when the process died, and is ignored. This module knows nothing
 about engines or meters.
@@ -50,7 +51,7 @@ CYCLE = re.compile(rb'"cycle":(\d+),"attempt":')
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
-    """The progress of the measured window when a batch was done.
+    """The progress of the measured window at some moment: after a batch or, with several processes, also during one.
 
     `energy` is the meter's reading, taken `energy_at_s` after the window opened; None if the meter was not polled or
     cannot be read before the window closes. `under_way` is None if no request was in flight.
@@ -86,7 +87,7 @@ class _Rows(msgspec.Struct, gc=False):
 
 
 class _Done(Checkpoint, frozen=True, gc=False, kw_only=True):
-    """A finished batch and its checkpoint, which are in one line of the journal."""
+    """A line of the journal: a checkpoint, and the rows of the batch that has just finished, if any."""
 
     done: list[RequestRecord]
 
@@ -116,7 +117,7 @@ class Window:
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's final record or, without one, a record of the window up to its last finished batch."""
+        """Return the process's final record or, without one, a record of the window up to its last checkpoint."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]
@@ -161,8 +162,8 @@ def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:
     if metered and not metered.energy:
         return f"{killed}."
     if behind_s is None:
-        return f"{killed}, and its energy is unknown."
-    return f"{killed}, and its energy was last read {behind_s:.3g} s before that."
+        return f"{killed}, and the window's energy is unknown."
+    return f"{killed}; its energy was last read {behind_s:.3g} s before that request ended."
 
 
 class Journal:
@@ -199,7 +200,7 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
         known: the records that the same process has written in this attempt, by cycle.
 
     Raises:
-        ValueError: a line other than the last is damaged.
+        ValueError: a line that ends with a line break is damaged.
     """
     content = journal[: journal.rfind(b"\n") + 1]
     try:

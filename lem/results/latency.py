@@ -126,7 +126,7 @@ def under_load(
         duration_s: the total length of all windows.
         traffic: the limits for goodput.
         opened_s: when each attempt's window opened, on the clock of the arrivals; 0 for an attempt that is not listed.
-            If any of these times is None, the metrics that depend on it are left out.
+            If any of these times is None, the metrics that depend on this clock are left out.
     """
     arrived = [r for r in requests if r.arrived_s is not None]
     good = _goodput(requests, duration_s, traffic)

@@ -1,8 +1,8 @@
 """Merges a process's attempts at a cycle into one record, removes repeated warnings, and sums the headline energy.
 
 The attempts' windows are added up without the gaps between them. Energy is summed per device, together with the time
-that it covers; readings that do not cover their whole window are left out of totals. If any other value is missing from
-an attempt, it is unknown in the merged record. This module works only on records.
+that it covers; `Phase.usable` discards sums that cover too little of the window. If an attempt with finished requests
+lacks FLOPs, prefill times or a carbon intensity, the merged record lacks them too. This module works only on records.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNMETERED_SHARE = 0.02
 
 # ------------------------------------------------------------------ processes of one attempt
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
-    """If the processes of an attempt were interrupted, make their windows end at the same time.
+    """Return the records of an attempt's processes; if these were interrupted, their windows now end at the same time.
 
     Each process knows only its own last finished request, and only one process meters. The common end is the end of the
     metering process's window or, if another process finished a request after that, the end of that process's window.
@@ -141,7 +141,7 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
     """Merge a process's attempts at one cycle, in order; the windows are joined without the gaps between them.
 
-    An attempt without a window is ignored, except that the last attempt's status and error are kept.
+    An attempt without a window is ignored, except for its Slurm job and, if it is the last, its status and error.
     """
     if len(records) == 1:
         return records[0]

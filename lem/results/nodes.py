@@ -1,4 +1,4 @@
-"""How far the results of a campaign depend on the nodes and boards of a cluster that ran its cycles.
+"""How far a campaign's results depend on the nodes and boards of a cluster on which its cycles ran.
 
 A cycle is measured on one node. The node is therefore a block that contains whole cycles: its level is part of the
 cycle's level and cancels out in ratios within the cycle. What does not cancel out is an interaction, that is, a ratio
@@ -34,13 +34,13 @@ class Block:
     positions: tuple[int, ...]
 
     def place(self, by: By) -> str:
-        """Return the board model or the node on which the cycle ran, as `by` says."""
+        """Return the board or the node on which the cycle ran, as `by` says."""
         return self.board if by == "board" else self.node
 
 
 @dataclass(frozen=True)
 class RatioThere:
-    """The ratio of an arm to the baseline on one board model.
+    """The ratio of an arm to the baseline on one board.
 
     The 95% interval is not adjusted for the number of ratios. It is None if the cycles leave no degrees of freedom for
     the noise.
@@ -74,8 +74,8 @@ class Spread:
     """How far nodes and boards differ.
 
     `node_sd_log` and `board_sd_log` are the standard deviations of the level (a cycle's mean logarithm) from node to
-    node and from one board model to another, without the noise within a node or model. They are None if there is only
-    one node or model, or if none of them ran two complete cycles.
+    node and from board to board, without the noise within a node or a board. `node_sd_log` is None if there is only one
+    node, or if no node ran two complete cycles; the same holds for `board_sd_log` and boards.
     """
 
     nodes: tuple[str, ...]
@@ -94,7 +94,7 @@ def spread(cycles: Sequence[Block], baseline: int = 0, analysis: Analysis = "pai
     is fitted as well, unless the analysis is `paired` or there are too few cycles.
 
     Args:
-        cycles: the cycles; cells that are not comparable with the baseline's cell are left out as NaN.
+        cycles: the cycles; the value of a cell that is not comparable with the baseline's cell is NaN.
         baseline: the arm with which the others are compared.
         analysis: how the comparison treats the position in the cycle.
     """
@@ -150,7 +150,7 @@ def _grouped(cycles: Sequence[Block], place: Callable[[Block], str]) -> dict[str
 def _blocks(pairs: Sequence[Block]) -> list[By]:
     """Return the groupings of the cycles to test: by board, by node, both or neither.
 
-    Boards are tested if there are at least two models. Nodes are tested if there are more nodes than models; otherwise,
+    Boards are tested if there are at least two. Nodes are tested if there are more nodes than boards; otherwise,
     grouping by node would give the same groups as grouping by board.
     """
     boards, nodes = len({each.board for each in pairs}), len({each.node for each in pairs})

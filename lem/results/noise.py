@@ -31,9 +31,9 @@ PERMUTATIONS = 2000
 EXAMPLES = (3, 5, 10, 20)
 # If more cycles than this are needed, the advice is to reduce the machine's noise.
 MOST_CYCLES = 100
-# The noise measured in a few cycles may be too low by chance. Campaigns planned with the upper limit of the noise at
-# this confidence have at least the planned power in that share of cases: R. H. Browne, On the use of a pilot sample
-# for sample size determination, Statistics in Medicine 14 (1995).
+# The noise measured in a few cycles may be too low by chance. Campaigns are therefore planned with the noise's upper
+# limit at this confidence, so that the same share of them have at least the planned power: R. H. Browne, On the use of
+# a pilot sample for sample size determination, Statistics in Medicine 14 (1995).
 PLANNING_CONFIDENCE = 0.8
 # The cells' warnings that a longer warm-up can prevent.
 OF_WARM_UP = ("warmup_not_steady", "compiled_in_window", "high_variation", "temperature_drift")
@@ -53,9 +53,10 @@ class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
     If `sd` is small, it is almost equal to the relative standard deviation of the ratio. `low` and `high` are the ends
-    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. `finds` pairs
-    several numbers of cycles with the smallest difference (as a ratio minus 1) that so many cycles detect with a
-    probability of 80%. If there are too few pairs, or if all pairs are equal, only `reason` is set.
+    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. Each item of
+    `finds` is a number of cycles and the smallest difference (as a ratio minus 1) that this many cycles detect with a
+    probability of 80%. If there are too few pairs, or if all of them have the same ratio, these values are missing, and
+    `reason` says why.
     """
 
     measure: str
@@ -69,7 +70,7 @@ class Floor:
 
 
 class Tested:
-    """An effect that may be due to chance alone; its p-value is None if that could not be tested."""
+    """An effect that may be due to chance alone; its p-value is None if the effect could not be tested."""
 
     p_value: float | None
 
@@ -152,7 +153,10 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 
 
 def percent(share: float, sign: str = "") -> str:
-    """Return a share in percent with at least two significant digits; `sign="+"` gives positive values a plus sign."""
+    """Return a share as a percentage, to two significant digits or, from 10% up, as a whole number.
+
+    `sign="+"` gives positive values a plus sign. Values other than 0 that are smaller than 0.01% become "under 0.01%".
+    """
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
         return f"{'0' if value == 0 else f'under {LEAST_PERCENT:g}'}%"
@@ -241,7 +245,7 @@ def finds(sd: float, cycles: int) -> float:
 
     Args:
         sd: the standard deviation of the log ratio of two cells in a cycle.
-        cycles: how many cycles, at least two, in the default order.
+        cycles: the number of cycles, at least two, with their cells in the default order.
     """
     degrees_of_freedom = expected_degrees_of_freedom(ANALYSES["shuffled"], cycles, arms=2)
     return detectable_ratio(sd / math.sqrt(2), cycles, degrees_of_freedom) - 1

@@ -56,7 +56,7 @@ def _kind(noise: Noise) -> str:
     sources = {cell.row.energy_source for cell in noise.answer.cells if cell.row is not None and cell.row.energy_source}
     if noise.is_estimate:
         kind, what = ("simulated", "simulation") if sources == {"simulated"} else ("estimated", "estimate")
-        return f", {show.ESTIMATE} {kind}: this is the noise of the {what}, which no sensor has measured"
+        return f", {show.ESTIMATE} {kind}: this is the noise of the {what}; no sensor measured the energy"
     rests_on_energy = noise.floor.measure.startswith(("energy", "average_power"))
     return f" ({', '.join(sorted(sources))})" if sources and rests_on_energy else ""
 

@@ -33,7 +33,7 @@ class Column:
 
 
 def names(record_type: type[Any]) -> list[str]:
-    """Return the columns of a record type in the order of its fields, except those that the type's `AFTER` moves."""
+    """Return the names of a record type's columns: its fields in order, except those that the type's `AFTER` moves."""
     after: Mapping[str, str] = getattr(record_type, "AFTER", {})
     found: list[str] = []
     place = 0
@@ -232,7 +232,7 @@ def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
 
 
 def check(path: Path) -> None:
-    """Read a Parquet file's metadata; raises ValueError or OSError if the file is damaged."""
+    """Check that a Parquet file's metadata can be read; raises ValueError or OSError if the file is damaged."""
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:

@@ -62,7 +62,7 @@ class Cycle(NamedTuple):
     `records` has one record per process, ordered by rank, with the process's attempts merged; `requests` has the rows
     of all processes; `warnings` are the warnings that no record contains. `opened_s` maps each attempt with a window to
     the time at which the window opened, on the clock of the cycle's arrivals. The time is None if it is unknown. If
-    there was only one attempt, `opened_s` is empty.
+    only one process ran, in only one attempt, `opened_s` is empty.
     """
 
     plan: PlanExcerpt
@@ -235,7 +235,7 @@ def _late_s(run: ScheduleRun) -> float:
 
 
 def _backend(cycle: Cycle) -> str:
-    """Return the name of the backend that ran, or several names, joined, if the user allowed mixed backends."""
+    """Return the name of the backend that ran; if the processes ran on different backends, all names, joined."""
     return joined(r.backend for r in cycle.records if r.backend) or cycle.plan.experiment.backend.name
 
 

@@ -109,7 +109,7 @@ class ScheduleManifest(Struct):
 
 
 class RunOutcome(Struct):
-    """The experiment or campaign of a run and, once it has ended, its outcome; written by the run's own process."""
+    """The experiment or campaign of a run and, once the run has ended, its outcome; written by the run's process."""
 
     status: Literal["running", "done", "failed", "interrupted"] = "running"
     experiment_id: str | None = None
@@ -227,7 +227,7 @@ def held(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[N
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ResultsError(
-                f"Another process is working through schedule '{folder.name}'. End that process first, or use another "
+                f"Another process is working through schedule '{folder.name}'. Stop that process first, or use another "
                 "--name."
             ) from None
         yield

@@ -29,7 +29,8 @@ from lem.warning_codes import warning
 MEASURES = {**OF_CAMPAIGNS, "co2e_g": ("gCO2e", "emissions of a run")}
 PRIMARY = "energy_per_output_token_j"
 ENERGIES = ("energy_per_output_token_j", "energy_per_request_j", "average_power_w", "co2e_g")
-# What must not change while a schedule is measured, with the column, or the field of the environment, that shows it.
+# What must not change while a schedule is measured; each item is followed by the name of its column in the rows, or of
+# its field in the environments.
 OF_ROWS = {"host": "hostname", "device": "device", "engine": "engine_version", "lem": "lem_version"}
 OF_ARMS = ("device", "engine")
 OF_ENVIRONMENTS = {
@@ -54,7 +55,10 @@ class Run:
         return datetime.fromisoformat(self.start.planned_at).replace(tzinfo=None)
 
     def value(self, arm: str, measure: str) -> float | None:
-        """Return an arm's value of a metric: the geometric mean over its experiments; None if none has a value."""
+        """Return an arm's value of a metric: the geometric mean over its experiments, or None if none has a value.
+
+        The result is 0 if any value is 0 or less.
+        """
         values = [value for row in self.rows.get(arm, ()) if (value := getattr(row, measure)) is not None]
         if not values or min(values) <= 0:  # a value of 0 has no logarithm
             return 0.0 if values else None

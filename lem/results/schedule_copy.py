@@ -1,4 +1,4 @@
-"""Copies of schedules in another results directory: finds them, and puts that directory's names into their files."""
+"""Finds copies of schedules in another results directory, and puts that directory's names into the copies' files."""
 
 from __future__ import annotations
 

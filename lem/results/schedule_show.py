@@ -19,7 +19,7 @@ from lem.results.variation import LEVEL, POWER, Level, Variation
 MOST_RUNS = 100
 # Each metric's header and unit, as in a campaign's table of arms.
 HEADS = {**OF_CAMPAIGNS, "co2e_g": ("CO2e", "gCO2e")}
-# The metrics that the tables of means show besides the primary metric; only the latter is shown with its interval.
+# The metrics that the tables of means show besides the primary metric. Only the primary metric has its interval shown.
 ALSO_SHOWN = ("output_tokens_per_s", "co2e_g")
 # The first column of the two tables of means.
 FACTORS = {"time of day": "time", "weekday": "weekday"}

@@ -21,8 +21,8 @@ Bytes = Annotated[int | None, quantities.BYTE]
 class Measures(Struct, frozen=True, gc=False, kw_only=True):
     """The measurements of an experiment or of one of its cycles: the columns that both tables have.
 
-    Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if it was
-    read from them, else that of the measured components, else the sum of the estimates.
+    Energy columns are sums over all devices of a component. The headline `energy_j` is the energy of the GPUs if they
+    were metered, else that of the measured components, else the sum of the estimates.
     """
 
     # Columns are in the order of the class's fields, except that each column named here follows the column it maps to.
@@ -129,8 +129,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
 
     With several cycles, counted, timed and metered values are means over the finished cycles, so they describe one pass
     over the prompts. Quotients, such as tokens per second, are computed from the means, so that they are consistent
-    with each other. The spread over the cycles is in the columns that end in `_sd`, `_cv`, `_ci95_low` and
-    `_ci95_high`, around the mean of the cycles' own values.
+    with each other. The columns with `_sd`, `_cv`, `_ci95_low` and `_ci95_high` in their names describe the spread of
+    the cycles' own values around their mean.
     """
 
     AFTER: ClassVar[dict[str, str]] = {
@@ -148,7 +148,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     hostname: Annotated[str | None, "Name of the machine that ran the experiment; null if no process ran."]
     processes: Annotated[int, "Number of worker processes that wrote a record."]
     cycles_planned: Annotated[int, "Number of cycles planned."]
-    cycles_completed: Annotated[int, "Number of cycles in which every prompt was finished."]
+    cycles_completed: Annotated[
+        int, "Number of cycles in which all requests ended, at least one of them without an error."
+    ]
     resumed: Annotated[int, "Number of times the experiment was resumed."]
     # what ran
     model: Annotated[str, "Model, as configured."]
@@ -251,8 +253,8 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95% t-interval."] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
-    campaign_cycle: Annotated[int | None, "The experiment's cycle in the campaign, from 1."] = None
-    campaign_position: Annotated[int | None, "The experiment's position in that cycle, from 1."] = None
+    campaign_cycle: Annotated[int | None, "The experiment's cycle of the campaign, from 1."] = None
+    campaign_position: Annotated[int | None, "The experiment's position in its cycle of the campaign, from 1."] = None
     schedule: Annotated[str | None, "Schedule that the experiment belongs to."] = None
     schedule_run: Annotated[int | None, "Number of the run in the schedule, from 1."] = None
     schedule_planned_at: Annotated[

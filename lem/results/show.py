@@ -46,7 +46,7 @@ WITHOUT_GPU = "without the GPU"
 
 @cache
 def _console_class() -> type[Console]:
-    """Return a console class that escapes control characters, both in texts before layout and in the final output."""
+    """Return a console class that escapes control characters, both in strings before layout and in the output."""
     from rich.console import Console
 
     class PrintableConsole(Console):
@@ -431,7 +431,7 @@ def _energy(row: ExperimentRow) -> str:
 
 
 def marked(row: Measures, text: str) -> str:
-    """Return an energy as text, with a mark if any part of it is an estimate."""
+    """Return the text of a value computed from a row's energy, marked if any part of that energy is an estimate."""
     return f"{ESTIMATE}{text}" if is_estimated(row.energy_source) and text != NOT_MEASURED else text
 
 

@@ -18,7 +18,8 @@ from lem.results.store import ID, Store
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
 
-# If a case has more experiments than this, the driver and the GPUs of the rest are not read, to save time.
+# If a case of a results directory has more experiments than this, the environments of the rest are not read, to save
+# time.
 MOST_ENVIRONMENTS = 50
 
 
@@ -43,14 +44,15 @@ def compare(
         metrics: columns to compare in addition to those that a campaign reports.
 
     Returns:
-        A comparison for each case in each of `others`. A case is an arm of a campaign, a configuration in a results
-        directory, or a single experiment. `ratios` has a ratio for each metric, without a unit: the value divided by
-        the baseline's. Each ratio's `value` and `baseline_value` have the unit of the metric's column in the table
+        A comparison for each case that one of `others` has in common with the baseline. A case is an arm of a campaign,
+        a configuration in a results directory, or a single experiment. If the two sides have a single case each, these
+        are compared even if they differ. `ratios` has a ratio for each metric, without a unit: the value divided by the
+        baseline's. Each ratio's `value` and `baseline_value` have the unit of the metric's column in the table
         `experiments`. `objections` lists the reasons why the case is not comparable, each with a code.
 
     Raises:
-        ResultsError: something cannot be found, has no completed experiment, or has nothing in common with the
-            baseline; or a metric is not a column that can be compared.
+        ResultsError: a side cannot be found or has no completed experiment, no case can be compared with a case of the
+            baseline, or a metric is not a column that can be compared.
     """
     if not others:
         raise ResultsError("A comparison needs at least two sides; give a baseline and something to compare with it.")
@@ -137,7 +139,7 @@ def _of_directory(store: Store, text: str) -> Side:
 def _cycles_of(store: Store, row: ExperimentRow, together: int) -> Sequence[Any]:
     """Return the rows of an experiment's cycles, or nothing if they are not needed.
 
-    They are needed only if the experiment has several cycles and is the only one of its case (`together` is 1).
+    The rows are needed only if the experiment has several cycles and is the only one of its case (`together` is 1).
     """
     tables = Tables(store)
     at = tables.location(row.experiment_id) if together == 1 and row.cycles_completed > 1 else None

@@ -52,7 +52,7 @@ def steady_state(
 
     Args:
         requests: the requests of all processes.
-        taken: the number of slots of each replica.
+        taken: how many requests each replica has in flight at full load; see `places`.
         energy: readings of the window's energy, in order.
         ends_at_readings: begin at the first reading in the steady state and end at the last, so that time, tokens and
             energy belong to the same span.

@@ -89,7 +89,7 @@ def test_a_dry_run_and_a_missing_yes_delete_nothing(lem, store):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "Give the ids of the experiments to delete, --campaign or --status."),
+        ([], "Say what to delete: give the ids of experiments, --campaign or --status."),
         (["exp_2099"], "There is no experiment 'exp_2099' in"),
         (["exp_2026"], "'exp_2026' matches 4 experiments"),
         (["../raw"], "There is no experiment '../raw' in"),
