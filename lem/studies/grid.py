@@ -223,7 +223,7 @@ def _sources(base: UserFile, point: dict[str, Any]) -> Sources:
 
 # ------------------------------------------------------------------ names
 def stems(axes: Sequence[Axis]) -> Iterator[str]:
-    """Yield the file name of every point without its suffix, such as `batch_size-4--fp_precision-float16`.
+    """Yield the name of each point's file, without the suffix, such as `batch_size-4--fp_precision-float16`.
 
     A name contains only letters, digits, `_`, `-` and `.`, so that no shell, glob or Hydra override misreads it. Names
     are unique even if the file system ignores case.
@@ -276,7 +276,7 @@ def file_text(point: Point, parent: str, about: str) -> str:
 
 
 def group_text(base: UserFile, point: Point, about: str) -> str:
-    """Return the text of a point's file as an option of a plain Hydra config group: composed, without a parent."""
+    """Return the text of a point's file as an option of a plain Hydra config group, with all values and no parent."""
     values, _ = resolved(_sources(base, point.values).values())
     if any("${" in text for _, text in texts(values)):
         raise ConfigError(f"{point.file}: a value contains '${{', which Hydra would resolve again; change the value.")
