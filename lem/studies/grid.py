@@ -450,7 +450,7 @@ def _print_summary(grid: Grid, folder: Path, written: int) -> None:
             print(_indented(reason), file=sys.stderr)
         if not is_left_out:
             print("Use --validate to leave them out, or --strict to write nothing in this case.", file=sys.stderr)
-    print(f"{written} config files in {folder}, listed in {folder / INDEX}")
+    print(f"{written} config file{'' if written == 1 else 's'} in {folder}, listed in {folder / INDEX}")
     for axis in grid.axes:
         print(_indented(f"{axis.key}: {_enumerated(axis.plain)}"))
     print(f"Run them with: lem batch {shlex.quote(str(folder))}")

@@ -136,7 +136,8 @@ def _counts(seen: Seen) -> str:
 def _lines(seen: Seen) -> Iterator[str]:
     """Yield the study's name and counts, then its running cells, and what is left to do."""
     states, name = seen.manifest.states, name_of(seen.ledger)
-    yield f"{seen.ledger.directory.name}: {len(states)} experiments, {_counts(seen)}"
+    count = "1 experiment" if len(states) == 1 else f"{len(states)} experiments"
+    yield f"{seen.ledger.directory.name}: {count}, {_counts(seen)}"
     running = [state for state in states if state.status == "running"]
     for state in running[:RUNNING_AT_MOST]:
         in_job = _in_job(state, seen)

@@ -294,11 +294,14 @@ def stopped(signal_name: str) -> KeyboardInterrupt:
 
 
 def _question(cells: Sequence[Cell], at_once: int, options: RunOptions) -> str:
+    is_one = len(cells) == 1
     together = f", {at_once} at a time" if at_once > 1 else ""
-    together = " as Slurm jobs" if options.launcher else together
+    if options.launcher:
+        together = " as a Slurm job" if is_one else " as Slurm jobs"
     begun = sum(cell.unfinished is not None for cell in cells)
-    resumed = f" ({begun} of them will be resumed; use --fresh to start over)" if begun else ""
-    return f"Run {len(cells)} experiments{together}{resumed}?"
+    which = "it" if is_one else f"{begun} of them"
+    resumed = f" ({which} will be resumed; use --fresh to start over)" if begun else ""
+    return f"Run {'1 experiment' if is_one else f'{len(cells)} experiments'}{together}{resumed}?"
 
 
 def _resumed(cell: Cell) -> str:
