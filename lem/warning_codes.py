@@ -110,7 +110,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Warm up longer (warmup.until_cv), or cool down first (cooldown.to_c).",
     ),
     "busy_host": WarningKind(
-        f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's cores busy during the window.",
+        f"Other processes kept more than {BUSY_SHARE:.0%} of the machine's CPU threads busy during the window.",
         "Measure on an idle machine: other processes slow the run down, and whole-machine energy includes their work.",
     ),
     "high_variation": WarningKind(
@@ -119,7 +119,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Warm up longer, look for other load on the machine, and repeat the run.",
     ),
     "warmup_not_steady": WarningKind(
-        "The warm-up reached its limit before latencies were steady or the requested number of prompts had run.",
+        "The warm-up reached its limit before latencies were steady, or before the requested number of prompts had "
+        "run.",
         "Raise warmup.max_prompts or warmup.max_s, or accept a larger warmup.until_cv.",
     ),
     "compiled_in_window": WarningKind(
@@ -144,18 +145,19 @@ WARNINGS: dict[str, WarningKind] = {
         "Run more prompts, or report a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
-        "The run was interrupted inside the measured window, so the window ends at the last finished request. The "
-        "message states how much time was lost between that request and the interruption. This time is unknown if the "
-        "process was killed.",
-        "No action is needed if the loss is small compared with the window; otherwise measure again (--fresh).",
+        "The run was interrupted inside the measured window. Normally, the window then ends at the last finished "
+        "request, and the message states how long the run continued after it, unless the process was killed. If "
+        "several processes share the prompts, all their windows end at the moment of the interruption.",
+        "No action is needed if the lost time is short compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
         "The run was interrupted and resumed. Its windows were measured at different times, each after a warm-up.",
         "If small differences matter, compare with an uninterrupted run.",
     ),
     "machine_changed": WarningKind(
-        "A run was resumed on another machine, another device or another version of the engine, so its numbers come "
-        "from both. MFU and idle-adjusted energy are null if the device changed.",
+        "Parts of a resumed run were measured on different machines, on different devices or with different versions "
+        "of the engine, and its numbers combine these parts. MFU and idle-adjusted energy are null if the device "
+        "changed.",
         "Measure again on one machine (--fresh).",
     ),
     "work_repeated": WarningKind(
@@ -426,7 +428,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "campaign_cycle_moved": WarningKind(
         "On a Slurm cluster, some cells ran on another node or board than the baseline's cell of the same cycle, for "
-        "example because the job was requeued. Their ratios would compare nodes, not arms, so they are left out.",
+        "example because the job was requeued. The ratios of these cells would compare nodes, not arms, so the pairs "
+        "that contain them are left out.",
         "Measure more cycles, or keep jobs from being requeued (a longer hydra.launcher.timeout_min, another "
         "partition).",
     ),
@@ -724,9 +727,9 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
-    """Return the time per output token of each request; without prefill, if enough requests report their prefill time.
+    """Return the time per output token of each request.
 
-    In that case, requests that do not report it are left out.
+    If enough requests report their prefill time, it is excluded, and the requests that do not report it are left out.
     """
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
@@ -807,8 +810,8 @@ def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()
 def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
     """Yield a warning if parts of a run were measured in different places.
 
-    `places` maps `host`, `device` and `engine` to the hosts, devices and engine versions that measured parts of the
-    run.
+    `places` maps `host`, `device` and `engine` to the hosts, devices and engine versions with which parts of the run
+    were measured.
     """
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
@@ -839,7 +842,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 @cache
 def samples_needed(percent: float) -> int:
-    """Return the smallest sample size at which the largest value reaches the true percentile with 95% probability.
+    """Return the least sample size whose largest value reaches the true percentile with a probability of 95% or more.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
@@ -867,7 +870,7 @@ def _of_samples(counts: Sequence[tuple[str, int]]) -> Sequence[CodedWarning]:
 
 @cache
 def _percentiles_lacking(count: int) -> str:
-    """Return the percentiles that need more than `count` values, each with the number of values that it needs."""
+    """Return, as text, which percentiles need more than `count` values, and how many values each of them needs."""
     needed = {percent: samples_needed(percent) for percent in PERCENTILES}
     return ", ".join(f"p{percent} needs {least}" for percent, least in needed.items() if count < least)
 

@@ -46,7 +46,8 @@ from lem.spec.schedule import length_of
 LONGEST_SLEEP_S = 30.0
 # A start that is more than this late is missed, because a run at another time says nothing about the planned time.
 GRACE_S = 60.0
-# It is reported if the clock goes back by more than this, or advances by this much more than the time slept.
+# A change of the clock is reported if the clock goes back by more than this, or advances by this much more than the
+# time slept.
 CLOCK_STEP_S = 5.0
 LAST_MINUTE_S = 60.0
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -125,8 +126,8 @@ class Screen:
 class Daemon:
     """Works through the starts of a schedule, one run at a time, and keeps its table up to date.
 
-    `begin_run` starts a run. It is called only after the table lists the run as running, so no run is started a second
-    time. `save` writes the table.
+    `begin_run` starts a run. Before each call, the table is saved with the run listed as running, so that a daemon that
+    is started later resumes the run instead of starting it again. `save` writes the table.
     """
 
     folder: Path
@@ -149,7 +150,7 @@ class Daemon:
         """Work through all starts that are left; return the exit code.
 
         Returns:
-            130 if a signal ended the schedule early; otherwise, 1 if a run failed or none was done, and 0 if not.
+            130 if a signal ended the schedule early; otherwise 0, or 1 if a run failed or none was done.
         """
         self._catch_up()
         while self._step():
@@ -247,7 +248,7 @@ class Daemon:
         self._say(f"{self._label(start)} {'started' if is_new else 'resumed'}{late}.")
         try:
             self.current = start, self.begin_run(start)
-        except OSError as error:  # such as a lack of memory for the process, which may be over at the next run
+        except OSError as error:  # memory for the process may be short now, but not at the next run
             self._record(start, RunOutcome("failed", error=f"its process could not be started ({error.strerror})"))
 
     def _end_run(self) -> None:

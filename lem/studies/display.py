@@ -49,7 +49,7 @@ def bars() -> Iterator[Report]:
 def study_display(total: int, *, at_once: int = 1, settled: Iterable[int] = ()) -> Iterator[StudyDisplay]:
     """Show `total` runs, `at_once` of them at a time: bars if stderr is a terminal, else lines.
 
-    `settled` has the numbers of the runs that are left out because an earlier command completed them.
+    `settled` has the numbers of the runs that count as ended from the start.
     """
     outcomes = Outcomes(total, set(settled))
     if _is_terminal(sys.stderr):
@@ -209,7 +209,7 @@ class Outcomes:
 
 
 class StudyBars:
-    """A bar for the study, above the bars of a single run or above one bar for each of several runs."""
+    """A bar for the study and, below it, the bars of the current run or, if several run at once, one bar for each."""
 
     def __init__(self, progress: Any, outcomes: Outcomes, at_once: int) -> None:
         self._progress, self._outcomes, self._at_once = progress, outcomes, at_once

@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def earlier_rows(store: Store, columns: Sequence[str] = ()) -> list[ExperimentRow]:
-    """Return the rows of all completed experiments, with the given columns and those that this module needs."""
+    """Return the rows of all completed experiments, with the columns in `COLUMNS` and the given columns."""
     rows, _ = Tables(store).rows(list(dict.fromkeys([*COLUMNS, *columns])))
     return [row for row in rows if row.status == "completed"]
 
@@ -29,7 +29,7 @@ def rows_like(experiment: Experiment, rows: Sequence[ExperimentRow]) -> list[Exp
 
 
 def mean_time_s(rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean time, in seconds, that experiments took, including loading and warm-up; None without rows."""
+    """Return the mean time, in seconds, of loading, warm-up and the window of one cycle; None without rows."""
     each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in rows]
     return sum(each_s) / len(each_s) if each_s else None
 

@@ -85,10 +85,10 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
 
 
 def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) -> int:
-    """Resume an experiment; return the exit code, which is 0 even if there was nothing left to do.
+    """Resume an experiment; return the exit code: 1 if it was run and did not complete, otherwise 0.
 
     Raises:
-        ResultsError: the experiment does not exist, or another process is running it.
+        ResultsError: the experiment does not exist, another process is running it, or a Slurm job is to run it.
         Interrupted: the run was interrupted again.
     """
     from lem.results.jobs import queued_in
@@ -113,7 +113,7 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     if options.dry_run:
         print(f"{directory.id}: {progress_of(directory)}\n# dry run: nothing was measured")
         return 0
-    # The plan may have been written by someone else, so none of its requests count as coming from the command line.
+    # Someone else may have written the plan, so nothing in it counts as coming from the command line.
     spec = Location(directory.path / "spec.json")
     Consents(options).require(replace(each, where=spec) for each in all_asked(plan.experiment))
     # Inadvisable options were accepted when the experiment began; the results may have been moved since then.

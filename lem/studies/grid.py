@@ -223,7 +223,7 @@ def _sources(base: UserFile, point: dict[str, Any]) -> Sources:
 
 # ------------------------------------------------------------------ names
 def stems(axes: Sequence[Axis]) -> Iterator[str]:
-    """Yield the file name of every point without its suffix, such as `batch_size-4--fp_precision-float16`.
+    """Yield the name of each point's file, without the suffix, such as `batch_size-4--fp_precision-float16`.
 
     A name contains only letters, digits, `_`, `-` and `.`, so that no shell, glob or Hydra override misreads it. Names
     are unique even if the file system ignores case.
@@ -276,7 +276,7 @@ def file_text(point: Point, parent: str, about: str) -> str:
 
 
 def group_text(base: UserFile, point: Point, about: str) -> str:
-    """Return the text of a point's file as an option of a plain Hydra config group: composed, without a parent."""
+    """Return the text of a point's file as an option of a plain Hydra config group, with all values and no parent."""
     values, _ = resolved(_sources(base, point.values).values())
     if any("${" in text for _, text in texts(values)):
         raise ConfigError(f"{point.file}: a value contains '${{', which Hydra would resolve again; change the value.")
@@ -450,7 +450,7 @@ def _print_summary(grid: Grid, folder: Path, written: int) -> None:
             print(_indented(reason), file=sys.stderr)
         if not is_left_out:
             print("Use --validate to leave them out, or --strict to write nothing in this case.", file=sys.stderr)
-    print(f"{written} config files in {folder}, listed in {folder / INDEX}")
+    print(f"{written} config file{'' if written == 1 else 's'} in {folder}, listed in {folder / INDEX}")
     for axis in grid.axes:
         print(_indented(f"{axis.key}: {_enumerated(axis.plain)}"))
     print(f"Run them with: lem batch {shlex.quote(str(folder))}")

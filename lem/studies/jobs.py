@@ -69,14 +69,15 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
     if seen is None:
         print("The jobs have been canceled; the command that follows them will record their end.")
     else:
-        print(f"{_counts(seen)}. To resume what is unfinished, run the command that started the study again.")
+        print(f"{_counts(seen)}. To resume what is unfinished, repeat the command that started the study.")
     return 0
 
 
 def look_at_all(store: Store) -> dict[Path, InJob]:
-    """Collect the jobs that have ended, without submitting any; return what Slurm reports about the others.
+    """Collect the jobs that have ended, but submit none; return what Slurm reports about the other experiments.
 
-    A study that cannot be read is reported in a warning, so that it does not hide the others.
+    The result is keyed by the directories of these experiments. A study that cannot be read is reported in a warning,
+    so that it does not hide the other studies.
     """
     found: dict[Path, InJob] = {}
     for ledger in awaited(store):
@@ -135,7 +136,8 @@ def _counts(seen: Seen) -> str:
 def _lines(seen: Seen) -> Iterator[str]:
     """Yield the study's name and counts, then its running cells, and what is left to do."""
     states, name = seen.manifest.states, name_of(seen.ledger)
-    yield f"{seen.ledger.directory.name}: {len(states)} experiments, {_counts(seen)}"
+    count = "1 experiment" if len(states) == 1 else f"{len(states)} experiments"
+    yield f"{seen.ledger.directory.name}: {count}, {_counts(seen)}"
     running = [state for state in states if state.status == "running"]
     for state in running[:RUNNING_AT_MOST]:
         in_job = _in_job(state, seen)

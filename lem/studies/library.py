@@ -129,7 +129,8 @@ def campaign(
         results_dir: where the results go; by default, the directory in the arms' configurations.
         config_dir: a directory with your own options, as given to --config-dir; only for arms from files.
         force: run the arms even if they are inadvisable, and continue a campaign even if the machine has changed.
-        allow_command, allow_code, allow_key: agree to the programs, code and keys that config files name.
+        allow_command, allow_code, allow_key: agree to run the programs and the code, and to send the keys, that config
+            files name.
         progress: show the progress on standard error.
         **settings: the other keys of a campaign file, with the same meanings and defaults: `cycles`, `until_ci`,
             `max_cycles`, `structure`, `seed`, `baseline`, `primary`, `margin`, `retries`, `resample_prompts`,
@@ -174,7 +175,9 @@ def campaign(
 
 def _check_files(patterns: Sequence[str], *, named: bool) -> None:
     if not patterns:
-        raise ConfigError("A campaign needs at least two arms: experiments by name, config files, or a campaign file.")
+        raise ConfigError(
+            "A campaign needs at least two arms; give experiments by name, config files, or a campaign file."
+        )
     files = [expanded(pattern) for pattern in patterns]
     if not named and not any(file.is_file() and is_campaign(file) for file in files):
         raise ConfigError("A campaign without a campaign file needs a name: name='…'.")
@@ -183,7 +186,7 @@ def _check_files(patterns: Sequence[str], *, named: bool) -> None:
 def _from_experiments(
     experiments: Mapping[str, Experiment], given: Mapping[str, Any], results_dir: str | Path | None
 ) -> tuple[Campaign, list[Arm]]:
-    """Return a campaign's settings and its arms; raises `ConfigError` with all problems of the first kind found."""
+    """Return a campaign's settings and its arms; raises `ConfigError` if a setting or an arm is wrong."""
     if given.get("name") is None:
         raise ConfigError("A campaign of experiments needs a name: name='…'.")
     if unfit := [key for key in ("dataset", "overrides", "arms") if key in given]:

@@ -14,7 +14,7 @@ from lem.machine import slurm
 from lem.machine.slurm import Node
 from lem.spec.slurm import SlurmOptions
 
-# Options of sbatch that choose nodes, if a site passes them on as additional parameters.
+# Options of sbatch that choose nodes; the user may give them as additional parameters.
 CHOOSE_NODES = {"constraint", "nodelist", "gres", "gpus", "gpus-per-node"}
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from lem.spec.campaign import Structure, square_size
 
-# How many random orders to try for a cycle; if none differs enough (with many arms), the last order is reversed.
+# How many random orders to try for a cycle; if none differs enough (with many arms), the order of the
+# previous cycle is reversed.
 DRAWS = 200
 
 

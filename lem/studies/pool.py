@@ -192,7 +192,8 @@ class Pool(Runner):
 
         Raises:
             queue.Empty: no child has ended in time.
-            DiskFull: the disk was full for the child or its record; not raised if all children are being `stopped`.
+            DiskFull: the disk was full for the child, or for saving its outcome; not raised if `stopped` says that all
+                children are being stopped.
         """
         child = self.ended.get(timeout=timeout_s)
         self.running.remove(child)

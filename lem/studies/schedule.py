@@ -176,7 +176,7 @@ def _experiments(what: What) -> list[Experiment]:
 def _checked(
     what: What, overrides: Sequence[str], request: Request, options: RunOptions, store: Store
 ) -> tuple[Config, float | None]:
-    """Check what each run measures; return its description, and the time that a run takes according to earlier rows."""
+    """Check what each run measures; return its `Config`, and the time that a run takes according to earlier rows."""
     rows = earlier_rows(store)
     if what.experiment is not None:
         ready = preflight(what.experiment, host.look(), force=options.force)
@@ -279,7 +279,7 @@ def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[st
 
 
 def _preview(manifest: ScheduleManifest, each_s: float | None) -> None:
-    """Print the table of starts and the time a run may take; if the schedule has begun, also the starts' outcomes."""
+    """Print the table of starts: with the expected time of a run or, if the schedule has begun, with the outcomes."""
     show.say(f"Schedule {manifest.name}: {_words(manifest)}")
     width = len(str(len(manifest.starts)))
     for start in manifest.starts:
@@ -289,5 +289,5 @@ def _preview(manifest: ScheduleManifest, each_s: float | None) -> None:
         total_s = each_s * len(manifest.starts)
         show.say(f"Expected from earlier runs: {length_of(each_s)} for each run, {length_of(total_s)} in all.")
     elif all(start.status == "planned" for start in manifest.starts):
-        show.say("No earlier run of this configuration: the time that a run may take is unknown.")
+        show.say("No earlier run of this configuration: the time that a run takes is unknown.")
     show.say("# dry run: nothing was measured")

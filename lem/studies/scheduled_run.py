@@ -184,7 +184,7 @@ class ScheduledRun:
 
 
 def digest_of(prompts_sha256: Sequence[str]) -> str:
-    """Return one digest for all prompts of a campaign, given the digests of its cycles."""
+    """Join the digests of the prompts of a campaign's cycles into one string."""
     return "+".join(prompts_sha256)
 
 

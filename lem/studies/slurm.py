@@ -3,7 +3,8 @@
     cell ─> preflight for the job's machine ─> claimed and planned ─> submitted ─> queue and state.json watched ─> row
 
 This process and a job (`lem.studies.slurm_job`) communicate only through files on a shared file system. An experiment's
-own state tells whether the experiment has ended. Slurm tells only whether a job still exists and, if not, why it ended.
+own state tells whether the experiment has ended. Slurm, which knows only jobs, tells whether a job waits, runs or has
+ended, and for what reason.
 
 Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do; from
 the ledger, `lem.studies.continuing` then creates a runner that continues where this one stopped.
@@ -205,7 +206,7 @@ class SlurmRunner(Runner):
     shown: set[int] = field(default_factory=set)
     incomplete_since_s: dict[int, float] = field(default_factory=dict)
     silent_since_s: float | None = None
-    # Whether the command looks at the jobs only once. If Slurm does not answer then, it is not asked again.
+    # Whether the command looks at the jobs only once. If Slurm does not answer, the warning then promises no retry.
     looks_once: bool = False
     has_warned: set[str] = field(default_factory=set)
 
@@ -389,11 +390,11 @@ class SlurmRunner(Runner):
         self.experiments[number] = experiment
 
     def submit(self, numbers: Sequence[int]) -> None:
-        """Submit one job for planned cells; if Slurm refuses the job, the cells fail."""
+        """Submit one job for planned cells; `_submit_array` says what happens if Slurm refuses it."""
         self._submit_array([list(numbers)])
 
     def submit_planned(self) -> None:
-        """Submit all planned cells in order, as arrays no larger than the cluster allows."""
+        """Submit all planned cells, as arrays no larger than the cluster allows."""
         if self.unsubmitted:
             size, per_job = slurm.max_array_size(), self.options.per_job or 1
             for alike in self._by_resources(self.unsubmitted):
@@ -503,7 +504,7 @@ class SlurmRunner(Runner):
         """Find out whether Slurm accepted the array whose submission was interrupted.
 
         If it did, this runner takes over the array's jobs. If not, the array's cells are still to be submitted. Because
-        sbatch may still be running, this is concluded only after a while, unless `at_once` is set.
+        sbatch may still be running, an array counts as not accepted only after a while, unless `at_once` is set.
         """
         ledger = self.ledger
         if ledger is None or ledger.unknown is None:
@@ -526,9 +527,9 @@ class SlurmRunner(Runner):
             self.unsubmitted += array.cells
 
     def _after_others(self, parameters: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the parameters of `count` new jobs, which wait for earlier jobs if only some may run at once.
+        """Return the parameters of `count` new jobs, which wait for earlier jobs if the user limits simultaneous jobs.
 
-        The limit is a property of each array, so several arrays side by side would exceed it.
+        Slurm applies the limit to each array separately, so several arrays side by side would exceed it.
         """
         limit, earlier = self.slurm.array_parallelism, [job.id for job in self.jobs[-1:]]
         if not (limit and earlier):

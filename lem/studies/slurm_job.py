@@ -89,7 +89,7 @@ def run(file: str, task: int) -> None:
     """Run the unfinished experiments of one task of an array, or of a single job, which is task 0.
 
     Raises:
-        SystemExit: an experiment failed or was interrupted, so that Slurm does not list the job as completed.
+        SystemExit: an experiment failed or was interrupted; this keeps Slurm from listing the job as completed.
     """
     limit = _Limit()
     job = from_json(JobFile, Path(file).read_bytes())
@@ -109,8 +109,8 @@ def run(file: str, task: int) -> None:
 def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
     """Set CUDA_VISIBLE_DEVICES to the UUIDs of the GPUs that Slurm granted, which hides all others.
 
-    A job inherits the variables of the submitting shell. If no GPU was requested, Slurm does not change this variable,
-    and without device constraints all GPUs of the node would be visible.
+    A job inherits the variables of the submitting shell. If no GPU was requested, Slurm does not change
+    CUDA_VISIBLE_DEVICES, and without device constraints all GPUs of the node would be visible.
     """
     granted = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS", "") * ("SLURM_STEP_ID" not in environ)
     if not granted:

@@ -66,10 +66,10 @@ class Runner(ABC):
         """Wait for the cells that are still running."""
 
     def stop(self) -> None:
-        """End the cells that are still running, and record how they ended."""
+        """Stop the cells that are still running, and record how they ended."""
 
     def interrupted(self, by_signal: str) -> None:
-        """End after a signal; called when the display is already gone.
+        """Stop the cells after a signal, or leave them running; called when the display is already gone.
 
         `by_signal` is a sentence about the signal; it is empty for Ctrl-C.
 
@@ -144,7 +144,7 @@ def alone_with_jobs(directory: Path) -> Iterator[None]:
         if not is_alone or (ledger is not None and not ledger.is_over):
             raise ResultsError(
                 f"{directory} has jobs of another study in the queue. Choose another directory (hydra.sweep.dir), or "
-                f"end that study first: lem jobs {name}, or lem jobs cancel {name}"
+                f"first follow those jobs to their end (lem jobs {name}) or cancel them (lem jobs cancel {name})."
             )
         yield
 
@@ -206,7 +206,7 @@ def attend(
         make_runner: creates the runner of the cells.
         work: called with the runner; returns when all cells have ended.
         at_once: the number of cells that run at the same time.
-        settled: the numbers of the cells that have already ended.
+        settled: the numbers of the cells that count as ended from the start.
         again: how to continue after an interruption or a full disk, as a sentence for the user.
         quiet: show no progress.
 
@@ -294,11 +294,14 @@ def stopped(signal_name: str) -> KeyboardInterrupt:
 
 
 def _question(cells: Sequence[Cell], at_once: int, options: RunOptions) -> str:
+    is_one = len(cells) == 1
     together = f", {at_once} at a time" if at_once > 1 else ""
-    together = " as Slurm jobs" if options.launcher else together
+    if options.launcher:
+        together = " as a Slurm job" if is_one else " as Slurm jobs"
     begun = sum(cell.unfinished is not None for cell in cells)
-    resumed = f" ({begun} of them will be resumed; use --fresh to start over)" if begun else ""
-    return f"Run {len(cells)} experiments{together}{resumed}?"
+    which = "it" if is_one else f"{begun} of them"
+    resumed = f" ({which} will be resumed; use --fresh to start over)" if begun else ""
+    return f"Run {'1 experiment' if is_one else f'{len(cells)} experiments'}{together}{resumed}?"
 
 
 def _resumed(cell: Cell) -> str:

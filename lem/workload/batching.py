@@ -1,4 +1,4 @@
-"""Groups requests into batches by the lengths of their inputs. This module knows nothing about models or tokens."""
+"""Groups requests into batches by the lengths of their inputs; it knows nothing else about the requests."""
 
 from __future__ import annotations
 

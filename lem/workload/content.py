@@ -45,7 +45,7 @@ def data_of(path: Path) -> bytes:
     """Return a file's bytes, decompressed if necessary.
 
     Raises:
-        DatasetError: the file cannot be read, is empty, or is clearly not a file of prompts (such as a PDF document).
+        DatasetError: the file cannot be read, is empty, or is recognizably something else, such as a PDF document.
     """
     try:
         data = path.read_bytes()

@@ -37,7 +37,7 @@ def load_prompts(dataset: Dataset, seed: int) -> Prompts:
 def _needs_library(dataset: Dataset, path: str) -> bool:
     """Return whether the library `datasets` has to read the prompts.
 
-    This is so if the prompts are on the hub, or if a directory's dataset card describes how to read its files.
+    This is so if the prompts are on the hub and, in some cases, if they are in a directory (`folder.needs_library`).
     """
     local = expanded(path)
     if os.path.isdir(local):

@@ -49,7 +49,8 @@ def read(path: Path, column: str | None = None) -> Rows:
         column: the requested column, which helps to detect the delimiter of a CSV file.
 
     Raises:
-        DatasetError: the file is empty, of an unknown format, not in UTF-8, or malformed; the message gives the line.
+        DatasetError: the file is empty, of an unknown format, not in UTF-8, or malformed; the message gives the line,
+            if it is known.
     """
     kind = kind_of(path.name)
     if kind is None:

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 
 from lem.errors import LemError
 
-METHOD = "2 per weight used + 4·width per attended position, without padding; sizes counted by torch without values"
+METHOD = (
+    "2 per weight used + 4·width per attended position, without padding; sizes found by running the model on tensors "
+    "without values"
+)
 
 
 class UnknownArchitecture(LemError):
-    """A model's sizes cannot be determined; the message is the reason, as a clause without a full stop."""
+    """A model's sizes cannot be determined; the message is the reason, as a clause without a period."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Reads prompts from a local directory: a dataset with a card, a dataset saved by `datasets`, or plain files.
 
 Plain files must all have the same format. The files that were read are reported, because a directory may contain more
-files than the user expects. If only some of a directory's files would be read, the directory is rejected.
+files than the user expects. If a file of prompts belongs to no split, and so would never be read, the directory is
+rejected.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
     """Return the rows of a directory, and the split to which they belong.
 
     Raises:
-        DatasetError: the directory contains nothing to read, lacks the split, cannot be read, or has files that would
-            be skipped.
+        DatasetError: the directory contains nothing to read, lacks the split, cannot be read, or has files of prompts
+            that belong to no split.
     """
     try:
         return _rows(folder, dataset)
@@ -57,7 +58,9 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 
 
 def needs_library(folder: Path, dataset: Dataset) -> bool:
-    """Return whether the library has to read a directory, because a card assigns its files to configurations or splits.
+    """Return whether the library has to read a directory: a configuration is requested, or the card lists some.
+
+    The library is never needed for a dataset that it has saved itself, or if `dataset.files` selects the files.
 
     Raises:
         DatasetError: the card cannot be read.

@@ -104,7 +104,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_odd_values(file: Path, config: dict[str, Any]) -> None:
-    """Reject model types and classes that are not names, and a number of layers that is too large to build."""
+    """Reject model types and classes that are not names, and a number of layers that is not plausible."""
     kind, layers, classes = (config.get(name) for name in ("model_type", "num_hidden_layers", "architectures"))
     if not isinstance(kind, str | None):
         raise ModelError(f"{file}: model_type is {shown(kind)}, not a name; correct the file.")

@@ -57,8 +57,8 @@ class Reach:
 def reach(timeout_s: float = 3.0) -> Reach:
     """Send the hub a HEAD request for its front page, through a proxy if the environment names one.
 
-    The function returns after at most `timeout_s` seconds, even if the system is still looking up the host name, which
-    has no time limit of its own. In the client's offline mode, no request is sent.
+    The function returns after at most `timeout_s` seconds, even if the lookup of the host name, which has no time limit
+    of its own, takes longer. In the client's offline mode, no request is sent.
     """
     try:
         parts = urlsplit(_endpoint())

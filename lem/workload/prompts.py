@@ -98,7 +98,7 @@ def pick(
 
     Raises:
         DatasetError: the column does not exist, no column has a name that suggests prompts, a row has no prompt or one
-            that is not text, or there are no prompts. The message gives the location of the bad row.
+            that is not text, or there are no prompts. If a row is at fault, the message gives its location.
     """
     placed = rows if isinstance(rows, Rows) else Rows(source, "row", list(rows))
     if not placed:

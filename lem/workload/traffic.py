@@ -74,8 +74,8 @@ def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s, shifted so that the first arrives at 0.
 
     Raises:
-        BadInput: the file cannot be read, has fewer arrivals, or contains a time that is infinite, NaN, or more than
-            `LONGEST_S` after the first.
+        BadInput: the file cannot be read, has fewer than `count` arrivals, or contains a time that is infinite, NaN, or
+            more than `LONGEST_S` after the first.
     """
     try:
         times = _times(path)
@@ -155,7 +155,7 @@ class Arrivals(Generic[T]):
         self._free_at_ns = [opened_ns + round(t * NS_PER_S) for t in first_s]
 
     def __bool__(self) -> bool:
-        """Return whether any requests have yet to arrive."""
+        """Return whether any requests are left to take."""
         return bool(self._left)
 
     def next_ns(self) -> int | None:

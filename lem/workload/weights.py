@@ -138,7 +138,7 @@ def pointer(file: Path) -> Flaw | None:
 
 # ------------------------------------------------------------------ index
 def _index(folder: Path) -> Path | None:
-    """Return the index that transformers would use; None if one file contains all the weights."""
+    """Return the index that transformers would use; None if one file contains all weights, or if there is no index."""
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
         if (folder / single).is_file():
             return None

@@ -144,7 +144,7 @@ def test_ctrl_c_on_a_terminal_asks(cluster: Cluster, lem: Lem, answer: str) -> N
                 break
         return text in shown
 
-    wait_for("the first question", lambda: appears("Run 1 experiments as Slurm jobs?"))
+    wait_for("the first question", lambda: appears("Run 1 experiment as a Slurm job?"))
     os.write(screen, b"y\n")
     wait_for("a running experiment", lambda: [cell["status"] for cell in lem.cells()] == ["running"])
     process.send_signal(signal.SIGINT)

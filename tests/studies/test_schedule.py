@@ -101,7 +101,7 @@ def test_a_dry_run_shows_the_table_with_the_time_zone(lem, tmp_path):
     assert re.fullmatch(r"Schedule any: 5 runs until .* \(Asia/Kathmandu\), each 2 prompts of sample .*", head)
     assert all(re.fullmatch(r"\d  (Mon|Tue|Wed|Thu|Fri) \d{4}-\d\d-\d\d 09:00:00 \+0545", line) for line in lines)
     assert len(lines) == 5
-    assert expected == "No earlier run of this configuration: the time that a run may take is unknown."
+    assert expected == "No earlier run of this configuration: the time that a run takes is unknown."
     assert end == "# dry run: nothing was measured"
     assert not (tmp_path / "results").exists()
 

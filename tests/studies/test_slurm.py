@@ -258,7 +258,7 @@ def left_study(tmp_path):
 def test_without_slurm_the_states_of_jobs_are_unknown_and_nothing_changes(lem, left_study, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = lem("jobs")
-    assert (done.code, "mine: 1 experiments, 1 pending" in done.out) == (0, True), done.err
+    assert (done.code, "mine: 1 experiment, 1 pending" in done.out) == (0, True), done.err
     assert done.err.count("Slurm does not answer") == 1
     (study,) = json.loads(lem("jobs", "min", "--json").out)
     assert [(cell["status"], cell["slurm_job_id"]) for cell in study["experiments"]] == [("pending", "4711")]
