@@ -76,7 +76,7 @@ from lem.studies.checks import RecentPrompts
 from lem.studies.consent import Consents
 from lem.studies.continuing import Submitted, follow
 from lem.studies.display import StudyDisplay
-from lem.studies.earlier import earlier_rows, mean_time_s, rows_like
+from lem.studies.earlier import earlier_rows, mean_energy_j, mean_time_s, rows_like
 from lem.studies.manifest import Cell, CellState, Manifest, read_manifest, row_of
 from lem.studies.node_types import kept_on_one_type
 from lem.studies.orders import Place, order
@@ -1086,12 +1086,12 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
         count = cells.get(number, 0)
         if not own and count:
             unknown.append(arm.name)
-        each_s = mean_time_s(own)
+        each_s = mean_time_s(arm.experiment, own)
         if each_s is None or not count:
             continue
         spent_s += count * each_s
-        known_j = [row.energy_j for row in own if row.energy_j is not None]
-        energies_j.append(count * sum(known_j) / len(known_j) if known_j else None)
+        each_j = mean_energy_j(arm.experiment, own)
+        energies_j.append(None if each_j is None else count * each_j)
     if not cells:
         return
     if unknown:

@@ -13,7 +13,10 @@ from lem.spec.experiment import Experiment
 
 COLUMNS = (
     "experiment_id", "config_json", "status", "duration_s", "load_duration_s", "warmup_duration_s", "energy_j",
+    "idle_power_before_w",
 )  # fmt: skip
+# One before the model is loaded, and one afterwards.
+IDLE_PHASES = 2
 
 
 def earlier_rows(store: Store, columns: Sequence[str] = ()) -> list[ExperimentRow]:
@@ -28,10 +31,28 @@ def rows_like(experiment: Experiment, rows: Sequence[ExperimentRow]) -> list[Exp
     return [row for row in rows if _values(row.config_json) == wanted]
 
 
-def mean_time_s(rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean time, in seconds, of loading, warm-up and the window of one cycle; None without rows."""
-    each_s = [sum(filter(None, (r.duration_s, r.load_duration_s, r.warmup_duration_s))) for r in rows]
-    return sum(each_s) / len(each_s) if each_s else None
+def mean_time_s(experiment: Experiment, rows: Sequence[ExperimentRow]) -> float | None:
+    """Return the mean time, in seconds, of earlier runs of an experiment; None without rows.
+
+    The time includes the idle phases, loading, and the warm-up and the window of each cycle, but not the start of the
+    processes.
+    """
+    if not rows:
+        return None
+    return sum(_time_s(experiment, row) for row in rows) / len(rows)
+
+
+def _time_s(experiment: Experiment, row: ExperimentRow) -> float:
+    # The columns of windows and warm-ups are means over the cycles.
+    of_cycle_s = sum(filter(None, (row.duration_s, row.warmup_duration_s)))
+    idle_s = 0.0 if row.idle_power_before_w is None else IDLE_PHASES * experiment.energy.idle_s
+    return idle_s + (row.load_duration_s or 0.0) + experiment.cycles * of_cycle_s
+
+
+def mean_energy_j(experiment: Experiment, rows: Sequence[ExperimentRow]) -> float | None:
+    """Return the mean energy, in joules, that all windows of an earlier run used together; None if it is unknown."""
+    known_j = [row.energy_j for row in rows if row.energy_j is not None]
+    return experiment.cycles * sum(known_j) / len(known_j) if known_j else None
 
 
 def _values(config_json: str) -> object:

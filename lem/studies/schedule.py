@@ -182,13 +182,14 @@ def _checked(
         ready = preflight(what.experiment, host.look(), force=options.force)
         print_warnings(*ready.warnings)
         words, digest = summary_of(ready), ready.prompts.sha256
-        each_s = mean_time_s(rows_like(what.experiment, rows))
+        each_s = mean_time_s(what.experiment, rows_like(what.experiment, rows))
     else:
         assert what.campaign is not None
         planned = campaigns.plan(what.campaign, what.arms, overrides, options, RecentPrompts())
         words = f"campaign of {len(what.arms)} arms, {len(planned.places)} cells"
         digest = digest_of(planned.definition.prompts_sha256)
-        each_s = _time_of_campaign_s(planned, [mean_time_s(rows_like(arm.experiment, rows)) for arm in what.arms])
+        arms = [arm.experiment for arm in what.arms]
+        each_s = _time_of_campaign_s(planned, [mean_time_s(arm, rows_like(arm, rows)) for arm in arms])
     config = Config(
         kind="experiment" if what.experiment else "campaign",
         words=words,

@@ -15,10 +15,7 @@ from dataclasses import dataclass, replace
 
 from lem.errors import LemError
 
-METHOD = (
-    "2 per weight used + 4·width per attended position, without padding; sizes found by running the model on tensors "
-    "without values"
-)
+METHOD = "2 per weight used + 4·width per attended position, without padding; sizes counted by torch without values"
 
 
 class UnknownArchitecture(LemError):

@@ -106,14 +106,15 @@ def test_a_dry_run_shows_the_table_with_the_time_zone(lem, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_dry_run_knows_the_time_of_earlier_runs(lem, in_this_process):
-    config = ("backend=simulated", "energy=none", "backend.decode_s_per_token=0.02")
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_a_dry_run_knows_the_time_of_earlier_runs(lem, in_this_process, cycles):
+    config = ("backend=simulated", "energy=none", "backend.decode_s_per_token=0.02", f"cycles={cycles}")
     ran = lem("experiment", "--model", "any", "-d", "sample", "-n", "2", *config, "--yes")
     assert ran.code == 0, ran.err
     done = lem("schedule", *SIMULATED, *config, "-i", "1s", "-d", "3s", "--dry-run")
     found = re.search(r"Expected from earlier runs: (\d+)s for each run, (\d+)s in all", done.out)
     row = json.loads(lem("results", "list", "--json").out)[0]
-    took_s = sum(row[name] or 0 for name in ("duration_s", "load_duration_s", "warmup_duration_s"))
+    took_s = (row["load_duration_s"] or 0) + cycles * sum(row[name] or 0 for name in ("duration_s", "warmup_duration_s"))
     assert int(found[1]) == pytest.approx(took_s, abs=1)
     assert int(found[2]) == pytest.approx(3 * took_s, abs=2)
     assert "starts that come while a run is still going are skipped" in done.err
