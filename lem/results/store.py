@@ -94,7 +94,7 @@ class Store:
         return ExperimentDir(f"{self.raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
-        """Return the experiment with this id or beginning of an id; raises `ResultsError` if none or several match."""
+        """Return the experiment whose id is, or begins with, `text`; raises `ResultsError` if none or several match."""
         if not text:  # for example from an unset shell variable; every id would match
             raise ResultsError("The experiment id is empty; lem results list shows the ids.")
         ids = self.ids()

@@ -171,7 +171,7 @@ class Tables:
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
     def add(self, file: str, rows: ArrowTables) -> None:
-        """Write the rows of experiments that have none yet to a new file; the caller must hold the lock."""
+        """Write rows of experiments that have no rows yet, to a new file; the caller must hold the lock."""
         self._sweep()
         for name in KINDS:
             parquet.write_table(self._store.root / name / file, rows[name])
@@ -319,4 +319,4 @@ def _damage(file: Path, error: Exception) -> str:
 def _remedy(file: Path) -> str:
     if ID.fullmatch(file.stem):
         return f"run lem aggregate {file.stem} --force to rebuild it."
-    return "remove it, then run lem aggregate --all to rebuild its rows."
+    return "remove the file, then run lem aggregate --all to rebuild its rows."

@@ -1,4 +1,4 @@
-"""The part of a checkup that concerns the NVIDIA driver and the sensors and settings of the GPUs.
+"""The part of a checkup that is about the NVIDIA driver, and about the GPUs' sensors and settings.
 
 If a record would contain a warning about the same fact, the finding has that warning's remedy. This module changes no
 settings and opens no CUDA context.
@@ -103,7 +103,10 @@ def _power(device: Gpu, found: Sensors) -> Finding:
         return Finding("gpu_power", "missing", fact, remedy, device.index, values)
     if found.power_is_instant:
         return Finding("gpu_power", "ok", "instant value (NVML_FI_DEV_POWER_INSTANT).", None, device.index, values)
-    fact = "only nvmlDeviceGetPowerUsage, which on Ampere and newer GPUs is the average over the last second."
+    fact = (
+        "only nvmlDeviceGetPowerUsage, which on Ampere (except A100 and A30) and newer GPUs is the average over the "
+        "last second."
+    )
     remedy = (
         "Use a driver that reports instant power; until then, trust the power trace only over windows of 5 s or more."
     )
