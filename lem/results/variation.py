@@ -96,7 +96,7 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest ratio between two halves of the levels that the test finds with probability `POWER`, if any."""
+        """The ratio by which two halves of the levels must differ for the test to detect this with probability `POWER`."""
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 

@@ -168,9 +168,8 @@ def _clocks(state: DeviceState) -> Finding:
     }
     if reasons is None:
         return Finding("clocks", "missing", "the driver does not report their limits.", values=values)
-    now = "" if state.sm_clock_mhz is None else f"SM at {state.sm_clock_mhz} MHz"
-    now += "" if not now or state.max_sm_clock_mhz is None else f" of {state.max_sm_clock_mhz}"
-    now = now or "not reported"
+    limit = "" if state.max_sm_clock_mhz is None else f" of {state.max_sm_clock_mhz}"
+    now = "not reported" if state.sm_clock_mhz is None else f"SM at {state.sm_clock_mhz}{limit} MHz"
     throttling = [reason for reason in reasons if reason not in NOT_THROTTLING]
     if throttling:
         fact = f"{now}, throttled now: {', '.join(throttling)}."

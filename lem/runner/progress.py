@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 class Event:
     """Work done in a phase by one process; a `total` of 0 means that the total is unknown.
 
-    The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to it.
+    The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to that cycle.
     """
 
     phase: str

@@ -368,8 +368,8 @@ class OpenaiBackend:
         float,
         Field(
             ge=0,
-            description="Number of requests that may fail in a cycle; one more failure ends the run. A value below 1 "
-            "is a share of the cycle's requests.",
+            description="Number of requests that may fail in a window; one more failure ends the run. A value below 1 "
+            "is a share of the window's requests.",
         ),
     ] = 0.0
 

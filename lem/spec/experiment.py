@@ -86,8 +86,8 @@ class Batching:
         Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
         Field(
             description="static: batch_size requests per batch, in order; dynamic: as many requests as "
-            "max_tokens_per_batch and batch_size allow; sorted_static, sorted_dynamic: the longest inputs first; "
-            "continuous: batch_size requests at a time, each replaced by the next one when it finishes."
+            "max_tokens_per_batch and batch_size allow; sorted_static, sorted_dynamic: the same, with the longest "
+            "inputs first; continuous: batch_size requests at a time, each replaced by the next one when it finishes."
         ),
     ] = "static"
     batch_size: Annotated[

@@ -609,7 +609,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         "not_utf8": ("The text is not UTF-8.", "Save the file as UTF-8."),
         "yaml_syntax": (
             "The text is not valid YAML at the given line and column.",
-            "Correct the syntax; put text that contains : or # in quotes.",
+            "Correct the syntax; quote strings that contain : or #.",
         ),
         "too_large": (
             "A file exceeds a limit (on size, string length, nesting, aliases or inheritance) that no real "

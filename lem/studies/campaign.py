@@ -229,7 +229,7 @@ def fitted(campaign: Campaign, arms: Sequence[Arm], given: Mapping[str, Any], ow
         own: the campaign file, if there is one.
 
     Raises:
-        ConfigError: no arm has the baseline's name, or no arm uses a GPU that could cool down.
+        ConfigError: no arm has the baseline's name, or `cool_to_c` is set although no arm uses a GPU.
     """
     baseline = baseline_of(campaign.baseline, [arm.name for arm in arms], _place("baseline", own, given))
     check_cooling(campaign, [arm.experiment for arm in arms], _place("cool_to_c", own, given))
@@ -535,7 +535,7 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
 
 
 def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> None:
-    """Raise `ConfigError` if the arms or settings differ or, without `force`, the machine, software or prompts."""
+    """Raise `ConfigError` if arms or settings differ or, without `force`, if the machine, software or prompts do."""
     name = kept.name
 
     def wanted(definition: Definition) -> object:
