@@ -35,7 +35,7 @@ KINDS: dict[str, type[Any]] = {"requests": RequestRecord, "cycles": CycleRow, "e
 
 @dataclass(frozen=True)
 class RowLocation:
-    """The file with an experiment's row; `resumed` and `status` come from the row, or are None if the row was not read."""
+    """The file with an experiment's row; `resumed` and `status` come from the row (None if the row was not read)."""
 
     file: str
     resumed: int | None = None

@@ -19,9 +19,8 @@ import numpy as np
 from lem.results.compare import holm
 from lem.results.statistics import Summary, summarize
 
-# The level of the tests of one schedule together. It is below 5%, so that "no variation" is right in at least 95% of
-# schedules without variation even if the assumptions of the tests hold only approximately
-# (docs/concepts/statistics.md).
+# The joint level of a schedule's tests. It is below 5%, so that at least 95% of schedules without variation get the right
+# verdict even if the assumptions of the tests hold only approximately (docs/concepts/statistics.md).
 LEVEL = 0.04
 # The power at which a difference is called detectable.
 POWER = 0.95
@@ -96,7 +95,7 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio by which two halves of the levels must differ for the test to detect this with probability `POWER`."""
+        """The ratio by which two halves of the levels must differ to be told apart with probability `POWER`, if any."""
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
