@@ -19,8 +19,8 @@ import numpy as np
 from lem.results.compare import holm
 from lem.results.statistics import Summary, summarize
 
-# The joint level of a schedule's tests. It is below 5%, so that at least 95% of schedules without variation get the right
-# verdict even if the assumptions of the tests hold only approximately (docs/concepts/statistics.md).
+# The joint level of a schedule's tests. It is below 5%, so that at least 95% of schedules without variation get the
+# right verdict even if the assumptions of the tests hold only approximately (docs/concepts/statistics.md).
 LEVEL = 0.04
 # The power at which a difference is called detectable.
 POWER = 0.95

@@ -154,8 +154,8 @@ class Campaign:
         Field(
             ge=0,
             le=10,
-            description="Maximum number of times a failed cell is retried, after the other cells of its cycle (grouped: "
-            "of its arm).",
+            description="Maximum number of times a failed cell is retried, after the other cells of its cycle "
+            "(grouped: of its arm).",
         ),
     ] = 0
 
