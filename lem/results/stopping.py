@@ -1,9 +1,9 @@
 """Decides when an adaptive campaign stops, and at which nominal level its intervals are computed.
 
-Suppose that a campaign computed an ordinary 95% interval after every cycle and stopped once it was narrow enough. The
-interval would contain the true ratio in only 91 to 93% of cases, because campaigns tend to stop when they
-underestimate the noise. Intervals are therefore computed at a higher nominal level. The level was calibrated by
-simulation (`nox -s calibrate`) for pairs of limits (a minimum and a maximum number of cycles), so that even at the
+Suppose that a campaign computed an ordinary 95% interval after every cycle and stopped as soon as the interval was
+narrow enough. This interval would contain the true ratio in only 91 to 93% of cases, because campaigns tend to stop
+when they underestimate the noise. Intervals are therefore computed at a higher nominal level. The level was calibrated
+by simulation (`nox -s calibrate`) for pairs of limits (a minimum and a maximum number of cycles), so that even at the
 least favorable noise, 95% of the reported intervals contain the true ratio. This module works on plain numbers, and
 does not know what is measured.
 """
@@ -103,9 +103,10 @@ def cycles_at_most(campaign: Campaign, arms: int) -> int:
 
 
 def level_for(analysis: Analysis, least: int, most: int) -> float:
-    """Return the lowest nominal level that was calibrated for a range of cycles that contains `least` to `most`.
+    """Return the lowest of the nominal levels calibrated for ranges of cycles that contain `least` to `most`.
 
-    A campaign with a narrower range looks at its data less often, so its coverage at that level is at least as high.
+    A campaign with a narrower range than the calibrated one looks at its data less often, so its coverage at that level
+    is at least as high.
 
     Raises:
         ConfigError: no level was calibrated for such a range.

@@ -47,7 +47,7 @@ class Store:
     """One results directory.
 
     Raises:
-        BadInput: its path begins with `~` and the name of a user who does not exist.
+        BadInput: its path begins with `~`, and the home directory of that user is unknown.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -86,7 +86,7 @@ class Store:
         """Return the ids of all experiments, oldest first."""
         if not self.raw.is_dir():
             return []
-        # The name is checked first, because another entry may be a broken link.
+        # The name is checked first, because is_dir raises an error for a link to itself.
         return sorted((e.name for e in os.scandir(self.raw) if ID.fullmatch(e.name) and e.is_dir()), key=age)
 
     def directory(self, experiment_id: str) -> ExperimentDir:
@@ -94,7 +94,7 @@ class Store:
         return ExperimentDir(f"{self.raw}/{experiment_id}")
 
     def find(self, text: str) -> ExperimentDir:
-        """Return the experiment with this id or beginning of an id; raises `ResultsError` if none or several match."""
+        """Return the experiment whose id is, or begins with, `text`; raises `ResultsError` if none or several match."""
         if not text:  # for example from an unset shell variable; every id would match
             raise ResultsError("The experiment id is empty; lem results list shows the ids.")
         ids = self.ids()

@@ -35,7 +35,7 @@ KINDS: dict[str, type[Any]] = {"requests": RequestRecord, "cycles": CycleRow, "e
 
 @dataclass(frozen=True)
 class RowLocation:
-    """The file with an experiment's row; `resumed` and `status` come from the row, or are None if it was not read."""
+    """The file with an experiment's row; `resumed` and `status` come from the row (None if the row was not read)."""
 
     file: str
     resumed: int | None = None
@@ -117,14 +117,14 @@ class Tables:
 
     # -------------------------------------------------------------- reading
     def row(self, experiment_id: str, at: RowLocation) -> ExperimentRow:
-        """Return an experiment's row; raises `ResultsError` if its file is damaged."""
+        """Return an experiment's row; raises `ResultsError` if its file is missing or damaged."""
         rows: list[ExperimentRow] = self._of("experiments", experiment_id, at)
         if not rows:
             raise ResultsError(f"{self._folder / at.file} is empty; {_remedy(Path(at.file))}")
         return rows[0]
 
     def cycles(self, experiment_id: str, at: RowLocation) -> list[CycleRow]:
-        """Return the rows of an experiment's cycles; raises `ResultsError` if their file is damaged."""
+        """Return the rows of an experiment's cycles; raises `ResultsError` if their file is missing or damaged."""
         return self._of("cycles", experiment_id, at)
 
     def _of(self, name: str, experiment_id: str, at: RowLocation) -> list[Any]:
@@ -158,7 +158,7 @@ class Tables:
         return rows, damaged
 
     def whole(self, name: str) -> Any:
-        """Return a whole table as an Arrow table; raises `ResultsError` if one of its files is damaged."""
+        """Return a whole table as an Arrow table; raises `ResultsError` if one of its files is missing or damaged."""
         return parquet.together([read_file(self._store.root / name / f.name) for f in self.files()], KINDS[name])
 
     # -------------------------------------------------------------- writing
@@ -171,7 +171,7 @@ class Tables:
                 _replace(self._store.root / name / file, record_type, ids, [each[name] for each in together])
 
     def add(self, file: str, rows: ArrowTables) -> None:
-        """Write the rows of experiments that have none yet to a new file; the caller must hold the lock."""
+        """Write rows of experiments that have no rows yet, to a new file; the caller must hold the lock."""
         self._sweep()
         for name in KINDS:
             parquet.write_table(self._store.root / name / file, rows[name])
@@ -319,4 +319,4 @@ def _damage(file: Path, error: Exception) -> str:
 def _remedy(file: Path) -> str:
     if ID.fullmatch(file.stem):
         return f"run lem aggregate {file.stem} --force to rebuild it."
-    return "remove it, then run lem aggregate --all to rebuild its rows."
+    return "remove the file, then run lem aggregate --all to rebuild its rows."

@@ -19,9 +19,8 @@ import numpy as np
 from lem.results.compare import holm
 from lem.results.statistics import Summary, summarize
 
-# The level of the tests of one schedule together. It is below 5%, so that "no variation" is right in at least 95% of
-# schedules without variation even if the assumptions of the tests hold only approximately
-# (docs/concepts/statistics.md).
+# The joint level of a schedule's tests. It is below 5%, so that at least 95% of schedules without variation get the
+# right verdict even if the assumptions of the tests hold only approximately (docs/concepts/statistics.md).
 LEVEL = 0.04
 # The power at which a difference is called detectable.
 POWER = 0.95
@@ -96,7 +95,7 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio between two halves of the levels at which the test finds a difference with probability `POWER`."""
+        """The ratio by which two halves of the levels must differ to be told apart with probability `POWER`, if any."""
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
@@ -113,7 +112,7 @@ class _Cell:
 
 # ------------------------------------------------------------------ the answer
 def variations(points: Sequence[Point]) -> tuple[Variation, Variation]:
-    """Return how values vary with the time of day and with the weekday, before the verdicts that `judged` adds."""
+    """Return how values vary with the time of day and with the weekday; `judged` then adds the verdicts."""
     cells = _cells(points)
     return _by_time(cells), _by_weekday(cells)
 
@@ -217,7 +216,7 @@ def _levels(names: Sequence[str], cells: Sequence[_Cell], logs: Sequence[float])
 
 
 def _of_weekdays(cells: Sequence[_Cell]) -> tuple[Level, ...]:
-    """Return the weekdays' levels, from each day's mean deviation from the means of its slots."""
+    """Return the weekdays' levels; the value of a day is its mean deviation from the means of its slots."""
     if not cells:
         return ()
     of_slots: dict[str, list[float]] = defaultdict(list)
@@ -253,9 +252,9 @@ def f_test(
     factor: Sequence[Hashable],
     error: Sequence[Hashable] | None = None,
 ) -> FTest | None:
-    """Test whether a factor explains more of the values than chance would, by comparing nested linear models.
+    """Test whether a factor explains more of the variation than chance would, by comparing nested linear models.
 
-    The error is what the model with the factor leaves unexplained or, with `error`, only the part that is explained by
+    The error is what the model with the factor leaves unexplained or, with `error`, only the part of it that is due to
     differences between the levels of `error`. With complete blocks, this is the classical analysis of variance; with
     incomplete blocks, it is the intra-block analysis (H. Scheffé, The Analysis of Variance, 1959, ch. 4 and 5).
 
@@ -316,10 +315,10 @@ def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np
 
 
 def detectable_difference(result: FTest) -> float | None:
-    """Return how far two halves of the levels must differ for a test at `LEVEL` to find it with probability `POWER`.
+    """Return how far apart two halves of the levels must be for a test to find a difference with probability `POWER`.
 
-    This is computed from the noncentral F distribution, for balanced data; None if only an extreme difference is
-    detectable.
+    The test has the level `LEVEL`. The result is computed from the noncentral F distribution, for balanced data; it is
+    None if only an extreme difference is detectable.
     """
     from scipy.optimize import brentq
     from scipy.special import fdtri, ncfdtr

@@ -311,9 +311,9 @@ class Attempt:
         return status
 
     def _cut_back_to_journal(self) -> None:
-        """End the window with the last batch in the journal.
+        """Drop the window's requests that are not in the journal, and adjust the window's end accordingly.
 
-        Later batches may not have been written, because of a signal or a full disk.
+        A batch may not have been written, because of a signal or a full disk.
         """
         if self._journal is None:
             return

@@ -1,4 +1,4 @@
-"""The checks of `lem doctor`: what can be measured on this machine, independent of any experiment.
+"""The checks of `lem doctor`: what can be measured on this machine, independently of any experiment.
 
 Meters and backends state their own requirements and remedies as objections, which are reused here. The GPUs are checked
 in `lem.runner.checkup_gpus`. This module imports no engine, loads nothing and changes nothing. It contacts only the
@@ -178,7 +178,7 @@ def _container() -> Finding:
     kind = machine.container()
     if kind is None:
         return Finding("container", "ok", "none.", values={"container": None})
-    fact = f"{kind}: the driver may name processes by the host's ids."
+    fact = f"{kind}: the GPU driver may report the host's process ids."
     return Finding("container", "ok", fact, values={"container": kind})
 
 
@@ -258,7 +258,9 @@ def _hub(timeout_s: float) -> Iterator[Finding]:
         yield Finding("hub", "limited", fact, f"Unset {offline.OFFLINE} to download others.", values=values)
     else:
         fact = f"{found.host} cannot be reached ({found.problem}): only models and datasets in the cache can be used."
-        remedy = "Connect, or set HTTPS_PROXY or HF_ENDPOINT; --model tiny and -d sample need no network."
+        remedy = (
+            "Connect to the network, or set HTTPS_PROXY or HF_ENDPOINT; --model tiny and -d sample need no network."
+        )
         yield Finding("hub", "limited", fact, remedy, values=values)
 
 

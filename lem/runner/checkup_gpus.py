@@ -1,4 +1,4 @@
-"""The part of a checkup that concerns the NVIDIA driver and the sensors and settings of the GPUs.
+"""The part of a checkup that is about the NVIDIA driver, and about the GPUs' sensors and settings.
 
 If a record would contain a warning about the same fact, the finding has that warning's remedy. This module changes no
 settings and opens no CUDA context.
@@ -103,7 +103,10 @@ def _power(device: Gpu, found: Sensors) -> Finding:
         return Finding("gpu_power", "missing", fact, remedy, device.index, values)
     if found.power_is_instant:
         return Finding("gpu_power", "ok", "instant value (NVML_FI_DEV_POWER_INSTANT).", None, device.index, values)
-    fact = "only nvmlDeviceGetPowerUsage, which on Ampere and newer GPUs is the average over the last second."
+    fact = (
+        "only nvmlDeviceGetPowerUsage, which on Ampere (except A100 and A30) and newer GPUs is the average over the "
+        "last second."
+    )
     remedy = (
         "Use a driver that reports instant power; until then, trust the power trace only over windows of 5 s or more."
     )
@@ -165,9 +168,8 @@ def _clocks(state: DeviceState) -> Finding:
     }
     if reasons is None:
         return Finding("clocks", "missing", "the driver does not report their limits.", values=values)
-    now = "" if state.sm_clock_mhz is None else f"SM at {state.sm_clock_mhz} MHz"
-    now += "" if not now or state.max_sm_clock_mhz is None else f" of {state.max_sm_clock_mhz}"
-    now = now or "not reported"
+    limit = "" if state.max_sm_clock_mhz is None else f" of {state.max_sm_clock_mhz}"
+    now = "not reported" if state.sm_clock_mhz is None else f"SM at {state.sm_clock_mhz}{limit} MHz"
     throttling = [reason for reason in reasons if reason not in NOT_THROTTLING]
     if throttling:
         fact = f"{now}, throttled now: {', '.join(throttling)}."

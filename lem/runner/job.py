@@ -202,7 +202,8 @@ def resume(
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
     if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
         raise ResultsError(
-            f"All requests of {directory.id} have failed; there is nothing left to run. Use --fresh to run it again."
+            f"{directory.id} has no requests left to run, although all requests of at least one cycle have failed. Use "
+            "--fresh to run the experiment again."
         )
     directory.check_inputs()  # the files may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over, leave_marked=leave_marked)

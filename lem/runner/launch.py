@@ -46,12 +46,12 @@ LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
 KILLED_AT_ONCE = "was killed at once, because the run was interrupted a second time."
 KILLED_LATE = f"was killed, because it did not end within {GRACE_S:g} s."
-# The message in which torch's launcher names the signal that ended the first of several processes to fail.
+# How torch's launcher reports the signal that ended the first process to fail.
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
 
 def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -> None:
-    """Run the experiment's workers until they end; afterwards the attempt has a record or a journal.
+    """Run the experiment's workers until they end; afterwards, the attempt has at least one record.
 
     Args:
         directory: the experiment's directory, with its plan.
@@ -245,7 +245,7 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
 def record_loss(
     directory: ExperimentDir, attempt: int, error: ErrorInfo, slurm_job_id: str | None, hostname: str | None
 ) -> None:
-    """State in the records of an attempt's interrupted and killed processes that the scheduler made the attempt fail.
+    """Mark an attempt as failed: its interrupted and killed processes get the status `failed` and the given error.
 
     If the attempt has no records, or only those of completed cycles, a record without measurements is added.
     `slurm_job_id` is the job that ran the attempt, and `hostname` the machine on which the attempt began (None if it

@@ -2,7 +2,7 @@
 
 Preflight finds the model, loads the prompts, collects the objections of the backend and the meter, and checks the
 options against this machine and its files. `lem.spec.conflicts` checks the options against each other. No weights are
-loaded and no files are left behind.
+loaded, and no files are left behind except in caches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ready:
     warnings: tuple[Objection, ...]
     # When the requests of a trace arrive; None for other traffic patterns.
     arrivals_s: Sequence[float] | None = None
-    # Whether the experiment runs despite inadvisable options.
+    # Whether inadvisable options are accepted (--force).
     forced: bool = False
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 class Event:
     """Work done in a phase by one process; a `total` of 0 means that the total is unknown.
 
-    The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to it.
+    The phase `cycle` announces the beginning of cycle `done` of `total`; the events that follow belong to that cycle.
     """
 
     phase: str
@@ -35,7 +35,7 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor, at most one per phase every `period_s`."""
+    """Writes events as JSON lines to a file descriptor; within a phase, at most one every `period_s`, plus the last."""
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
@@ -60,7 +60,10 @@ class PipeReport:
 
 
 class CombinedReport:
-    """Combines the events of several processes: rank 0 sets the phase, and the work of all processes is added up."""
+    """Combines the events of several processes: rank 0 sets the phase.
+
+    In the measured window, the work of all processes is added up; in other phases, only that of rank 0 counts.
+    """
 
     def __init__(self, report: Report) -> None:
         self._report = report

@@ -78,7 +78,7 @@ def _gloo() -> Any:
 
 
 def named_by_launcher() -> Ranks:
-    """Return this process's ranks from its launcher's environment variables, without connecting to other processes.
+    """Return this process's rank, read from its launcher's environment variables; no other process is contacted.
 
     Raises:
         ConfigError: a variable is not a whole number.

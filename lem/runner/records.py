@@ -226,8 +226,8 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     if plan.shared_with:
         others = f"{plan.shared_with} other experiment{'s' if plan.shared_with > 1 else ''}"
         text = (
-            f"the experiment ran alongside {others}, so any energy not measured on its own GPUs includes the energy of "
-            "the others."
+            f"up to {others} ran at the same time; apart from the energy of this experiment's own GPUs, all energy "
+            "values include theirs."
         )
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
@@ -235,10 +235,13 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
-        yield warning("window_cut", "the window ends at the interruption, like the windows of the other processes.")
+        yield warning(
+            "window_cut",
+            "the window ends at the interruption, because other processes may have finished requests until then.",
+        )
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
-        energy = f"; its energy was last read {behind_s:.3g} s before that request ended" if behind_s else ""
+        energy = f"; the window's energy was last read {behind_s:.3g} s before that request ended" if behind_s else ""
         end = f"its last finished request, {measured.lost_s:.3g} s before the run was interrupted{energy}"
         yield warning("window_cut", f"the window ends with {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)

@@ -3,9 +3,9 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
 timed with the backend's clock; at both edges the device is synchronized and the processes wait for each other. A window
-that is cut short ends with its last finished batch; work still in flight at that point is recorded, because the next
-attempt runs it again. Only this module combines a backend with a meter: neither knows the other, and this module knows
-no particular engine or sensor.
+that is cut short normally ends with its last finished batch (the exception is in `_Window.cut`); work still in flight
+at that point is recorded, because the next attempt runs it again. Only this module combines a backend with a meter:
+neither knows the other, and this module knows no particular engine or sensor.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class Bench:
     def _generate(
         self, prompts: Sequence[Encoded], queue: Queue | None, opened_ns: int
     ) -> Iterator[Sequence[Generation]]:
-        """Run the prompts, all at once or as they arrive, and yield the engine's generations."""
+        """Run the prompts, which arrive as `queue` says or are all available from the start; yield the generations."""
         if not prompts:
             return
         if queue is None:
@@ -344,7 +344,7 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronize the device, wait for the other processes, settle the meter, and begin metering with them.
+        """Synchronize the device, wait for the other processes, settle the meter, and begin metering when they begin.
 
         The meter settles while all processes stand still, so that they begin exactly when the meter is ready. If the
         meter settled before all processes had arrived, it would have to settle again inside the window.
@@ -357,7 +357,7 @@ class Bench:
 
 
 class _Window:
-    """The measured window, opened and closed with the other processes; if interrupted, it ends at its last batch.
+    """The measured window, opened and closed with the other processes; `cut` ends it if the run is interrupted.
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
@@ -553,7 +553,7 @@ class _Failures:
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Divide the warm-up's prompts into batches as those of the window or, for continuous batching, into groups."""
+    """Divide prompts into batches for the warm-up: like the window's or, for continuous batching, `batch_size` each."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
@@ -570,7 +570,7 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 
 # ------------------------------------------------------------------ processor time
 class _CpuClock:
-    """Measures how many cores all processes, and this process with its children and servers, kept busy on average."""
+    """Measures how many cores are busy on average: with all processes, and with this one, its children and servers."""
 
     def find_processes(self, server_pids: Sequence[int]) -> None:
         """Find the processes to measure.

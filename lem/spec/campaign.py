@@ -151,7 +151,12 @@ class Campaign:
     ] = False
     retries: Annotated[
         int,
-        Field(ge=0, le=10, description="Maximum number of times a failed cell is retried, at the end of its cycle."),
+        Field(
+            ge=0,
+            le=10,
+            description="Maximum number of times a failed cell is retried, after the other cells of its cycle "
+            "(grouped: of its arm).",
+        ),
     ] = 0
 
 

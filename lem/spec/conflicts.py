@@ -68,7 +68,9 @@ def _quantization(wanted: Quantization) -> Iterator[Objection]:
             yield without_effect("no_effect_bits", f"quantization.{name}", "quantization is off.")
     if not (wanted.quantization and wanted.load_in_4bit):
         for name in changed(wanted, *OF_4_BIT):
-            yield without_effect("no_effect_4bit_option", f"quantization.{name}", "the weights are not in 4 bits.")
+            yield without_effect(
+                "no_effect_4bit_option", f"quantization.{name}", "the weights are not loaded in 4 bits."
+            )
 
 
 def _compile(experiment: Experiment) -> Iterator[Objection]:

@@ -333,22 +333,22 @@ class OpenaiBackend:
     prompts: Annotated[
         Literal["ids", "text"],
         Field(
-            description="How prompts are sent: as token ids or, for a server that refuses ids, as text. With text, the "
+            description="How prompts are sent: as token ids, or as text for a server that refuses ids. With text, the "
             "server must add the same special tokens as the tokenizer."
         ),
     ] = "ids"
     count: Annotated[
         Literal["server", "tokenizer"],
         Field(
-            description="Who counts output tokens: the server or, if the server reports no counts, lem with the "
-            "model's tokenizer."
+            description="Who counts output tokens: the server, or lem with the model's tokenizer (for a server that "
+            "reports no counts)."
         ),
     ] = "server"
     device: Annotated[
         Literal["auto", "cpu", "remote"],
         Field(
             description="Where the model runs. auto: if the address is local or lem starts the server, on this "
-            "machine's GPUs, or on its CPU without GPUs; otherwise on another machine."
+            "machine's GPUs or, if none are visible, on its CPU; otherwise on another machine."
         ),
     ] = "auto"
     extra_body: Annotated[dict[str, Any] | None, Field(description="Other request fields, by name: {priority: 1}.")] = (
@@ -368,8 +368,8 @@ class OpenaiBackend:
         float,
         Field(
             ge=0,
-            description="Number of requests that may fail in a cycle; one more failure ends the run. A value below 1 "
-            "is a share of the cycle's requests.",
+            description="Number of requests that may fail in a window; one more failure ends the run. A value below 1 "
+            "is a share of the window's requests.",
         ),
     ] = 0.0
 

@@ -32,7 +32,11 @@ class Dataset:
     ] = None
     config: Annotated[str | None, Field(description="Configuration (subset) of a hub dataset.")] = None
     files: Annotated[
-        str | None, Field(description="File to read from a hub dataset without configurations, or from a directory.")
+        str | None,
+        Field(
+            description="File to read, or a pattern such as *.csv, in a directory or in a hub dataset without "
+            "configurations."
+        ),
     ] = None
     split: Annotated[
         str | None, Field(description="Split to read; null: the dataset's own default, or train if it has none.")
@@ -82,8 +86,8 @@ class Batching:
         Literal["static", "dynamic", "sorted_static", "sorted_dynamic", "continuous"],
         Field(
             description="static: batch_size requests per batch, in order; dynamic: as many requests as "
-            "max_tokens_per_batch and batch_size allow; sorted_static, sorted_dynamic: the longest inputs first; "
-            "continuous: batch_size requests at a time, each replaced by the next one when it finishes."
+            "max_tokens_per_batch and batch_size allow; sorted_static, sorted_dynamic: the same, with the longest "
+            "inputs first; continuous: batch_size requests at a time, each replaced by the next one when it finishes."
         ),
     ] = "static"
     batch_size: Annotated[
@@ -110,14 +114,16 @@ class Parallelism:
         Literal["none", "data_parallel", "tensor_parallel", "pipeline_parallel"],
         Field(
             description="data_parallel: each process has a whole model and takes a share of the prompts; "
-            "tensor_parallel: each layer is split over the processes; pipeline_parallel: the layers are spread over "
-            "the GPUs of one process."
+            "tensor_parallel: each layer is split over the processes or, if the engine spreads the model itself "
+            "(vllm, tensorrt), over GPUs; pipeline_parallel: the layers are spread over the GPUs of one process."
         ),
     ] = "none"
     degree: Annotated[
         int,
         Field(
-            ge=1, le=1024, description="Number of processes that the strategy uses (for pipeline_parallel, of GPUs)."
+            ge=1,
+            le=1024,
+            description="Number of processes that the strategy uses or, if one process spreads the model, of GPUs.",
         ),
     ] = 1
 
@@ -334,7 +340,10 @@ class Experiment:
         bool, Field(description="Wrap each prompt in the model's chat template, as a user turn.")
     ] = False
     seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="Seed for drawing prompts from the dataset and for sampling tokens.")
+        int,
+        Field(
+            ge=0, le=2**32 - 1, description="Seed for drawing prompts, for poisson arrivals and for sampling tokens."
+        ),
     ] = 42
     cycles: Annotated[
         int, Field(ge=1, le=10, description="How many times to measure the same prompts while the model stays loaded.")

@@ -260,7 +260,7 @@ OPTIONS_WARNING = _rules(
     "options",
     {
         "no_effect_token_budget": (
-            "A token budget is set, but static batching does not use one. The value may come from a preset.",
+            "A token budget is set, but only dynamic batching uses one. The value may come from a preset.",
             "Use batching.strategy=dynamic, or set this option to null.",
         ),
         "no_effect_warmup_prompts": (
@@ -609,7 +609,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         "not_utf8": ("The text is not UTF-8.", "Save the file as UTF-8."),
         "yaml_syntax": (
             "The text is not valid YAML at the given line and column.",
-            "Correct the syntax; put text that contains : or # in quotes.",
+            "Correct the syntax; quote strings that contain : or #.",
         ),
         "too_large": (
             "A file exceeds a limit (on size, string length, nesting, aliases or inheritance) that no real "
@@ -622,7 +622,7 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Remove the tag: config files cannot run code.",
         ),
         "duplicate_key": ("A mapping contains the same key twice.", "Remove one of the two."),
-        "bad_key": ("A key is not text (for example, it is a number).", "Correct the key."),
+        "bad_key": ("A key is not a string (for example, it is a number).", "Correct the key."),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
             "The key configures Hydra itself, which config files cannot do.",
@@ -667,7 +667,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         "wrong_type": (
             "The value has the wrong type for its key.",
-            'Correct the value; "4" is text, and 4 is a number.',
+            'Correct the value; "4" is a string, and 4 is a number.',
         ),
         "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
         "missing_value": ("The value is ???, which means that it must be set.", "Set the value, or remove the line."),

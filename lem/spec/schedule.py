@@ -37,8 +37,8 @@ class Schedule:
     ] = ()  # fmt: skip
     days: Annotated[
         tuple[str, ...],
-        Field(description="Days on which runs start: mon,wed,fri, mon-fri, weekdays or weekends; all days if not "
-              "given."),
+        Field(description="Days on which runs start: a list (mon,wed,fri), a range (mon-fri), weekdays or weekends; "
+              "all days if not given."),
     ] = ()  # fmt: skip
     duration_s: Annotated[
         float,
@@ -48,7 +48,7 @@ class Schedule:
             "is allowed to finish.",
         ),
     ] = DEFAULT_DURATION_S
-    time_zone: Annotated[str, Field(description="Time zone in which the times of day and the days are meant.")] = "UTC"
+    time_zone: Annotated[str, Field(description="Time zone of the times of day and of the days.")] = "UTC"
     carbon_trace: Annotated[
         str | None, Field(description="CSV file with the carbon intensity over time, in gCO2e/kWh.")
     ] = None
@@ -56,7 +56,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ScheduleRun:
-    """An experiment's place in a schedule: the schedule's name, the number of the start from 1, and its times.
+    """An experiment's place in a schedule: the schedule's name, the number of the start (from 1), and its times.
 
     The times are ISO 8601 with the UTC offset of `time_zone`, which is the IANA name of the schedule's time zone.
     """

@@ -39,7 +39,7 @@ class SlurmOptions:
         int, Field(ge=0, description="How many times a job is requeued at its time limit before it counts as failed.")
     ] = 10
     requeue: Annotated[
-        bool, Field(description="Whether a job that is preempted or meets its time limit is requeued and resumed.")
+        bool, Field(description="Whether a job that is preempted or reaches its time limit is requeued and resumed.")
     ] = True
     exclusive: Annotated[
         bool,
@@ -83,8 +83,8 @@ class SlurmOptions:
         float,
         Field(
             ge=0,
-            description="How long a job may wait for a reason that will not go away by itself (a limit, a hold, a "
-            "closed partition) before it is canceled and counts as failed, in seconds.",
+            description="How many seconds a job may wait if the reason will not go away by itself (a limit, a hold, a "
+            "closed partition); after that, the job is canceled and counts as failed.",
         ),
     ] = 60.0
     poll_s: Annotated[

@@ -123,5 +123,5 @@ def show_outcome(outcome: Outcome, *, write_tables: bool = True) -> int:
     if write_tables:
         print(f"Table:       {outcome.store.experiments_table}")
     else:
-        print(f"No row was written to the tables. To write it, run lem aggregate {outcome.directory.id}.")
+        print(f"The row was not written to the tables. To write it, run lem aggregate {outcome.directory.id}.")
     return 0 if outcome.row.status == "completed" else 1

@@ -229,7 +229,7 @@ def fitted(campaign: Campaign, arms: Sequence[Arm], given: Mapping[str, Any], ow
         own: the campaign file, if there is one.
 
     Raises:
-        ConfigError: no arm has the baseline's name, or no arm uses a GPU that could cool down.
+        ConfigError: no arm has the baseline's name, or `cool_to_c` is set although no arm uses a GPU.
     """
     baseline = baseline_of(campaign.baseline, [arm.name for arm in arms], _place("baseline", own, given))
     check_cooling(campaign, [arm.experiment for arm in arms], _place("cool_to_c", own, given))
@@ -259,7 +259,8 @@ def resume(
 
     Raises:
         ResultsError: the campaign does not exist.
-        ConfigError: the machine or software has changed, and `options.force` is not set.
+        ConfigError: an arm cannot run, or the machine, the software or the prompts have changed and `options.force` is
+            not set.
     """
     folder = results.folder_named(name, Store(results_dir))
     kept = results.read_definition(folder)
@@ -361,10 +362,10 @@ def _check_single(overrides: Sequence[str]) -> None:
 
 
 def names_of(found: Sequence[tuple[ArmSource, Path]], place: str = "") -> list[str]:
-    """Return a name for each arm: the given name, or else the shortest end of its path that is unique.
+    """Return a name for each arm: the given name or, by default, the shortest unique ending of its file's path.
 
-    If no end is unique, the name ends with a number. Raises `ConfigError` if two arms were given the same name, or if a
-    name cannot be printed.
+    If a file is given several times, the names end with a number. Raises `ConfigError` if a given name is also the name
+    of another arm, or if a name cannot be printed.
     """
     files = [file for _, file in found]
     whole = [file.with_suffix("").parts for file in (file.absolute() for file in files)]
@@ -407,7 +408,7 @@ def baseline_of(wanted: str | None, names: Sequence[str], place: str = "") -> st
 
 
 def check_cooling(campaign: Campaign, experiments: Sequence[Experiment], place: str = "") -> None:
-    """Raise `ConfigError` if the campaign is to cool GPUs although no arm uses a GPU."""
+    """Raise `ConfigError` if the campaign waits for GPUs to cool down although no arm uses a GPU."""
     if campaign.cool_to_c is None:
         return
     machine = host.look()
@@ -425,8 +426,8 @@ def check_across_nodes(campaign: Campaign, options: RunOptions) -> None:
         raise ConfigError("across_nodes: with --one-job, all cycles run on one node. Use only one of the two settings.")
     if campaign.structure == "grouped":
         raise ConfigError(
-            "across_nodes: with structure=grouped, each arm is a job, so that a difference between nodes would look "
-            "like a difference between arms. Use another structure."
+            "across_nodes: with structure=grouped, each arm is a job, so a difference between nodes would look like a "
+            "difference between arms. Use another structure."
         )
 
 
@@ -511,7 +512,7 @@ def _machine(machine: host.Host | None) -> Machine:
 
 
 def _changes(kept: Definition, now: Definition) -> list[str]:
-    """Return the changes since a campaign began that make its cells hard to compare."""
+    """Return what has changed since a campaign began: the machine, its software or the prompts."""
     changed = [
         f"{what}: {before or 'none'} then, {after or 'none'} now"
         for what, before, after in (
@@ -534,7 +535,7 @@ def _changes(kept: Definition, now: Definition) -> list[str]:
 
 
 def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> None:
-    """Raise `ConfigError` if the arms or settings differ or, without `force`, the machine, software or prompts."""
+    """Raise `ConfigError` if arms or settings differ or, without `force`, if the machine, software or prompts do."""
     name = kept.name
 
     def wanted(definition: Definition) -> object:
@@ -559,7 +560,7 @@ def _check_same(kept: Definition, now: Definition, force: bool, resume: str) -> 
 def _measure(
     planned: Planned, options: RunOptions, prompts: RecentPrompts, presentation: Presentation, resume: str
 ) -> int:
-    """Run the cells without a result and present the answer; `resume` is the command that resumes the campaign."""
+    """Run the cells that have no result yet, and present the answer; `resume` is the command to resume the campaign."""
     store, folder, name = Store(planned.results_dir), planned.folder, planned.definition.name
     kept = _continued(planned, store, options, resume)
     planned, states = kept or (planned, [CellState(cell) for cell in _cells(planned)])
@@ -845,8 +846,8 @@ class CampaignRunner(OneByOne):
     def run(self, number: int, experiment: Experiment) -> None:
         """Run this cell, unless no further cycle is needed.
 
-        Before the first cell of each further cycle (in a grouped campaign, of each further arm), the cells that have
-        failed so far are retried.
+        Before the first cell of each further cycle (in a grouped campaign, of each further arm), the failed cells of
+        the previous one are retried.
         """
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
@@ -972,7 +973,7 @@ class CampaignJobs(SlurmRunner):
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
-        # A node that cannot run jobs would make the job wait forever. A name such as "n1+n2" stands for two nodes.
+        # A node that cannot run jobs would make the job wait forever. A name such as "n1+n2" means two nodes.
         is_possible = len(ran_on) == 1 and slurm.is_usable(*ran_on)
         return replace(self.slurm, nodelist=ran_on.pop()) if is_possible else self.slurm
 

@@ -27,7 +27,7 @@ DOES = {
     "code": "runs Python code with your permissions",
     "key": "sends your key to another machine",
 }
-QUESTION = {"command": "Start this program?", "code": "Run this code?", "key": "Send it?"}
+QUESTION = {"command": "Start this program?", "code": "Run this code?", "key": "Send this key?"}
 FLAGS = {"command": "--allow-command", "code": "--allow-code", "key": "--allow-key"}
 LONGEST_SHOWN = 300
 
@@ -117,7 +117,7 @@ def _agrees(asked: Asked) -> bool:
     import typer
 
     where = f"{asked.where}: " if asked.where else ""
-    print(one_line(f"{where}{asked.path} {DOES[asked.kind]} in {Path.cwd()}:"), file=sys.stderr)
+    print(one_line(f"{where}{asked.path} {DOES[asked.kind]} (working directory: {Path.cwd()}):"), file=sys.stderr)
     print(f"    {one_line(asked.text)}", file=sys.stderr)
     try:
         return typer.confirm(QUESTION[asked.kind], default=False, err=True)

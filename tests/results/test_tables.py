@@ -111,7 +111,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(store):
     assert f"lem aggregate {rows[0].row.experiment_id} --force" in damaged[0]
     (together,) = store.experiments_table.glob("*-*.parquet")
     together.write_bytes(b"")
-    with pytest.raises(ResultsError, match="remove it, then run lem aggregate --all"):
+    with pytest.raises(ResultsError, match="remove the file, then run lem aggregate --all"):
         Tables(store).locations()
 
 

@@ -107,10 +107,10 @@ def test_what_is_wrong_with_a_gpu_is_said_with_its_remedy(on, scenario, check, s
 
 def test_clocks_that_are_held_are_named_and_those_held_by_a_setting_are_no_fault(on):
     _, throttled = on("device 0 clocks 1200 1500\ndevice 0 max_clocks 1980 2619\ndevice 0 throttle 0x26")
-    assert throttled["clocks", 0]["fact"] == "SM at 1200 MHz of 1980, throttled now: sw_power_cap, sw_thermal_slowdown."
+    assert throttled["clocks", 0]["fact"] == "SM at 1200 of 1980 MHz, throttled now: sw_power_cap, sw_thermal_slowdown."
     _, held = on("device 0 clocks 1200 1500\ndevice 0 max_clocks 1980 2619\ndevice 0 throttle 0x02")
     assert held["clocks", 0]["status"] == "ok"
-    assert held["clocks", 0]["fact"] == "SM at 1200 MHz of 1980, held by a setting: applications_clocks_setting."
+    assert held["clocks", 0]["fact"] == "SM at 1200 of 1980 MHz, held by a setting: applications_clocks_setting."
 
 
 def test_what_the_driver_does_not_report_is_missing_and_not_zero(on):

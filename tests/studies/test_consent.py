@@ -175,7 +175,7 @@ def test_on_a_terminal_the_user_sees_the_command_and_is_asked_once_for_it(folder
     code, shown = typed("n", "experiment", "my.yaml", "-y", cwd=folder)
     assert code == 2
     assert f"    {COMMAND}\r\n" in shown
-    assert f"with your permissions in {folder}" in shown
+    assert f"with your permissions (working directory: {folder})" in shown
     assert not has_run(folder)
     code, shown = typed("y", "experiment", "my.yaml", "-y", cwd=folder)
     assert code == 1
