@@ -1,18 +1,18 @@
 """Shows what a whole job of `lem experiment` costs beyond a script, part by part, so that the parts add up.
 
-Run with `python -m bench.job_parts`. The job is that of `bench.perturbation`: 10 prompts with up to 512 input tokens and
-128 output tokens each. The first step is the script, bench/bare.py, and each of the other steps adds one part of lem to
-the step before it, up to the command as users run it:
+Run with `python -m bench.job_parts`. The job is that of `bench.perturbation`: 10 prompts with up to 512 input tokens
+and 128 output tokens each. The first step is the script, bench/bare.py, and each of the other steps adds one part of
+lem to the step before it, up to the command as users run it:
 
 1. the script;
-2. a worker on its own, without a meter and a warm-up: lem's modules, the checks of the model, its FLOPs, the records;
+2. a worker on its own, without meter and warm-up: lem's modules, its checks of the model, the FLOPs, the records;
 3. `lem experiment`, likewise: the parent process, which checks, plans, waits, and writes the rows;
 4. with the warm-up;
 5. with the default meter, but without the idle phases;
 6. with the idle phases, which is the default.
 
-In each round, all steps run once, one after the other, in an order that is drawn anew. The cost of a part is the mean of
-the differences between two steps of a round, with its 95% interval (Student's t).
+In each round, all steps run once, one after the other, in an order that is drawn anew. The cost of a part is the mean
+of the differences between two steps of a round, with its 95% interval (Student's t).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from bench import perturbation
@@ -90,7 +91,7 @@ def run(step: str, case: Case, folder: Path, threads: int) -> Cost:
 def parts(rounds: Sequence[dict[str, Cost]], which: int) -> Iterator[tuple[str, str]]:
     """Yield the mean cost of the script, of each part and of the whole job, with their intervals, as text."""
     yield SCRIPT, _shown([costs[SCRIPT][which] for costs in rounds])
-    for before, step in zip(STEPS, STEPS[1:], strict=False):
+    for before, step in pairwise(STEPS):
         yield step, _shown([costs[step][which] - costs[before][which] for costs in rounds])
     yield "lem experiment", _shown([costs[STEPS[-1]][which] for costs in rounds])
 

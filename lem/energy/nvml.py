@@ -8,9 +8,10 @@ by up to a tick at each edge. GPUs are read in parallel: if eight GPUs were read
 long after the first.
 
 Power is the instantaneous value if the driver reports it (field 186), otherwise the value of `nvmlDeviceGetPowerUsage`,
-which is a one-second average on Ampere and newer GPUs. If a GPU has no counter, its energy is the integral of the power
-trace. A MIG instance has neither a counter nor a power value of its own, so it gets the reading of the whole GPU. On a
-GH200, the driver's values are for the whole module. Readings are labeled accordingly. The meter opens no CUDA context.
+which is a one-second average on Ampere and newer GPUs, except the A100 and A30 (GA100). If a GPU has no counter, its
+energy is the integral of the power trace. A MIG instance has neither a counter nor a power value of its own, so it gets
+the reading of the whole GPU. On a GH200, the driver's values are for the whole module. Readings are labeled
+accordingly. The meter opens no CUDA context.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lem.errors import ResultsError, did_you_mean, nearest
+from lem.errors import ResultsError, did_you_mean
 from lem.results.jobs import queued_in
 from lem.results.plan import FINISHED
-from lem.results.store import Store, age
+from lem.results.store import Store, age, one_of
 from lem.results.tables import Tables
 
 if TYPE_CHECKING:
@@ -104,16 +103,3 @@ class Known:
     def of_schedule(self, name: str) -> list[str]:
         """Return the experiments of a schedule, oldest first."""
         return [each for each in self.ids if self.schedule(each) == name]
-
-
-def one_of(text: str, ids: Iterable[str], root: Path) -> str:
-    """Return the id that a text stands for; raises `ResultsError` if it matches none or several."""
-    listed = list(ids)
-    matches = [text] if text in listed else [name for name in listed if text and name.startswith(text)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
-    close = nearest(text, listed)
-    hint = f" Nearest: {', '.join(close)}." if close else " lem results list --all shows the ids."
-    raise ResultsError(f"There is no experiment '{text}' in {root}.{hint}")

@@ -22,11 +22,10 @@ from lem.quantities import one_line, printable
 from lem.results import foreign, parquet
 from lem.results.aggregate import catch_up
 from lem.results.browse import Listed, Selection
-from lem.results.choosing import one_of
 from lem.results.files import needs_space, replacing, write_atomically
 from lem.results.schema import ExperimentRow
 from lem.results.show import console
-from lem.results.store import ID, Store, age
+from lem.results.store import ID, Store, age, one_of
 from lem.results.tables import KINDS, Tables, read_file
 
 FORMATS = ("csv", "json", "parquet", *foreign.SHAPES)

@@ -174,7 +174,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     batching_strategy: Annotated[str, "Batching strategy."]
     batch_size: Annotated[int, quantities.REQUEST, "Maximum number of requests in a batch."]
     max_output_tokens: Annotated[int, quantities.TOKEN, "Maximum number of generated tokens per request."]
-    seed: Annotated[int, "Seed for drawing prompts and for sampling tokens."]
+    seed: Annotated[int, "Seed for drawing prompts, for sampling tokens and for Poisson arrivals."]
     # counted
     requests_planned: Annotated[int, quantities.REQUEST, "Number of prompts of the experiment."]
     load_duration_s: Annotated[Seconds, "Time to load the model, which is outside the window."]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -97,15 +97,7 @@ class Store:
         """Return the experiment whose id is, or begins with, `text`; raises `ResultsError` if none or several match."""
         if not text:  # for example from an unset shell variable; every id would match
             raise ResultsError("The experiment id is empty; lem results list shows the ids.")
-        ids = self.ids()
-        matches = [text] if text in ids else [name for name in ids if name.startswith(text)]
-        if len(matches) == 1:
-            return ExperimentDir(self.raw / matches[0])
-        if matches:
-            raise ResultsError(f"'{text}' matches {len(matches)} experiments, such as {matches[0]} and {matches[1]}.")
-        close = nearest(text, ids) or ids[-1:]
-        hint = f" Nearest: {', '.join(close)}." if close else ""
-        raise ResultsError(f"There is no experiment '{text}' in {self.root}.{hint}")
+        return ExperimentDir(self.raw / one_of(text, self.ids(), self.root))
 
     # -------------------------------------------------------------- unfinished experiments
     def mark_unfinished(self, experiment_id: str, fingerprint: str) -> None:
@@ -174,3 +166,19 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 def results_flag(store: Store) -> str:
     """Return ` -o …`, the option that names the results directory in a command; empty for the default one."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"
+
+
+def one_of(text: str, ids: Iterable[str], root: Path) -> str:
+    """Return the id that is `text` or begins with it; raises `ResultsError` if none or several do."""
+    listed = list(ids)
+    matches = [text] if text in listed else [name for name in listed if text and name.startswith(text)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ResultsError(
+            f"'{text}' matches {len(matches)} experiments, for example {matches[0]} and {matches[1]}; "
+            "give more of the id."
+        )
+    close = nearest(text, listed)
+    hint = f" Nearest: {', '.join(close)}." if close else " lem results list --all shows the ids."
+    raise ResultsError(f"There is no experiment '{text}' in {root}.{hint}")

@@ -114,7 +114,8 @@ def test_a_dry_run_knows_the_time_of_earlier_runs(lem, in_this_process, cycles):
     done = lem("schedule", *SIMULATED, *config, "-i", "1s", "-d", "3s", "--dry-run")
     found = re.search(r"Expected from earlier runs: (\d+)s for each run, (\d+)s in all", done.out)
     row = json.loads(lem("results", "list", "--json").out)[0]
-    took_s = (row["load_duration_s"] or 0) + cycles * sum(row[name] or 0 for name in ("duration_s", "warmup_duration_s"))
+    of_cycle_s = sum(row[name] or 0 for name in ("duration_s", "warmup_duration_s"))
+    took_s = (row["load_duration_s"] or 0) + cycles * of_cycle_s
     assert int(found[1]) == pytest.approx(took_s, abs=1)
     assert int(found[2]) == pytest.approx(3 * took_s, abs=2)
     assert "starts that come while a run is still going are skipped" in done.err
