@@ -33,15 +33,17 @@ def campaign(
     cycles: Annotated[
         int | None,
         typer.Option(
-            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to complete Latin squares."
+            "--cycles",
+            "-c",
+            help=_HELP["cycles"] + " Default without until_ci: 3; with latin, rounded up to complete Latin squares.",
         ),
     ] = None,
     until_ci: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Stop as soon as every arm's interval is narrow enough: its half-width is at most this share of the "
-            "arm's ratio to the baseline, such as 2% or 0.02.",
+            help="Stop as soon as every arm's interval is narrow enough: its half-width, divided by the arm's ratio to "
+            "the baseline, is at most this share, such as 2% or 0.02.",
         ),
     ] = None,
     max_cycles: Annotated[
@@ -81,7 +83,7 @@ def campaign(
     one_job: Annotated[
         bool,
         typer.Option(
-            "--one-job", help="With --launcher slurm: run all cycles in one job instead of one job for each cycle."
+            "--one-job", help="With --launcher slurm: run all cycles in a single job (default: one job for each cycle)."
         ),
     ] = False,
     detach: flags.Detach = False,

@@ -116,7 +116,11 @@ def _check_all_started(environ: os._Environ[str]) -> None:
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment; raise `ConfigError` if it needs another number of processes than the launcher started."""
+    """Return the experiment; if its number of processes is not set, it becomes the number that the launcher started.
+
+    Raises:
+        ConfigError: the experiment needs more or fewer processes than the launcher started.
+    """
     experiment = composition.experiment()
     source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
@@ -188,7 +192,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker on the GPUs that the experiment names; return the exit code."""
+    """Run as a worker, on the GPUs that the experiment names if it names any; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

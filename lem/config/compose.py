@@ -213,7 +213,12 @@ class Composition:
         return None if found else examine(values)[0]
 
     def values(self) -> Values:
-        """Compose the values and resolve interpolations, without checks; raises `ConfigError` if Hydra fails."""
+        """Compose the values and resolve interpolations, without checking types and ranges.
+
+        Raises:
+            ConfigError: Hydra fails, a value is marked as missing (???), or a string contains the Hugging Face token or
+                a null character.
+        """
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
@@ -331,8 +336,8 @@ def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> N
 def _register_file(inputs: Inputs) -> list[str]:
     """Store the values of the user's file; return the overrides that append them to the defaults list.
 
-    In a sweep over a group, the values that the file sets in this group apply only to cells that use the option the
-    file itself chooses.
+    In a sweep over a group, the values that the file sets in this group apply only to the cells with the option that
+    the file chooses.
     """
     file, known = inputs.sources.file, inputs.sources.file.options
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"]
@@ -352,7 +357,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """In the block, replace a Hydra error with the problems that plain composition finds or, if none, one sentence."""
+    """In the block, turn Hydra errors into the problems that plain composition finds or, failing that, one sentence."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

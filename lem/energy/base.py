@@ -164,7 +164,11 @@ class CombinedMeter(Meter):
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Mark the end on all meters before ending any, so that no window includes another meter's waiting time."""
+        """Close the window on all meters, and return their readings.
+
+        The end is marked on all meters before any of them waits, so that no window includes another meter's waiting
+        time.
+        """
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)
