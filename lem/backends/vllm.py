@@ -82,7 +82,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import vLLM, which reads its environment variables on import."""
+        """Set the environment variables that vLLM reads on import, and import vLLM."""
         os.environ.update(ENVIRONMENT)
         if self._options.kv_cache_memory_bytes is not None:
             os.environ.pop(CPU_CACHE_VARIABLE, None)

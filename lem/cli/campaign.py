@@ -83,7 +83,9 @@ def campaign(
     one_job: Annotated[
         bool,
         typer.Option(
-            "--one-job", help="With --launcher slurm: run all cycles in a single job (default: one job for each cycle)."
+            "--one-job",
+            help="With --launcher slurm: run all cycles in a single job. Default: one job for each cycle or, with "
+            "grouped, for each arm.",
         ),
     ] = False,
     detach: flags.Detach = False,
@@ -110,8 +112,8 @@ def campaign(
     flags.check_detach(detach, slurm)
     if per_job is not None:
         raise ConfigError(
-            "--per-job: a campaign compares experiments on the same node, so each cycle is one job; use --one-job to "
-            "run all cycles in a single job."
+            "--per-job: a campaign compares experiments on the same node, so each job runs a whole cycle (with "
+            "grouped, a whole arm); use --one-job to run all cycles in a single job."
         )
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--config", type=Path, help="a config file")
     parser.add_argument("--model", "-m", help=leaf("model").description)
-    parser.add_argument("--dataset", "-d", help="dataset: a built-in name, a hub id or a local file")
+    parser.add_argument("--dataset", "-d", help="dataset: a name, a hub id, or a local file or directory")
     parser.add_argument("--sample-size", "-n", type=int, help=leaf("dataset.sample_size").description)
     parser.add_argument("--preset", help="start from a preset; lem presets lists them")
     parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)

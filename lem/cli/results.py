@@ -131,7 +131,7 @@ def results_show(
         str,
         typer.Argument(
             metavar="ID|CAMPAIGN|SCHEDULE",
-            help="Experiment id or the beginning of one, or the name or directory of a campaign or a schedule.",
+            help="An experiment id (or its beginning), or the name or directory of a campaign or a schedule.",
             autocompletion=complete.experiment_ids,
         ),
     ],

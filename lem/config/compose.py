@@ -60,7 +60,11 @@ class Inputs:
 def read_inputs(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
-    """Read a config file and parse overrides; problems are returned in the result, not raised."""
+    """Read a config file and parse overrides; problems are returned in the result, not raised.
+
+    Raises:
+        ConfigError: the config directory contains no options.
+    """
     known = find_options(config_file, config_dir)
     file = examine_file(config_file, known) if config_file else UserFile(known)
     parsed, problems = parse(overrides, known, groups_in)
@@ -134,7 +138,7 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
         with other results.
 
     Raises:
-        Problems: an option does not exist or cannot be used, or an interpolation cannot be resolved.
+        Problems: an option does not exist or cannot be used, or a string is unusable (see `lem.config.check.resolved`).
     """
     chosen = {group: choice_of(group, name, file.options) for group, name in choices.items()}
     sources = Sources.of(file, chosen, values)

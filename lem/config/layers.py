@@ -254,7 +254,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """For an option of the group `backend`, return the layer of its engine's defaults; otherwise, return no layer."""
+    """For an option of the group `backend`, return the layer of its backend's defaults; otherwise, return no layer."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)
