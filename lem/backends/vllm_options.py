@@ -43,7 +43,7 @@ CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
 NUMBER_BY_DEFAULT = ("suffix",)
-# Engine arguments that lem sets, and what sets each: an option, or lem for the given reason.
+# Engine arguments that users may not set, and what sets each of them, as the end of "this argument is set by …".
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(
@@ -319,7 +319,7 @@ def about_key(name: str) -> str | None:
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it."""
+    """Return what sets an argument, as the end of "this argument is set by …"; None if the user may set it."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):

@@ -220,8 +220,8 @@ class Composition:
         """Compose the values and resolve interpolations, without checking types and ranges.
 
         Raises:
-            ConfigError: Hydra fails, a value is marked as missing (???), or a string contains the Hugging Face token or
-                a null character.
+            ConfigError: an override is a sweep, Hydra fails, a value is marked as missing (???), or a string contains
+                the Hugging Face token or a null character.
         """
         from hydra import compose, initialize_config_module
 
