@@ -38,7 +38,7 @@ class Follower:
     def __init__(self) -> None:
         self._finished: queue.SimpleQueue[Followed] = queue.SimpleQueue()
         self.heard_ns = time.perf_counter_ns()
-        """When the engine last delivered tokens or, if later, last received a request while it had no others."""
+        """The later of two times: when the engine last delivered tokens, and when it last got a request while idle."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()

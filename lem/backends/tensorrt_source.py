@@ -84,7 +84,7 @@ def _called(call: ast.Call) -> str:
 
 
 def part(name: str) -> str | None:
-    """Return the class of the nested config that an argument of `LLM` takes; None if there is not exactly one."""
+    """Return the class of the nested config that an argument of `LLM` takes; None unless exactly one class fits."""
     argument = arguments().get(name)
     if argument is None:
         return None
@@ -107,7 +107,7 @@ def _classes(annotation: ast.expr) -> list[str]:
 
 # ------------------------------------------------------------------ values
 def choices(argument: str, of: str = ARGUMENTS) -> tuple[str, ...]:
-    """Return the values that an argument's type allows; empty if it allows any value, or if they are unknown."""
+    """Return the values that an argument's type lists; empty if it lists none or allows any string, or if unknown."""
     found = arguments(of).get(argument)
     return () if found is None else tuple(dict.fromkeys(_values(found.annotation)))
 

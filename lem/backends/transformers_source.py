@@ -42,8 +42,8 @@ def model_types() -> frozenset[str]:
 def takes_tokenizer_as_it_is(model_type: str) -> bool:
     """Return whether transformers keeps to the tokenizer class that a model's files name; False if unknown.
 
-    If it does, a tokenizer without a class of its own is loaded from tokenizer.json alone. For some model types,
-    transformers uses a different class from the one that the files name.
+    If it does, and if the class is a general one, the tokenizer is loaded from tokenizer.json alone. For some model
+    types, transformers uses a different class from the one that the files name.
     """
     exceptions = _names("tokenization_auto.py", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     classes = _expressions("tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")

@@ -1,8 +1,10 @@
 """vLLM's engine, run step by step in this process. With several GPUs, the engine starts its own workers.
 
 Prompts and outputs are passed as token ids, so that tokenizer, end tokens and seeds are the same for every backend.
-Times and the numbers of cache hits, preemptions and accepted drafts are the engine's own figures. vLLM is imported only
-when the engine starts, because that takes ten seconds or more.
+The engine itself reports when a request's prefill began and ended and when its last token was generated, and how many
+cache hits, preemptions and accepted drafts there were. With streaming, tokens are timed in this module instead, when
+the step that generated them returns. vLLM is imported only when the engine starts, because that takes ten seconds or
+more.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Vllm(SessionBackend["VllmSession"]):
 
     # -------------------------------------------------------------- loading
     def start(self) -> None:
-        """Import vLLM, which reads its environment variables on import."""
+        """Set the environment variables that vLLM reads on import, and import vLLM."""
         os.environ.update(ENVIRONMENT)
         if self._options.kv_cache_memory_bytes is not None:
             os.environ.pop(CPU_CACHE_VARIABLE, None)
@@ -319,7 +321,7 @@ def totals(llm: Any) -> dict[str, float]:
 
 # ------------------------------------------------------------------ requests
 class VllmSession(Session[Request]):
-    """The requests in flight in vLLM, which delivers tokens step by step."""
+    """The unfinished requests in vLLM, which delivers tokens step by step."""
 
     def __init__(self, experiment: Experiment, loaded: Loaded, degree: int) -> None:
         super().__init__(experiment)
@@ -344,7 +346,7 @@ class VllmSession(Session[Request]):
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by key."""
+        """Let the engine take one step, without a time limit, and return the finished outputs by key."""
         outputs, now_ns = self._step(), time.perf_counter_ns()
         done = {}
         for output in outputs:

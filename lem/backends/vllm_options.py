@@ -43,7 +43,7 @@ CODE_METHOD = "custom_class"
 MODEL_NEEDED = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash", CODE_METHOD)
 NUMBER_NEEDED = ("ngram", "[ngram]", "ngram_gpu", "draft_model", "eagle", "eagle3", CODE_METHOD)
 NUMBER_BY_DEFAULT = ("suffix",)
-# Engine arguments that lem sets, and what sets each: an option, or lem for the given reason.
+# Engine arguments that users may not set, and what sets each of them, as the end of "this argument is set by …".
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(
@@ -78,7 +78,7 @@ CODE = (
     "worker_cls",
     "worker_extension_cls",
 )
-# Fields that do so within an argument that is a mapping.
+# Fields that name Python code, within an argument that is a mapping.
 CODE_INSIDE = ("kv_connector_module_path", "ec_connector_module_path", "inductor_passes")
 # Arguments, and fields within an argument, that accept a name known to vLLM or the dotted path of a class or function.
 DOTTED = ("distributed_executor_backend",)
@@ -314,12 +314,12 @@ def wrong_type(path: str, name: str, value: Any) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is not an option of the backend; None if the engine has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if it never was an engine argument."""
     return ARGUMENTS.about_key(name, _owner(name, VllmBackend()), CODE)
 
 
 def _owner(name: str, options: VllmBackend) -> str | None:
-    """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it."""
+    """Return what sets an argument, as the end of "this argument is set by …"; None if the user may set it."""
     if name in RESOLVED:
         return f"backend.{name}"
     if name == "speculative_config" and speculative_config(options.speculative):
@@ -364,7 +364,7 @@ def _values(options: VllmBackend) -> Iterator[Objection]:
 def _on_cpu(options: VllmBackend, experiment: Experiment, model: Model | None) -> Iterator[Objection]:
     """Object to options that vLLM's CPU build ignores or does not support."""
     if options.kv_cache_dtype not in (None, *KV_CACHE_DTYPES_ON_CPU):
-        fact = f"on a CPU, vLLM does not support a {options.kv_cache_dtype} cache."
+        fact = f"on a CPU, vLLM does not support the cache dtype {options.kv_cache_dtype}."
         yield Objection("kv_cache_on_cpu", "backend.kv_cache_dtype", fact)
     if options.attention_backend not in (None, ATTENTION_ON_CPU):
         fact = f"on a CPU, vLLM supports only {ATTENTION_ON_CPU}."

@@ -33,15 +33,17 @@ def campaign(
     cycles: Annotated[
         int | None,
         typer.Option(
-            "--cycles", "-c", help=_HELP["cycles"] + " Default: 3; with latin, rounded up to complete Latin squares."
+            "--cycles",
+            "-c",
+            help=_HELP["cycles"] + " Default without until_ci: 3; with latin, rounded up to complete Latin squares.",
         ),
     ] = None,
     until_ci: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Stop as soon as every arm's interval is narrow enough: its half-width is at most this share of the "
-            "arm's ratio to the baseline, such as 2% or 0.02.",
+            help="Stop as soon as every arm's interval is narrow enough: its half-width, divided by the arm's ratio to "
+            "the baseline, is at most this share, such as 2% or 0.02.",
         ),
     ] = None,
     max_cycles: Annotated[
@@ -81,7 +83,9 @@ def campaign(
     one_job: Annotated[
         bool,
         typer.Option(
-            "--one-job", help="With --launcher slurm: run all cycles in one job instead of one job for each cycle."
+            "--one-job",
+            help="With --launcher slurm: run all cycles in a single job. Default: one job for each cycle or, with "
+            "grouped, for each arm.",
         ),
     ] = False,
     detach: flags.Detach = False,
@@ -108,8 +112,8 @@ def campaign(
     flags.check_detach(detach, slurm)
     if per_job is not None:
         raise ConfigError(
-            "--per-job: a campaign compares experiments on the same node, so each cycle is one job; use --one-job to "
-            "run all cycles in a single job."
+            "--per-job: a campaign compares experiments on the same node, so each job runs a whole cycle (with "
+            "grouped, a whole arm); use --one-job to run all cycles in a single job."
         )
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,

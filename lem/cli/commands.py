@@ -1,8 +1,8 @@
 """Finds and runs the requested command. Importing a command module registers its commands.
 
-The commands delegate to the other packages. Only the module of the command that runs is imported; `lem --help` imports
-no command module. This module imports no heavy libraries; a command that needs hydra, pyarrow or codecarbon imports it
-when it runs.
+The commands delegate to the other packages. Only the modules of the requested command are imported; `lem --help`
+imports no command module, and shell completion imports all of them. This module imports no heavy libraries; a command
+that needs hydra, pyarrow or codecarbon imports that library when it runs.
 """
 
 from __future__ import annotations
@@ -178,7 +178,10 @@ def _import_modules_of(command: str) -> None:
 
 
 def _run() -> int:
-    """Run the command and return its exit code; an exception that this function does not catch is a bug in lem."""
+    """Run the command and return its exit code.
+
+    `exit_code_of` handles lem's own errors and Ctrl-C; any other exception that leaves this function is a bug in lem.
+    """
     try:
         return int(_command(_asked(sys.argv[1:]))(prog_name="lem", standalone_mode=False) or 0)
     except SystemExit as stop:

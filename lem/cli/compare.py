@@ -51,7 +51,10 @@ def results_compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Compare experiments, campaigns or results directories: ratios with intervals, and what differs."""
+    """Compare experiments, campaigns or results directories.
+
+    The output gives ratios with their intervals, and the differences in configuration, machine and software.
+    """
     from lem.errors import ResultsError
     from lem.results import browse, show
     from lem.results.comparison import check_allowed, comparisons, metric_named, parse_limit, unmatched

@@ -127,7 +127,9 @@ def new(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The file to write (default: experiment.yaml on a terminal, else standard output)."
+            "--output",
+            "-o",
+            help="The file to write. Default: standard output; on a terminal and without --campaign, experiment.yaml.",
         ),
     ] = None,
     preset: flags.Preset = None,

@@ -15,7 +15,7 @@ from lem.spec.schema import leaf
 
 @dataclass(frozen=True)
 class Flag:
-    """A deprecated flag, the configuration value that replaces it, and the overrides it stands for."""
+    """A deprecated flag, the path of the value that replaces it, and a function that returns the overrides to use."""
 
     name: str
     path: str
@@ -59,7 +59,7 @@ def option(name: str, *declarations: str) -> Any:
 
 
 def overrides(given: Mapping[str, Any]) -> list[str]:
-    """Return the overrides for the given flags, and warn about each; a flag with the value None was not given."""
+    """Return the overrides for the given flags, and warn about each flag; None means that a flag was not given."""
     result: list[str] = []
     for name, value in given.items():
         if value is None:

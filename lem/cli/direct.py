@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--config", type=Path, help="a config file")
     parser.add_argument("--model", "-m", help=leaf("model").description)
-    parser.add_argument("--dataset", "-d", help="dataset: a built-in name, a hub id or a local file")
+    parser.add_argument("--dataset", "-d", help="dataset: a name, a hub id, or a local file or directory")
     parser.add_argument("--sample-size", "-n", type=int, help=leaf("dataset.sample_size").description)
     parser.add_argument("--preset", help="start from a preset; lem presets lists them")
     parser.add_argument("--results-dir", "-o", help=leaf("io.results_dir").description)
@@ -116,7 +116,11 @@ def _check_all_started(environ: os._Environ[str]) -> None:
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment; raise `ConfigError` if it needs another number of processes than the launcher started."""
+    """Return the experiment; if its number of processes is not set, it becomes the number that the launcher started.
+
+    Raises:
+        ConfigError: the experiment needs more or fewer processes than the launcher started.
+    """
     experiment = composition.experiment()
     source = origin(composition.sources.layers(), ("num_processes",))
     if experiment.parallelism.strategy == "none" and (source is None or source.kind == "default"):
@@ -188,7 +192,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker on the GPUs that the experiment names; return the exit code."""
+    """Run as a worker, on the GPUs that the experiment names if it names any; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

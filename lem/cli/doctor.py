@@ -55,7 +55,10 @@ def doctor(
     cycle_gap: flags.CycleGap = None,
     cool_to: flags.CoolTo = None,
     seed: flags.OrderSeed = None,
-    primary: Annotated[str | None, typer.Option(help="Report the noise of this metric.")] = None,
+    primary: Annotated[
+        str | None,
+        typer.Option(help="Examine this metric in full; for other metrics, report only the noise floor."),
+    ] = None,
     difference: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +73,9 @@ def doctor(
     resume: Annotated[
         str | None,
         typer.Option(
-            "--resume", metavar="NAME|DIR", help="Resume an earlier --noise campaign, or show its noise again."
+            "--resume",
+            metavar="NAME|DIR",
+            help="Resume an earlier --noise campaign; if it is complete, show its noise again.",
         ),
     ] = None,
     config_dir: ConfigDir = None,
@@ -85,8 +90,8 @@ def doctor(
 ) -> None:
     """Report what can be measured on this machine, what cannot, and how to fix that.
 
-    The exit code is 0 if energy can be measured or estimated here, 1 if nothing can be measured, and 2 for invalid
-    arguments; with --noise, it is the same as for lem campaign.
+    The exit code is 0 if experiments can be measured here, 1 if they cannot (no meter, no engine, or no writable
+    results directory), and 2 for invalid arguments; with --noise, it is the same as for lem campaign.
     """
     from lem.results.store import default_root
     from lem.studies.ask import RunOptions
@@ -153,7 +158,7 @@ def _flags_of(settings: dict[str, Any]) -> list[str]:
 
 
 def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[str, Any]) -> None:
-    """Raise `ConfigError` if arguments are given that only --noise uses."""
+    """Raise `ConfigError` if any argument is given that has an effect only with --noise."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
         raise ConfigError(f"{', '.join(given)}: accepted only together with --noise. Add --noise, or leave these out.")

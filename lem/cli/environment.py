@@ -81,7 +81,7 @@ def load_dotenv() -> None:
         if loads_code(name):
             _warn(
                 file,
-                f"{name} is ignored because it can make programs load code; if you need it, set it in the shell.",
+                f"{name} is ignored because it can affect which code is run; if you need it, set it in the shell.",
             )
         elif "\0" in new[name]:
             _warn(file, f"{name} is ignored because its value contains a null character.")

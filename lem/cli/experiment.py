@@ -56,7 +56,7 @@ def experiment(
     resume: Resume = None,
     results_dir: ResultsDir = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Skip confirmation; resume an identical unfinished experiment.")
+        bool, typer.Option("--yes", "-y", help="Skip confirmation; an identical unfinished experiment is resumed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the configuration without running it.")

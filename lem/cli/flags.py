@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Dataset = Annotated[
     str | None,
     typer.Option(
-        "--dataset", "-d", help="Dataset: a built-in name, a hub id or a local file.", autocompletion=complete.datasets
+        "--dataset",
+        "-d",
+        help="Dataset: a name, a hub id, or a local file or directory; lem datasets lists the names.",
+        autocompletion=complete.datasets,
     ),
 ]
 Prompts = Annotated[str | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
@@ -37,7 +40,9 @@ WarmupTimeout = Annotated[float | None, typer.Option(help=_OF_CAMPAIGN["warmup_t
 ConfigGap = Annotated[
     float | None, typer.Option(help=_OF_CAMPAIGN["config_gap_s"] + f" Default: {Campaign.config_gap_s:g}.")
 ]
-CycleGap = Annotated[float | None, typer.Option(help="Pause between two cycles, in seconds. Default: --config-gap.")]
+CycleGap = Annotated[
+    float | None, typer.Option(help="Pause between two cycles, in seconds. Default: the same as --config-gap.")
+]
 CoolTo = Annotated[float | None, typer.Option(help=_OF_CAMPAIGN["cool_to_c"])]
 OrderSeed = Annotated[int | None, typer.Option(help=_OF_CAMPAIGN["seed"] + f" Default: {Campaign.seed}.")]
 Preset = Annotated[

@@ -14,7 +14,7 @@ UNUSED = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
 def import_formatter() -> None:
     """Import the formatter, with empty classes in place of the unused ones.
 
-    The stand-ins are removed afterwards, so that later imports find rich's own modules.
+    The stand-ins are removed afterward, so that later imports find rich's own modules.
     """
     if "typer.rich_utils" in sys.modules:
         return

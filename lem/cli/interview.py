@@ -1,4 +1,4 @@
-"""The questions that `lem config new` asks on a terminal; each answer is checked against the schema at once.
+"""The questions that `lem config new` asks on a terminal; each answer is immediately checked against the schema.
 
 Help texts and choices come from the schema and from conf/. This module does not know how the file is written.
 """

@@ -1,4 +1,4 @@
-"""The `lem jobs` command, which returns to jobs on a Slurm cluster that an earlier command submitted."""
+"""The `lem jobs` command, which lists, follows or cancels the Slurm jobs that earlier commands submitted."""
 
 from __future__ import annotations
 

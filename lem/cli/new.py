@@ -1,8 +1,8 @@
 """`lem config new`: writes a config file that shows every value of the schema, most of them commented out.
 
 A `Draft` holds the values to set: either the few that people change first, or the answers to questions on a terminal.
-Each commented-out value is already in effect, so removing every `#` changes nothing. This module does not handle
-inheritance.
+Each commented-out value is already in effect, so removing the `#` before any of these values changes nothing. This
+module does not handle inheritance.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def new(file: Path | None, *, preset: str | None, yes: bool, force: bool, config
         config_dir: a directory with the user's own options.
 
     Raises:
-        ConfigError: the file cannot be written; nothing has been changed.
+        ConfigError: there is no such preset, or the file or the JSON Schema beside it cannot be written.
         Interrupted: the user quit; nothing has been written.
     """
     file = DEFAULT_FILE if file is None and sys.stdout.isatty() else file
@@ -154,7 +154,7 @@ def new_campaign(file: Path | None, *, force: bool) -> int:
     """Write a commented template of a campaign file, or print it; return the exit code.
 
     Raises:
-        ConfigError: the file cannot be written; nothing has been changed.
+        ConfigError: the file cannot be written.
     """
     lines = [CAMPAIGN_HEAD, ""]
     lines += _comment(

@@ -1,4 +1,4 @@
-"""`lem aggregate` and the `lem results` commands, which read a results directory."""
+"""`lem aggregate`, `lem results list` and `lem results show`; other modules add the other `lem results` commands."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ app.add_typer(results_app, name="results")
 
 
 # Flags that select experiments; `lem results export` has them too.
-OfModel = Annotated[str | None, typer.Option("--model", help="Only models with this text in the name.")]
-OfBackend = Annotated[str | None, typer.Option("--backend", help="Only backends with this text in the name.")]
-OfDataset = Annotated[str | None, typer.Option("--dataset", help="Only datasets with this text in the name.")]
+OfModel = Annotated[str | None, typer.Option("--model", help="Only experiments whose model name contains this text.")]
+OfBackend = Annotated[
+    str | None, typer.Option("--backend", help="Only experiments whose backend name contains this text.")
+]
+OfDataset = Annotated[
+    str | None, typer.Option("--dataset", help="Only experiments whose dataset name contains this text.")
+]
 OfCampaign = Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")]
 OfSchedule = Annotated[str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")]
 Since = Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")]
@@ -49,7 +53,10 @@ def aggregate(
     results_dir: ResultsDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="If a record is missing, fail (--strict) or use the others.")
+        bool,
+        typer.Option(
+            "--strict/--no-strict", help="If a record is missing, fail (--strict) or use the others (--no-strict)."
+        ),
     ] = True,
     allow_mixed_backends: Annotated[
         bool, typer.Option("--allow-mixed-backends", help="Combine records from different backends (not recommended).")
@@ -73,7 +80,9 @@ def results_list(
     everything: Annotated[
         bool,
         typer.Option(
-            "--all", "-a", help="Also list all experiments that have no row; by default, only those in Slurm jobs are."
+            "--all",
+            "-a",
+            help="Also list experiments without a row. By default, they are listed only if they are in a Slurm job.",
         ),
     ] = False,
     status: Annotated[
@@ -122,7 +131,7 @@ def results_show(
         str,
         typer.Argument(
             metavar="ID|CAMPAIGN|SCHEDULE",
-            help="Experiment id or the beginning of one, or the name or directory of a campaign or a schedule.",
+            help="An experiment id (or its beginning), or the name or directory of a campaign or a schedule.",
             autocompletion=complete.experiment_ids,
         ),
     ],

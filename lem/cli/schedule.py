@@ -45,7 +45,9 @@ def schedule(
     dataset: Annotated[
         str | None,
         typer.Option(
-            "--dataset", help="Dataset: a built-in name, a hub id or a local file.", autocompletion=complete.datasets
+            "--dataset",
+            help="Dataset: a name, a hub id, or a local file or directory; lem datasets lists the names.",
+            autocompletion=complete.datasets,
         ),
     ] = None,
     prompts: flags.Prompts = None,

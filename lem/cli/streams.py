@@ -26,7 +26,7 @@ ENCODING_ERRORS = "lem.spelled"
 
 
 def forgiving_streams() -> None:
-    """Replace the standard streams with streams that never raise an error; `lost_output` returns the error instead."""
+    """Replace stdout and stderr with streams that raise no error if a write fails, and open stdin if it is closed."""
     codecs.register_error(ENCODING_ERRORS, _spelled)
     _fill_closed_descriptors()
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
@@ -35,7 +35,7 @@ def forgiving_streams() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Flush stdout; return the error if some of the output was lost."""
+    """Flush stdout; return the error that caused the loss of output, or None if nothing was lost."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.lost if isinstance(raw, _Descriptor) else None
@@ -68,8 +68,8 @@ class _Guard:
     """A text stream that escapes control characters and otherwise behaves like the stream it wraps."""
 
     def __init__(self, stream: TextIO) -> None:
-        # If a stream has an attribute of this name, rich writes to the attribute instead, so that its color codes are
-        # not escaped. lem's own consoles have already escaped their texts (`lem.results.show.console`).
+        # If a stream has an attribute of this name, rich writes to the attribute instead, so rich's color codes are not
+        # escaped. lem's own consoles have already escaped their texts (`lem.results.show.console`).
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
@@ -115,7 +115,7 @@ class _Descriptor(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Spell a character that the encoding lacks in ASCII or, if it has no such spelling, as a JSON escape."""
+    """Return the ASCII spelling of a character that the encoding lacks or, if there is none, a JSON escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]

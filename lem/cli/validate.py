@@ -141,7 +141,7 @@ def problems(
             Problem(
                 "no_model",
                 "model",
-                "no model is set, so other files can inherit from this one, but it cannot be run.",
+                "no model is set; other files can inherit from this file, but it cannot be run as it is.",
                 Location(file),
             )
         )
@@ -205,7 +205,11 @@ def _objections(
     known: Sequence[Problem],
     primary: Measure | None,
 ) -> list[Problem]:
-    """Return the objections of the rules, except those about values already reported as wrong."""
+    """Return the objections to an experiment, with their locations.
+
+    The result leaves out objections to values that are already reported as wrong, objections that hold only outside
+    campaigns and, with `any_machine`, objections that concern this machine.
+    """
     found: Found = [
         (tuple(objection.path.split(".")), Problem(objection.code, objection.path, objection.message))
         for objection in [*objections(experiment, host), *(unmeasured(experiment, primary) if primary else [])]
@@ -320,7 +324,7 @@ def _lines(values: dict[str, Any], origins: dict[KeyPath, Origin], path: KeyPath
 
 
 def as_yaml(value: Any) -> str:
-    """Write a value as YAML on one line, so that reading it from a config file gives the same value."""
+    """Return a value as YAML on one line; reading this text from a config file gives the same value."""
 
     class Dumper(yaml.SafeDumper):
         yaml_implicit_resolvers = resolvers(yaml.SafeDumper)

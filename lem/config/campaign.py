@@ -157,10 +157,11 @@ def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
 
 
 def in_whole_squares(campaign: Campaign, arms: int, given: Container[str]) -> Campaign:
-    """Return a campaign's settings; if it is latin, with a number of cycles that allows complete Latin squares.
+    """Return a campaign's settings; for the structure `latin`, raise the number of cycles to allow complete squares.
 
-    Without `until_ci`, `cycles` is raised to complete squares; with it, `max_cycles` is raised to allow one square more
-    than `cycles` needs. A number that the user set stays unchanged, and no number is raised beyond its limit.
+    Without `until_ci`, `cycles` is raised to complete Latin squares. With `until_ci`, `max_cycles` is raised to allow
+    one square more than `cycles` needs. A number that the user set stays unchanged, and no number is raised beyond its
+    limit.
 
     Args:
         campaign: the campaign's settings.

@@ -167,8 +167,8 @@ def _with_parents(paths: Iterable[str]) -> frozenset[str]:
 def resolved(values: Values) -> tuple[Values, Found]:
     """Return the values with interpolations resolved, and a problem for each string that is unusable.
 
-    The unusable strings are ???, interpolations that cannot be resolved, and texts that contain the Hugging Face token
-    or a null character.
+    The unusable strings are ???, interpolations that cannot be resolved, and strings that contain the Hugging Face
+    token or a null character.
     """
     found_texts = list(texts(values))
     message = "??? marks a value that must be set; set it."

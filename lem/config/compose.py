@@ -60,7 +60,11 @@ class Inputs:
 def read_inputs(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None, groups_in: Path | None = None
 ) -> Inputs:
-    """Read a config file and parse overrides; problems are returned in the result, not raised."""
+    """Read a config file and parse overrides; problems are returned in the result, not raised.
+
+    Raises:
+        ConfigError: the config directory contains no options.
+    """
     known = find_options(config_file, config_dir)
     file = examine_file(config_file, known) if config_file else UserFile(known)
     parsed, problems = parse(overrides, known, groups_in)
@@ -134,7 +138,7 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
         with other results.
 
     Raises:
-        Problems: an option does not exist or cannot be used, or an interpolation cannot be resolved.
+        Problems: an option does not exist or cannot be used, or a string is unusable (see `lem.config.check.resolved`).
     """
     chosen = {group: choice_of(group, name, file.options) for group, name in choices.items()}
     sources = Sources.of(file, chosen, values)
@@ -213,7 +217,12 @@ class Composition:
         return None if found else examine(values)[0]
 
     def values(self) -> Values:
-        """Compose the values and resolve interpolations, without checks; raises `ConfigError` if Hydra fails."""
+        """Compose the values and resolve interpolations, without checking types and ranges.
+
+        Raises:
+            ConfigError: an override is a sweep, Hydra fails, a value is marked as missing (???), or a string contains
+                the Hugging Face token or a null character.
+        """
         from hydra import compose, initialize_config_module
 
         if swept := next((override for override in self.given if override.is_sweep), None):
@@ -331,8 +340,8 @@ def _register_options(known: Options, chosen: Iterable[tuple[str, Choice]]) -> N
 def _register_file(inputs: Inputs) -> list[str]:
     """Store the values of the user's file; return the overrides that append them to the defaults list.
 
-    In a sweep over a group, the values that the file sets in this group apply only to cells that use the option the
-    file itself chooses.
+    In a sweep over a group, the values that the file sets in this group apply only to the cells with the option that
+    the file chooses.
     """
     file, known = inputs.sources.file, inputs.sources.file.options
     appended = [f"+{FILE_GROUP}@_global_={FILE_OPTION}"]
@@ -352,7 +361,7 @@ def _register_file(inputs: Inputs) -> list[str]:
 
 @contextmanager
 def _hydra_errors(sources: Sources | None = None) -> Iterator[None]:
-    """In the block, replace a Hydra error with the problems that plain composition finds or, if none, one sentence."""
+    """In the block, turn Hydra errors into the problems that plain composition finds or, failing that, one sentence."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -36,11 +36,10 @@ class Launcher:
 
 
 def chosen_launcher(overrides: Sequence[str], config_dir: Path | None) -> Launcher | None:
-    """Return the Slurm launcher that the overrides choose, or None if the cells run in this process.
+    """Return the Slurm launcher that the overrides choose, or None if they choose none or `basic`.
 
     Raises:
-        ConfigError: the launcher does not exist or is of another kind, or options are wrong; all wrong options are
-            listed.
+        ConfigError: the launcher does not exist or is of another kind, or some of its options are wrong.
     """
     own = [text for text in overrides if is_of_launcher(text)]
     chosen = [text for text in own if _key(text) == GROUP]
@@ -62,7 +61,7 @@ def chosen_launcher(overrides: Sequence[str], config_dir: Path | None) -> Launch
 
 
 class Refused(Exception):
-    """Slurm did not accept a job; the message is that of sbatch."""
+    """Slurm did not accept a job; the message comes from sbatch."""
 
 
 def submit(

@@ -3,8 +3,8 @@
     schema defaults < environment < options of the groups < preset < files, parents first < command line
 
 The tests check that the result equals Hydra's composition of conf/config.yaml. Merging plain dictionaries is a thousand
-times as fast as Hydra, and large grids need that speed. This module also keeps track of the layer of each value, which
-Hydra does not. This module does not parse Hydra's grammar and does not check values.
+times as fast as Hydra, and large grids need that speed. Unlike Hydra, this module also keeps track of the layer of each
+value. It does not parse Hydra's grammar and does not check values.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _users(file: OptionFile, options: Options) -> Option:
     group = None if file.group == "preset" else file.group
     read = examine_file(file.path, options, group)
     if "preset" in read.choices:
-        message = "a preset cannot choose another preset; inherit from its file with defaults: [name]."
+        message = "a preset cannot choose another preset; inherit from that preset's file with defaults: [name]."
         read.problems.append(Problem("wrong_type", "preset", message, read.choices["preset"].location))
     locations = {path: location for layer in read.layers for path, location in layer.locations.items()}
     values = read.values
@@ -237,7 +237,7 @@ def _users(file: OptionFile, options: Options) -> Option:
         own.setdefault("name", file.name)
     if file.group == "backend" and own.setdefault("name", file.name) not in BACKENDS:
         location = locations.get(("backend", "name"), Location(file.path))
-        message = f"an option of this group must name its engine, which is one of {', '.join(BACKENDS)}."
+        message = f"an option of this group must name its backend; choose one of {', '.join(BACKENDS)}."
         read.problems.append(Problem("unknown_option", "name", message, location))
     if problems := impossible(read.problems):
         raise Problems(problems)
@@ -254,7 +254,7 @@ def _users(file: OptionFile, options: Options) -> Option:
 
 
 def _engine_defaults(file: OptionFile, values: Values) -> tuple[Layer, ...]:
-    """For an option of the group `backend`, return the layer of its engine's defaults; otherwise, return no layer."""
+    """For an option of the group `backend`, return the layer of its backend's defaults; otherwise, return no layer."""
     if file.group != "backend":
         return ()
     return (Layer("default", None, {"backend": schema_defaults(values["name"])}),)

@@ -22,7 +22,7 @@ FOLDER = "conf"
 # The folder of launchers, which a user's directory may have too; `lem.config.launcher` reads them.
 LAUNCHERS = "hydra/launcher"
 SUFFIXES = (".yaml", ".yml")
-# Stands for any hub dataset or local file; the option itself names no prompts.
+# The option behind every hub dataset and local file that is chosen; by itself, it names no prompts.
 CUSTOM = "custom"
 
 

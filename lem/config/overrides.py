@@ -48,7 +48,7 @@ class Override:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether the override stands for several experiments."""
+        """Whether the override has several values or options, each for an experiment of its own."""
         return len(self.parts) > 1
 
     @property

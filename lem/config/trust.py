@@ -31,8 +31,8 @@ MOST_BYTES = 64_000_000
 # Files of a model that determine which code is loaded.
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
-# The resolver that interpolates environment variables, and the minimum length, in characters, of a variable's value
-# that may be a secret.
+# The resolver that interpolates environment variables. A variable's value may be a secret if it has at least
+# SHORTEST_SECRET characters.
 OF_ENVIRONMENT = "oc.env"
 SHORTEST_SECRET = 8
 

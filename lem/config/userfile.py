@@ -136,8 +136,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
 def find_options(path: Path | None, config_dir: Path | None = None) -> Options:
     """Return the options available to a config file.
 
-    They come from the given directory. If none is given, they come from the nearest `conf/`: beside the file or, if
-    there is none, beside one of the files that it inherits from.
+    The user's own options come from the given directory. If none is given, they come from the nearest `conf/`: beside
+    the file or, if there is none, beside one of the files that it inherits from.
 
     Raises:
         ConfigError: the given directory contains no options.

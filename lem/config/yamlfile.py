@@ -1,8 +1,9 @@
 """Reads a YAML file as plain data, with the line of every key, without running any code.
 
-Numbers follow YAML 1.2 (1e-5 is a number), duplicate keys are problems, and only the standard tags are allowed. The
-cost of reading a file is bounded by limits on its size in bytes, its nesting, the length of each string, and the number
-of values after aliases are expanded. This module does not know the keys of the configuration.
+Files are read as YAML 1.1, except that 1e-5 is a number and a date is a string. Duplicate keys are problems, and only
+the tags of plain values are allowed. The cost of reading a file is bounded by limits on its size in bytes, its nesting,
+the length of each string, and the number of values after aliases are expanded. This module does not know the keys of
+the configuration.
 """
 
 from __future__ import annotations

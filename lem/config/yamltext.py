@@ -18,7 +18,7 @@ from yaml.representer import SafeRepresenter
 
 
 def flow(value: Any) -> str:
-    """Write plain data as YAML on one line; YAML 1.1 and 1.2 parsers read it the same way."""
+    """Return plain data as YAML on one line; parsers of YAML 1.1 and 1.2 read this text in the same way."""
     if isinstance(value, str):
         return _quoted(value)
     if isinstance(value, list):

@@ -22,7 +22,7 @@ class AutoMeter(CombinedMeter):
 
     @classmethod
     def configured(cls, energy: Energy, gpus: Sequence[Gpu]) -> Meter:
-        """Choose the meters for this machine."""
+        """Return a combination of the best meters for this machine."""
         meters: list[Meter] = [NvmlMeter(gpus, energy.power_hz)] if gpus else []
         if not rapl.readable(energy.powercap_dir):
             return cls(*meters, CodecarbonMeter())

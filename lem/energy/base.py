@@ -70,8 +70,8 @@ class Meter(ABC):
         The caller stores the result, so that the energy is not lost if the run is killed. The method is called inside
         the measured window: between batches and, if other processes run a share of the prompts, also during a batch,
         from another thread, but never from two threads at once. Therefore, it never waits for a sensor's next value,
-        and makes at most one call to the driver for each device, which usually takes well under a millisecond. It does
-        not raise an error if a device is lost, and it does not change the result of `end`.
+        and makes at most one call to the driver for each device. It does not raise an error if a device is lost, and it
+        does not change the result of `end`.
 
         There is a reading for each device that `end` reports, in the same order. A reading holds the energy at the
         sensor's last tick or sample, so the energy never decreases and never exceeds the final energy. Before the first
@@ -164,7 +164,11 @@ class CombinedMeter(Meter):
             meter.mark()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Mark the end on all meters before ending any, so that no window includes another meter's waiting time."""
+        """Close the window on all meters, and return their readings.
+
+        The end is marked on all meters before any of them waits, so that no window includes another meter's waiting
+        time.
+        """
         self.mark()
         parts = [meter.end() for meter in reversed(self._meters)]
         return tuple(reading for part in reversed(parts) for reading in part)

@@ -94,10 +94,11 @@ class CodecarbonMeter(ImmediateMeter):
         )
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the sum of the samples that the tracker's own thread has taken; this takes about 20 µs.
+        """Return the CPU energy in the samples that the tracker's own thread has taken, and the memory energy so far.
 
-        The last sample can be up to a second old. Taking an extra sample here would change the final result, because
-        the power that codecarbon derives is not linear in the CPU's load.
+        If codecarbon reads RAPL, it takes no samples of the CPU, and the CPU energy is None. The last sample can be up
+        to a second old. Taking an extra sample here would change the final result, because the power that codecarbon
+        derives is not linear in the CPU's load. This method takes about 20 µs.
         """
         cpu, cpu_j, sampled_s = self._cpu(), None, None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:

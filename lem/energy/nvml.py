@@ -129,7 +129,7 @@ class NvmlMeter(Meter):
         self._sampler.sample_now()
 
     def end(self) -> tuple[EnergyReading, ...]:
-        """Return each GPU's energy since `begin`, after waiting for the two ticks that follow the window's end."""
+        """Return each GPU's energy from `begin` to `mark`, after waiting for the two ticks that follow `mark`."""
         assert self._sampler is not None
         self.mark()
         assert self._marked_ns is not None
@@ -313,7 +313,7 @@ class Device:
         return int(self._lib.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
     def _counter_exists(self) -> bool:
-        """Read the counter once and return whether it exists; any other failure is stored in `counter.error`."""
+        """Read the counter once; return False if the driver does not support it. `counter.error` keeps any error."""
         self.counter.poll()
         return not isinstance(self.counter.error, self._lib.NVMLError_NotSupported)
 

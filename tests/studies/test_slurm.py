@@ -204,7 +204,7 @@ def test_several_experiments_in_a_job_need_a_sweep_on_slurm(lem, tmp_path):
         (("experiment", "a.yaml", "--multirun", "seed=1,2"), needs_slurm),
         (("batch", "a.yaml"), needs_slurm),
         (("experiment", "a.yaml", *SLURM), needs_several),
-        (("campaign", "a.yaml", "a.yaml", *SLURM), "each cycle is one job"),
+        (("campaign", "a.yaml", "a.yaml", *SLURM), "each job runs a whole cycle"),
     ):
         done = lem(*arguments, "--per-job", "2")
         assert (done.code, message in done.err) == (2, True), done.err
