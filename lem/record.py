@@ -400,8 +400,8 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     latency_s: Annotated[
         Amount | None,
         quantities.SECOND,
-        "end_s minus arrived_s, or minus start_s if there is no queue. All requests of a padded batch have the same "
-        "latency; null if the request failed.",
+        "end_s minus arrived_s or, without traffic, minus start_s; null if the request failed. Without traffic, all "
+        "requests of a padded batch have the same latency.",
     ]
     prefill_s: Annotated[
         Number | None,

@@ -2,7 +2,7 @@
 
 zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; each reading names its source.
 zeus measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible. It identifies them by
-number and does not know UUIDs or MIG instances. CPUs are left to the RAPL meter. The meter needs the extra `zeus`.
+number and does not know UUIDs or MIG instances. This meter needs the extra `zeus`. It does not read CPUs; RAPL does.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return each counter's increase, read without ending zeus's window; None for a GPU without a counter."""
+        """Return each counter's increase, without ending zeus's window; a GPU without a counter gets no energy."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

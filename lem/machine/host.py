@@ -1,7 +1,7 @@
 """The host that an experiment runs on: devices, processor, memory and installed packages.
 
-The module imports none of the packages that it reports. It reads only the environment variables that hold job ids or
-identify a container, so that no secret can end up in a record.
+The module imports none of the packages that it reports. The only environment variables that it puts into a record are
+those that describe a Slurm job or a container, so that no secret can end up there.
 """
 
 from __future__ import annotations

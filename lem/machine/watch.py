@@ -21,8 +21,8 @@ from lem.quantities import NS_PER_S
 from lem.record import DeviceWindow, ForeignProcess
 
 PERIOD_S = 0.1
-# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Policies that do not
-# limit work are left out: low utilization, clocks set by the user, and GPUs synchronized with each other.
+# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Left out are
+# policies that do not limit the work (low utilization) or that the user has chosen (clocks, synchronized GPUs).
 POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
 
 
