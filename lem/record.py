@@ -394,7 +394,7 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     input_truncated: Annotated[bool, "Whether the prompt was truncated to max_input_tokens."]
     finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
     start_s: Annotated[
-        Number, quantities.SECOND, "When the engine started the request, or when the request was sent to the server."
+        Number, quantities.SECOND, "When the engine started the request or, with a server, when the request was sent."
     ]
     end_s: Annotated[Number, quantities.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
@@ -415,7 +415,12 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         "When the request arrived; null without traffic. Negative if the request arrived before the window of a "
         "resumed cycle opened.",
     ] = None
-    queue_s: Annotated[Number | None, quantities.SECOND, "Time in the queue: start_s minus arrived_s."] = None
+    queue_s: Annotated[
+        Number | None,
+        quantities.SECOND,
+        "Time in the queue: start_s minus arrived_s; null without traffic, or if the engine does not report when it "
+        "started the request.",
+    ] = None
     ttft_s: Annotated[
         Amount | None,
         quantities.SECOND,

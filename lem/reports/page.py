@@ -154,12 +154,12 @@ def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
         if found:
             yield f"<dt>{name}</dt><dd>{_text(_counted(found.most_common()))}</dd>"
     cycles = sum(row.cycles_completed for row in rows)
-    yield f"<dt>amount</dt><dd>{len(rows)} experiments with {cycles} finished cycles</dd>"
+    yield f"<dt>amount</dt><dd>experiments: {len(rows)}, finished cycles: {cycles}</dd>"
     yield "</dl></section>"
 
 
 def _counted(values: Sequence[tuple[str, int]]) -> str:
-    """Return values as text, with their counts if there are several; if there are many, only the first ones."""
+    """Return values as text, with their counts if there are several; of many values, only the first are named."""
     if len(values) == 1:
         return values[0][0]
     more = len(values) - MOST_NAMED
@@ -184,7 +184,7 @@ def _trust(content: Content) -> Iterator[str]:
     else:
         yield "<p>There are no warnings.</p>"
     if content.failed:
-        yield "<h3>Runs without a result</h3>"
+        yield "<h3>Experiments that did not complete</h3>"
         yield from _table(
             ("experiment", "status", "reason"),
             [(row.experiment_id, row.status, row.error or "–") for row in content.failed],
@@ -226,7 +226,7 @@ def _chart(number: int, chart: Chart) -> Iterator[str]:
         yield f'<p class="quiet">{_text(chart.note)}</p>'
     is_printed = len(chart.lines) <= MOST_PRINTED
     if not is_printed:
-        not_printed = f"The table of these {len(chart.lines)} values is not printed; the page on a screen has it."
+        not_printed = f"The table of the values ({len(chart.lines)} rows) is not printed; the page shows it on screen."
         yield f'<p class="on-paper">{not_printed}</p>'
     printed = ' class="printed"' if is_printed else ""
     yield f"<details{printed}><summary>The values as a table ({len(chart.lines)} rows)</summary>"
