@@ -421,7 +421,10 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or all missing and outdated rows; return 1 after a failure, else 0."""
+    """Write the rows of one experiment, or all missing and outdated rows.
+
+    The result is 1 if anything failed or if the one experiment was skipped, else 0.
+    """
     if (experiment_id is None) == (not everything):
         raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
@@ -442,7 +445,7 @@ def aggregate_experiments(
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print an experiment's outcome, unless `everything` is set and its row was up to date; return its kind."""
+    """Print an outcome, unless `everything` is set and the row was already up to date; return the outcome's kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):

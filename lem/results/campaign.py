@@ -77,7 +77,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Machine:
-    """The properties of the machine and software that must not change while a campaign is measured."""
+    """The properties of the machine and its software that must stay the same while a campaign is measured."""
 
     hostname: str
     driver_version: str | None
@@ -159,7 +159,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     ]
     ci95_low: Annotated[float | None, "95% interval of the mean, lower end; null with fewer than two cells."]
     ci95_high: Annotated[float | None, "95% interval of the mean, upper end."]
-    reason: Annotated[str | None, "Why the mean is null; null if it is not."]
+    reason: Annotated[str | None, "Why there is no mean; null if there is one."]
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
@@ -190,7 +190,11 @@ class PairRow(Struct, frozen=True, kw_only=True):
     ]
     p_adjusted: Annotated[float | None, quantities.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
-    cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80%."]
+    cycles_needed: Annotated[
+        int | None,
+        'Cycles needed for a power of 80%, if the verdict is "cannot tell"; null otherwise, with fewer than two '
+        "cycles, or if more cycles would hardly help.",
+    ]
 
 
 @dataclass(frozen=True)
@@ -393,7 +397,8 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
     """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
-    This depends only on the completed cells up to that cycle, so interrupting a campaign does not change the result.
+    This depends only on the cells up to that cycle and on the arms given up, so interrupting a campaign does not change
+    the result.
 
     Args:
         definition: the campaign.
@@ -616,7 +621,7 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
 
 
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
-    """Before anything is measured, warn about an order in which a drift can look like a difference between arms."""
+    """Warn about an order that is the same in each cycle or is not balanced; this can be done before measuring."""
     if campaign.structure in ("interleaved", "grouped"):
         text = (
             f"the order is {campaign.structure}, and therefore the same in each cycle, so a drift can look like a "

@@ -73,7 +73,7 @@ def sentences(answer: Answer) -> Iterator[str]:
 
 
 def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
-    """If one of two arms has no value, return a sentence that says why they cannot be compared; otherwise None."""
+    """If a pair has no ratio because one of its arms has no mean, return a sentence that says so; otherwise None."""
     if pair.ratio is not None:
         return None
     reasons = {row.arm: row.reason for row in answer.arms if row.is_primary}

@@ -48,7 +48,7 @@ class Known:
         return sorted(self.raw | self.rows.keys(), key=age)
 
     def named(self, texts: Sequence[str]) -> list[str]:
-        """Return the ids that the given texts stand for, oldest first; each text is an id or the beginning of one.
+        """Return the ids that the given texts match, oldest first; each text is an id or the beginning of one.
 
         Raises:
             ResultsError: a text matches no experiment or several.
@@ -107,7 +107,7 @@ class Known:
 
 
 def one_of(text: str, ids: Iterable[str], root: Path) -> str:
-    """Return the id that a text stands for; raises `ResultsError` if it matches none or several."""
+    """Return the id that is equal to a text or begins with it; raises `ResultsError` if there are none or several."""
     listed = list(ids)
     matches = [text] if text in listed else [name for name in listed if text and name.startswith(text)]
     if len(matches) == 1:
