@@ -48,7 +48,7 @@ class ConfigError(BadInput):
 
 
 class DatasetError(BadInput):
-    """The prompts cannot be loaded as configured; raised by the prompt sources. Exit code 2."""
+    """The prompts cannot be loaded as configured; raised by the sources of prompts. Exit code 2."""
 
 
 class ModelError(BadInput):

@@ -96,7 +96,7 @@ class RaplMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield an objection if the counters are missing or the user has no permission to read them."""
+        """Yield an objection if no package's counter can be read."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 

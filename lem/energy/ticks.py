@@ -3,7 +3,7 @@
 The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If these readings
 are also close together, the time of the tick is known to within a few milliseconds. The times of the ticks around it
 are then known as well, because ticks are evenly spaced. Any other reading, even one from a slow call, then gives the
-exact energy at the last tick before it. Only readings too close to a tick to tell which came first are not used.
+exact energy at the last tick before it. A reading is left out if it is too close to a tick to tell which came first.
 
 The energy at any other time is interpolated between the ticks on either side. If a load starts or stops at that time,
 the power changes. The energy between the two ticks is therefore divided in proportion to the power before the first
@@ -53,7 +53,7 @@ class Edge:
 
 
 class Reading(NamedTuple):
-    """A value of the counter, and the times at which the call that read it began and ended."""
+    """A value of the counter, and the beginning and end of the call that read it."""
 
     asked_ns: int
     got_ns: int

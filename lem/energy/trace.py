@@ -91,7 +91,7 @@ class Sampler:
             self._thread.join()
 
     def sample_now(self) -> None:
-        """Take an additional sample now, at the edge of a window."""
+        """Take a sample now; called at a fixed rate, and at each edge of a window."""
         with self._lock:
             self._samples.extend(self._take())
 

@@ -208,8 +208,7 @@ def versions() -> dict[str, str]:
 def peak_memory_bytes(pid: int | None = None) -> int | None:
     """Return the peak resident memory of a process in bytes (this process by default); None if it is not reported.
 
-    getrusage is not used: on Linux, its value is at least the size of the parent at the time when it started the
-    process.
+    getrusage is not used: on Linux, its value is at least the size that the parent had when the process was started.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 

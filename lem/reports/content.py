@@ -74,7 +74,7 @@ class Trust:
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration or environment value: its key, and its values with the number of experiments that have them."""
+    """A setting of the configuration or the environment, with the number of experiments that have each value."""
 
     key: str
     values: Sequence[tuple[str, int]]

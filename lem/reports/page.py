@@ -80,7 +80,7 @@ def page(content: Content, created_at: str) -> str:
 
 
 def embedded(value: object) -> str:
-    """Return plain data as JSON that is safe inside a script element, whatever its texts contain."""
+    """Return plain data as JSON that is safe inside a script element, whatever its strings contain."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:  # some number is not finite
@@ -287,7 +287,7 @@ def _number(value: float) -> str:
 
 
 def _text(text: str) -> str:
-    """Escape a text for HTML, and show control characters as escapes."""
+    """Return a text with markup and control characters escaped."""
     return escape(printable(text))
 
 

@@ -1,4 +1,4 @@
-"""`lem results` and `lem aggregate`: read a results directory and print its content."""
+"""The commands that print the content of a results directory, and `lem aggregate`, which writes its tables."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
     cells_completed: Annotated[int, "Number of completed cells."]
     cells_planned: Annotated[
-        int, "Number of cells planned for the arm; in an adaptive campaign, only in the cycles that it reached."
+        int, "Number of cells planned for the arm; in an adaptive campaign, only those in cycles that were reached."
     ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
@@ -170,7 +170,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
     baseline: Annotated[str, "Name of the baseline arm."]
     measure: Annotated[str, "Column of the experiments table that is compared."]
     is_primary: Annotated[bool, "Whether this is the primary metric, which decides the comparison."]
-    cycles: Annotated[int, "Cycles in which both arms have a value."]
+    cycles: Annotated[int, "Number of cycles in which both the arm and the baseline have a value."]
     ratio: Annotated[float | None, quantities.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[
         float | None, quantities.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."
@@ -179,8 +179,8 @@ class PairRow(Struct, frozen=True, kw_only=True):
     confidence: Annotated[
         float,
         quantities.RATIO,
-        "Nominal level of this interval; all pairs' intervals hold jointly at 95%, for which an adaptive campaign "
-        "needs a higher nominal level.",
+        "Nominal level of this interval, chosen so that the intervals of all pairs hold jointly at 95%, even if an "
+        "adaptive campaign stops early.",
     ]
     p_value: Annotated[
         float | None,
@@ -621,7 +621,7 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
 
 
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
-    """Warn about an order that is the same in each cycle or is not balanced; this can be done before measuring."""
+    """Warn about an order that is the same in each cycle or is not balanced; no measurements are needed."""
     if campaign.structure in ("interleaved", "grouped"):
         text = (
             f"the order is {campaign.structure}, and therefore the same in each cycle, so a drift can look like a "
