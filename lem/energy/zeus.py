@@ -113,7 +113,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return each counter's increase without ending zeus's window; a GPU without a counter has an energy of None."""
+        """Return each counter's increase without ending zeus's window; no energy for a GPU without a counter."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

@@ -276,7 +276,9 @@ def _refuse_flags(store: Store, name: str, what: str, *, raw: bool, environment:
 
 
 def schedule_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the schedule with the given name, id or directory; None if there is no such schedule.
+    """Return the directory of the schedule that a text names; None if it names no schedule or is an experiment's id.
+
+    The text may be the schedule's name, its id or its directory.
 
     Raises:
         ResultsError: the text also names a campaign, or the schedule's file is damaged.

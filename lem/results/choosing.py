@@ -56,7 +56,7 @@ class Known:
         return sorted({one_of(text, self.ids, self.store.root) for text in texts}, key=age)
 
     def status(self, experiment_id: str) -> str:
-        """Return an experiment's status as `lem results list --all` shows it."""
+        """Return an experiment's status as `lem results list --all` shows it, except that Slurm jobs are ignored."""
         row = self.rows.get(experiment_id)
         if row is not None and (row.status == "completed" or experiment_id not in self.raw):
             return row.status
