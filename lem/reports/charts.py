@@ -221,8 +221,8 @@ def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
     }  # fmt: skip
     return Chart(
         "power-traces",
-        f"Power of {len(traces)} experiments",
-        f"{len(traces)} panels with a line each: power from {_range(samples, 'power_w')} W.",
+        f"Power of {len(traces)} experiment{'s' if len(traces) != 1 else ''}",
+        f"A panel with a line for each experiment ({len(traces)}): power from {_range(samples, 'power_w')} W.",
         spec,
         ("experiment", "time (s)", "device", "power (W)"),
         [tuple(each.values()) for each in samples],

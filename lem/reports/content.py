@@ -122,7 +122,8 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
         raise ResultsError(
             f"{store.root} has no experiments to report on; lem results list --all also lists experiments without rows."
         )
-    return _content(store, f"{len(rows)} experiments", rows, [*late, *damaged])
+    title = "1 experiment" if len(rows) == 1 else f"{len(rows)} experiments"
+    return _content(store, title, rows, [*late, *damaged])
 
 
 def of_campaign(store: Store, name: str) -> Content:

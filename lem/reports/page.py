@@ -229,7 +229,8 @@ def _chart(number: int, chart: Chart) -> Iterator[str]:
         not_printed = f"The table of the values ({len(chart.lines)} rows) is not printed; the page shows it on screen."
         yield f'<p class="on-paper">{not_printed}</p>'
     printed = ' class="printed"' if is_printed else ""
-    yield f"<details{printed}><summary>The values as a table ({len(chart.lines)} rows)</summary>"
+    count = "1 row" if len(chart.lines) == 1 else f"{len(chart.lines)} rows"
+    yield f"<details{printed}><summary>The values as a table ({count})</summary>"
     yield from _table(chart.headers, chart.lines)
     yield "</details></section>"
 

@@ -173,9 +173,11 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
         left = plan.prompts.count - sum(len(part.requests) for part in by_cycle.get(cycle, ()))
         if ranks:
             names = ", ".join(map(str, sorted(ranks)))
-            missing.append(f"no record from process {names} of {plan.processes} in cycle {cycle}")
+            lacking = f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
+            missing.append(f"no record from {lacking} (of {plan.processes} processes) in cycle {cycle}")
         elif left:
-            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle} have no result")
+            verb = "has" if left == 1 else "have"
+            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle} {verb} no result")
     if missing:
         raise ResultsError(
             f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate what is there."

@@ -478,7 +478,8 @@ def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
     values = [_value(cell, measure) for cell in cells if cell.row is not None]
     if values:
         lacking, count = values.count(None), len(values)
-        which = "no completed cell has" if lacking == count else f"{lacking} of {count} completed cells lack"
+        some = f"{lacking} of {count} completed cells {'lacks' if lacking == 1 else 'lack'}"
+        which = "no completed cell has" if lacking == count else some
         return f"{which} a value for {measure}"
     failed = [cell.error or "for an unknown reason" for cell in cells if cell.status == "failed"]
     given_up = next((cell.error for cell in cells if cell.given_up and cell.error), None)
@@ -611,7 +612,8 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
     yield from about_order(campaign, len(names))
     missing = [cell for cell in found.values() if cell.row is None]
     if missing:
-        text = f"{len(missing)} of {len(found)} cells have no result, so the pairs that contain them are missing."
+        have = "has" if len(missing) == 1 else "have"
+        text = f"{len(missing)} of {len(found)} cells {have} no result, so pairs that need such a cell are missing."
         yield warning("campaign_cells_missing", text)
     yield from _different(campaign, names, found)
     yield from _moved(campaign, names, found)

@@ -117,9 +117,10 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
         return
     target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
     if not answer.ended:
+        begun = "1 cycle has" if answer.cycles_begun == 1 else f"{answer.cycles_begun} cycles have"
         yield (
-            f"The campaign is adaptive and not over: {answer.cycles_begun} cycles have begun (minimum {rule.least}, "
-            f"maximum {rule.most}). It stops as soon as {target.format('')}."
+            f"The campaign is adaptive and not over: {begun} begun (minimum {rule.least}, maximum {rule.most}). It "
+            f"stops as soon as {target.format('')}."
         )
     elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
         yield (
