@@ -109,12 +109,12 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
                 "order": {"field": "place", "type": "quantitative"},
             },
         }
-        total = sum(float(each["joules"]) for each in values)
+        total, shown = sum(float(each["joules"]) for each in values), len({each["name"] for each in values})
         found.append(
             Chart(
                 key,
                 heading,
-                f"Stacked bars, one per experiment ({len(rows)}), {total:.4g} J in total.",
+                f"Stacked bars, one per experiment ({shown}), {total:.4g} J in total.",
                 spec,
                 ("experiment", "part", "energy (J)", "source"),
                 [(each["name"], each["part"], each["joules"], each["kind"]) for each in values],
