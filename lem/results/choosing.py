@@ -107,7 +107,7 @@ class Known:
 
 
 def one_of(text: str, ids: Iterable[str], root: Path) -> str:
-    """Return the id that is equal to a text or begins with it; raises `ResultsError` if there are none or several."""
+    """Return the id that a text stands for; raises `ResultsError` if it matches none or several."""
     listed = list(ids)
     matches = [text] if text in listed else [name for name in listed if text and name.startswith(text)]
     if len(matches) == 1:
