@@ -1,7 +1,7 @@
 """The base classes of all errors that lem raises on purpose, and their exit codes.
 
     LemError                1
-    ├── BadInput            2   the request cannot be carried out; nothing has run
+    ├── BadInput            2   a command or call cannot be carried out; nothing has run
     │   ├── ConfigError         a config file, an override or a value in it
     │   ├── DatasetError        the prompts
     │   ├── ModelError          the model
@@ -29,7 +29,7 @@ class LemError(Exception):
 
 
 class BadInput(LemError):
-    """The request cannot be carried out; raised by the checks before a run. Exit code 2."""
+    """A command or call cannot be carried out; raised by the checks before a run. Exit code 2."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class ConfigError(BadInput):
 
 
 class DatasetError(BadInput):
-    """The prompts cannot be loaded as configured; raised by the prompt sources. Exit code 2."""
+    """The prompts cannot be loaded as configured; raised by the sources of prompts. Exit code 2."""
 
 
 class ModelError(BadInput):

@@ -5,7 +5,7 @@ Numbers in records are in unprefixed units (joules, watts, seconds, bytes) unles
 Names from files and servers may contain control characters. Escape sequences can recolor the terminal or move its
 cursor, other characters reverse the text direction, and a line break makes one message look like two. Control
 characters are therefore printed as JSON escapes, so that JSON output stays valid and keeps its values.
-`lem.cli.streams` and `lem.results.show` apply this to everything that lem prints. This module knows nothing about
+`lem.cli.streams` and `lem.results.show` do this for everything that lem prints. This module knows nothing about
 measurements.
 """
 

@@ -59,9 +59,9 @@ class EnergyReading(Struct, frozen=True, gc=False):
     `energy_j` is None if the energy could not be read; `reason` then says why. `resolution_s` is the counter's tick or
     the sampling period. `trace_energy_j` is the integral of the power trace, if any, over the same phase. `covered_s`
     is the length of the part of the phase that `energy_j` covers. This part begins when the phase opens; the lengths of
-    several attempts are added up. None (as in records written by lem 0.1.0) means the whole phase. `trace_reach_s` is
-    the maximum age of the power that a trace sample reports: the sensor's averaging time, plus the driver's update
-    period, plus the sampling period.
+    several attempts are added up. If `covered_s` is None, as in records written by lem 0.1.0, `energy_j` covers the
+    whole phase. `trace_reach_s` is the maximum age of the power that a trace sample reports: the sensor's averaging
+    time, plus the driver's update period, plus the sampling period.
     """
 
     component: Component
@@ -166,9 +166,9 @@ class PowerRecord(Struct, frozen=True, gc=False):
 class Prefill(Struct, frozen=True, gc=False):
     """The part of the measured window in which prompts were processed, up to the first token of each batch or request.
 
-    `duration_s` is measured directly. It is None if other requests were decoding at the same time, because the times of
-    prefill then contain both kinds of work. `energy_j` is the integral of the power trace over these times. It is None
-    if there is no trace, or if these times are short compared with the maximum age of the trace's samples.
+    `duration_s` is measured directly. It is None if other requests were decoding during more than 1% of this time,
+    which then contains both kinds of work. `energy_j` is the integral of the power trace over the prefills. It is None
+    if there is no usable trace, or if the prefills are short compared with the maximum age of the trace's samples.
     `uncertainty_j` bounds the error that this age causes in the energy of prefill and, equally, of decode. `reason`
     says why a value is None.
     """
@@ -394,14 +394,14 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     input_truncated: Annotated[bool, "Whether the prompt was truncated to max_input_tokens."]
     finish_reason: Annotated[str, "Why generation ended: stop (end token), length (max_output_tokens) or error."]
     start_s: Annotated[
-        Number, quantities.SECOND, "When the engine started the request, or when the request was sent to the server."
+        Number, quantities.SECOND, "When the engine started the request or, with a server, when the request was sent."
     ]
     end_s: Annotated[Number, quantities.SECOND, "When the last token was available, or when the request failed."]
     latency_s: Annotated[
         Amount | None,
         quantities.SECOND,
-        "end_s minus arrived_s, or minus start_s if there is no queue. All requests of a padded batch have the same "
-        "latency; null if the request failed.",
+        "end_s minus arrived_s or, without traffic, minus start_s; null if the request failed. Without traffic, all "
+        "requests of a padded batch have the same latency.",
     ]
     prefill_s: Annotated[
         Number | None,
@@ -415,7 +415,12 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
         "When the request arrived; null without traffic. Negative if the request arrived before the window of a "
         "resumed cycle opened.",
     ] = None
-    queue_s: Annotated[Number | None, quantities.SECOND, "Time in the queue: start_s minus arrived_s."] = None
+    queue_s: Annotated[
+        Number | None,
+        quantities.SECOND,
+        "Time in the queue: start_s minus arrived_s; null without traffic, or if the engine does not report when it "
+        "started the request.",
+    ] = None
     ttft_s: Annotated[
         Amount | None,
         quantities.SECOND,
@@ -442,7 +447,7 @@ class ProcessRecord(Struct, frozen=True, gc=False):
     batching, `energy_so_far` holds a sample of the energy readings taken during the window. `cut` is None if the window
     was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total measured
     time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None outside
-    Slurm. `hostname` is None if no process of the experiment ran.
+    Slurm. `hostname` is None if no process of the attempt ran.
     """
 
     format_version: Integer

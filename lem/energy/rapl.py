@@ -33,7 +33,7 @@ UJ_PER_J = 1e6
 # No single package (or its memory) sustains this power. At this power, a counter takes a certain time to reach its
 # largest value. If two readings are less than that time apart, the counter has wrapped around at most once.
 MAX_POWER_W = 1000.0
-# An allowance for a power peak or an update of the counter by the kernel just before or after a reading.
+# Extra seconds at that power, which allow for power peaks, and for counter updates just before or after a reading.
 GAIN_SLACK_S = 1.0
 COUNTER_MAX = 2**32 - 1
 
@@ -96,7 +96,7 @@ class RaplMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield an objection if the counters are missing or the user has no permission to read them."""
+        """Yield an objection if no package's counter can be read."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 
@@ -128,7 +128,7 @@ class RaplMeter(ImmediateMeter):
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each zone's counter once, in about 10 µs each, and return the counters' increases since `begin`."""
+        """Read each zone's counter once (about 10 µs per zone), and return the counters' increases since `begin`."""
         with self._lock:
             return self._advanced()
 

@@ -95,7 +95,7 @@ def _outside_reason(trace: Trace, start_s: float, end_s: float) -> str:
 def integral_j(trace: Trace, start_s: float, end_s: float) -> float | None:
     """Return the integral of power over [start_s, end_s] by the trapezoidal rule, in joules.
 
-    The result is None if the trace does not extend to both ends.
+    The result is None if the trace does not cover the whole interval.
     """
     t_s, power_w = trace
     if start_s < t_s[0] or end_s > t_s[-1]:

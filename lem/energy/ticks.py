@@ -2,8 +2,8 @@
 
 The counter holds the energy up to its last tick. If two readings differ, a tick fell between them. If these readings
 are also close together, the time of the tick is known to within a few milliseconds. The times of the ticks around it
-are then known as well, because ticks are evenly spaced. Every other reading then gives the exact energy at the tick
-before it, however long the call took.
+are then known as well, because ticks are evenly spaced. Any other reading, even one from a slow call, then gives the
+exact energy at the last tick before it. A reading is left out if it is too close to a tick to tell which came first.
 
 The energy at any other time is interpolated between the ticks on either side. If a load starts or stops at that time,
 the power changes. The energy between the two ticks is therefore divided in proportion to the power before the first
@@ -53,7 +53,7 @@ class Edge:
 
 
 class Reading(NamedTuple):
-    """A value of the counter, and the times at which the call that read it began and ended."""
+    """A value of the counter, and the beginning and end of the call that read it."""
 
     asked_ns: int
     got_ns: int
@@ -157,13 +157,16 @@ class Counter:
         return False
 
     def watch_end(self) -> None:
-        """Read the counter until it ticks, and once more after the next tick; called at the end of a window."""
+        """Read the counter until it ticks and, if it does, once more after the next tick; for the end of a window."""
         if self.watch():
             self._sleep_ticks(1.5)
             self.poll()
 
     def follow(self) -> None:
-        """Read the counter now and once after each of its next two ticks; called at the beginning of a window."""
+        """Read the counter now and once after each of its next two ticks; for the beginning of a window.
+
+        If the times of these ticks cannot be predicted, the counter is read until it ticks, as at the end of a window.
+        """
         self.poll()
         if self.error is not None:
             return
@@ -236,7 +239,7 @@ class Counter:
 
 
 def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
-    """Return whether to stop reading after `seconds`: the ticks give a precise period, none came, or time is up."""
+    """Return whether to stop reading: the tick period is known precisely, no tick came, or the time is up."""
     if seconds < LEARN_S or not ticks or seconds > LEARN_MOST_S:
         return seconds >= LEARN_S
     return 2 * statistics.median(tick.within_ns for tick in ticks) <= PERIOD_WITHIN * (ticks[-1].at_ns - ticks[0].at_ns)
@@ -245,7 +248,7 @@ def _is_enough(ticks: Sequence[Tick], seconds: float) -> bool:
 def _at_ticks(readings: Sequence[Reading], tick: Tick, step_ns: float) -> list[tuple[int, float]]:
     """Return the time of each tick, extrapolated from `tick`, and the counter's value after it, in order of time.
 
-    A reading is left out if it is so close to a tick that it is unclear whether it was taken before or after it.
+    A reading is left out if it is too close to a tick to tell which of the two came first.
     """
     values = {-1: tick.before_mj, 0: tick.after_mj}
     for reading in readings:

@@ -20,7 +20,7 @@ from lem.record import PowerSample
 def integral_j(samples: Sequence[PowerSample], start_ns: int, end_ns: int) -> float | None:
     """Return the integral of one device's samples over [start_ns, end_ns] by the trapezoidal rule, in joules.
 
-    The samples must be in order of time. The result is None if the samples do not extend to both edges.
+    The samples must be in order of time. The result is None if the samples do not cover the whole interval.
     """
     times = [sample.t_ns for sample in samples]
     first, last = bisect_right(times, start_ns) - 1, bisect_left(times, end_ns)
@@ -91,7 +91,7 @@ class Sampler:
             self._thread.join()
 
     def sample_now(self) -> None:
-        """Take an additional sample now, at the edge of a window."""
+        """Take a sample now; called at a fixed rate, and at each edge of a window."""
         with self._lock:
             self._samples.extend(self._take())
 

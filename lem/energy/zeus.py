@@ -1,8 +1,8 @@
 """GPU energy through zeus, for AMD and other GPUs that zeus supports but NVML does not.
 
 zeus reads the energy counter if the GPU has one, and otherwise integrates sampled power; each reading names its source.
-zeus measures the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible. It identifies them by
-number and does not know UUIDs or MIG instances. CPUs are left to the RAPL meter. The meter needs the extra `zeus`.
+zeus sees only the GPUs that `CUDA_VISIBLE_DEVICES` (or its ROCm counterpart) leaves visible. It identifies them by
+number and does not know UUIDs or MIG instances. This meter needs the extra `zeus`. It does not read CPUs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ZeusMeter(ImmediateMeter):
             yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
-        """Find the GPUs, or raise `BadInput` if zeus finds none."""
+        """Find the GPUs; raises `BadInput` if zeus finds none or cannot read them."""
         with quiet_stdout():
             from zeus.device import get_gpus
             from zeus.device.exception import ZeusBaseGPUError
@@ -113,7 +113,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return each counter's increase, read without ending zeus's window; None for a GPU without a counter."""
+        """Return each counter's increase without ending zeus's window; no energy for a GPU without a counter."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

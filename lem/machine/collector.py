@@ -1,4 +1,4 @@
-"""Pauses Python's garbage collector while code creates many objects that form no cycles or are kept anyway."""
+"""Pauses Python's garbage collector while code creates many objects that it keeps or that form no reference cycles."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The NVIDIA devices of this machine, queried through the driver's management library (NVML).
 
-The module answers three questions: which GPUs CUDA would show (`visible`), which GPUs the driver knows (`topology`),
-and what state a GPU is in (`state`). It opens no CUDA context, so any process can use it. Without a driver, it reports
+The main functions return the GPUs that CUDA would show (`visible`), the GPUs that the driver knows (`topology`), and
+the state of a GPU (`state`). The module opens no CUDA context, so any process can use it. Without a driver, it reports
 no devices. It reads `CUDA_VISIBLE_DEVICES` but never sets it. It knows nothing about energy or engines.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from lem.machine.processes import children
 from lem.record import DeviceState, ForeignProcess
 
-# The bits of NVML's clocks-event reasons, except bit 0 (the GPU is idle), which is not throttling.
+# The bits of NVML's clocks-event reasons that count as throttling; bit 0, for example, means that the GPU is idle.
 THROTTLE_REASONS = {
     0x02: "applications_clocks_setting",
     0x04: "sw_power_cap",
@@ -148,7 +148,7 @@ def visible(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
 
 
 def pick(entry: int | str, among: Sequence[Gpu]) -> Gpu | None:
-    """Return the GPU with the given index or UUID (`GPU-…`, `MIG-…`); None if no GPU or several GPUs match."""
+    """Return the GPU at a position in `among`, or with a UUID (`GPU-…`, `MIG-…`); None if none or several match."""
     if isinstance(entry, int):
         return among[entry] if 0 <= entry < len(among) else None
     is_prefix = entry.startswith("GPU-")

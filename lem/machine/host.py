@@ -1,7 +1,7 @@
 """The host that an experiment runs on: devices, processor, memory and installed packages.
 
-The module imports none of the packages that it reports. It reads only the environment variables that hold job ids or
-identify a container, so that no secret can end up in a record.
+The module imports none of the packages that it reports. The only environment variables that it puts into a record are
+those that describe a Slurm job or a container, so that no secret can end up there.
 """
 
 from __future__ import annotations
@@ -208,8 +208,7 @@ def versions() -> dict[str, str]:
 def peak_memory_bytes(pid: int | None = None) -> int | None:
     """Return the peak resident memory of a process in bytes (this process by default); None if it is not reported.
 
-    getrusage is not used: on Linux, its value is at least the size of the parent at the time when it started the
-    process.
+    getrusage is not used: on Linux, its value is at least the size that the parent had when the process was started.
     """
     return processes.peak_memory_bytes([os.getpid() if pid is None else pid])
 

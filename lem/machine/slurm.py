@@ -243,7 +243,7 @@ def _as_node(known: Mapping[str, str]) -> Node:
 
 
 def expanded(names: str) -> list[str]:
-    """Return the node names that a name in Slurm's short form, such as gpu[1-3,7], stands for."""
+    """Return all node names in a list in Slurm's short form, such as gpu[1-3,7]."""
     _, text, _ = _run("scontrol", "show", "hostnames", names)
     return text.split()
 
@@ -274,7 +274,7 @@ def max_array_size() -> int:
     """Return the number of tasks that an array may have on this cluster; Slurm's default if it is unknown."""
     _, text, _ = _run("scontrol", "show", "config")
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
-    # The indices of tasks begin with 0, and all of them must be below the cluster's value; 0 allows no arrays.
+    # The indices of tasks begin with 0, and all of them must be below the cluster's value; a value of 0 forbids arrays.
     return max(1, int(found[1])) if found else MAX_ARRAY_SIZE
 
 

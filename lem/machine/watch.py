@@ -1,9 +1,9 @@
 """Watches GPUs during a window: how long the driver throttled them, and which other processes used them.
 
-Neither can be seen before or after the window, when the GPU is idle. The driver counts how long each of its policies
-has throttled a GPU; these counters are read at both edges of the window. In between, a thread samples the active
-throttle reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This module
-knows nothing about energy and opens no CUDA context.
+A look at the GPU before and after the window, when it is idle, would not show this. The driver counts how long each of
+its policies has throttled a GPU; these counters are read at both edges of the window. In between, a thread samples the
+active throttle reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This
+module knows nothing about energy and opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lem.quantities import NS_PER_S
 from lem.record import DeviceWindow, ForeignProcess
 
 PERIOD_S = 0.1
-# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Policies that do not
-# limit work are left out: low utilization, clocks set by the user, and GPUs synchronized with each other.
+# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Left out are
+# policies that do not limit the work (low utilization) or that the user has chosen (clocks, synchronized GPUs).
 POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
 
 

@@ -1,7 +1,7 @@
 """The charts of a report, as Vega-Lite specifications in plain data, each with its numbers as a table.
 
-A chart knows its values, but not how it is drawn or what the page looks like; `lem/reports/assets/page.js` sets sizes
-and colors. Field names never contain text from users, because Vega would read them as expressions.
+A chart knows its values, but not what the page looks like; `lem/reports/assets/page.js` sets widths, fonts and most
+colors. Field names never contain text from users, because Vega would read it as an expression.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STEP_PX = 24
 CELL_PX = 48
 # The width of a panel that is one of many in a chart.
 PANEL_PX = 180
-# The phase of a trace that was measured.
+# The name that the measured phase has in a trace.
 WINDOW = "window"
 
 
@@ -109,12 +109,12 @@ def energy_bars(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> list
                 "order": {"field": "place", "type": "quantitative"},
             },
         }
-        total = sum(float(each["joules"]) for each in values)
+        total, shown = sum(float(each["joules"]) for each in values), len({each["name"] for each in values})
         found.append(
             Chart(
                 key,
                 heading,
-                f"Stacked bars, one for each of {len(rows)} experiments, {total:.4g} J in total.",
+                f"Stacked bars, one per experiment ({shown}), {total:.4g} J in total.",
                 spec,
                 ("experiment", "part", "energy (J)", "source"),
                 [(each["name"], each["part"], each["joules"], each["kind"]) for each in values],
@@ -141,7 +141,7 @@ def _kind(row: ExperimentRow) -> str:
 
 
 def power_trace(trace: PowerTrace) -> Chart:
-    """Return the chart of a power trace and, if it was measured, of the temperature."""
+    """Return the chart of a power trace, with the temperature if it was measured."""
     name, samples, edges = trace
     phases = [{"from_s": start, "to_s": end, "phase": phase} for start, end, phase in edges]
     warm = [each for each in samples if each.get("temperature_c") is not None]
@@ -221,8 +221,8 @@ def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
     }  # fmt: skip
     return Chart(
         "power-traces",
-        f"Power of {len(traces)} experiments",
-        f"{len(traces)} panels with a line each: power from {_range(samples, 'power_w')} W.",
+        f"Power of {len(traces)} experiment{'s' if len(traces) != 1 else ''}",
+        f"A panel with a line for each experiment ({len(traces)}): power from {_range(samples, 'power_w')} W.",
         spec,
         ("experiment", "time (s)", "device", "power (W)"),
         [tuple(each.values()) for each in samples],
@@ -273,7 +273,7 @@ def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
 def _over_experiments(
     key: str, heading: str, quantity: str, unit: str, rows: Sequence[ExperimentRow], columns: Mapping[str, str]
 ) -> list[Chart]:
-    """Return one chart of how columns are distributed over experiments, or no chart if none has two values."""
+    """Return one chart of how columns are distributed over experiments; no chart if no column has two values."""
     values = {
         name: [value for row in rows if (value := getattr(row, column)) is not None] for column, name in columns.items()
     }
@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, one line per name with at least two values; None without any."""
+    """Return a chart of cumulative distributions, with a line for each name with several values; None without lines."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -379,8 +379,8 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
     return Chart(
         "throughput-and-energy",
         "Throughput and energy per token",
-        f"{len(known)} experiments as points; {len(front)} of them are on the Pareto front: no other experiment has "
-        "both a higher throughput and a lower energy per token.",
+        f"Experiments as points: {len(known)}; on the Pareto front: {len(front)}. For those on the front, no other "
+        "experiment is equal or better in both throughput and energy per token.",
         spec,
         (
             "experiment", "output tokens/s", "95% from", "95% to", "J/token", "95% from", "95% to", "energy",
@@ -399,7 +399,10 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
 
 
 def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
-    """Return the rows that no other row beats in both throughput and energy per token."""
+    """Return the Pareto front: the rows to which no other is equal or better in both throughput and energy per token.
+
+    Of rows with equal values, only the first is returned.
+    """
     best = math.inf
     front = []
     for row in sorted(rows, key=lambda each: (-(each.output_tokens_per_s or 0), each.energy_per_output_token_j or 0)):
@@ -468,7 +471,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def flat_config(row: ExperimentRow) -> dict[str, str]:
-    """Return the values of an experiment's configuration as text, keyed by dotted path."""
+    """Return the values of an experiment's configuration as strings, keyed by dotted path."""
     return _flat(config_of(row))
 
 
@@ -583,7 +586,7 @@ def over_time(answer: ScheduleAnswer) -> list[Chart]:
     lines = [(str(each["at"]).removesuffix("Z").replace("T", " "), each["arm"], each["value"]) for each in values]
     headers = (f"planned start ({zone})", "arm", f"{words} ({unit})")
     heading = f"{words.capitalize()} over time"
-    found = [Chart("over-time", heading, f"{len(values)} runs in order.", spec, headers, lines)]
+    found = [Chart("over-time", heading, f"{len(values)} values, by planned start.", spec, headers, lines)]
     for primary in (each for each in answer.found if each.is_primary):
         for variation in (primary.by_time, primary.by_weekday):
             if len(variation.levels) > 1:
@@ -637,7 +640,7 @@ def _category(field: str, order: Sequence[str]) -> Spec:
 
 
 def _ordered(texts: Iterable[str]) -> list[str]:
-    """Return distinct texts in numerical order or, if they are not all numbers, in alphabetical order."""
+    """Return distinct strings in numerical order or, if they are not all numbers, in alphabetical order."""
     distinct = set(texts)
     try:
         return sorted(distinct, key=float)

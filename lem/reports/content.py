@@ -35,7 +35,7 @@ MOST_SMALL_TRACES = 16
 MOST_COMMANDS = 20_000
 # A report names the starts of a schedule that have these statuses, because they have no result.
 NO_RESULT = ("failed", "skipped", "missed", "interrupted")
-# A trace with more samples is thinned out to this number; the table states how many there were.
+# A trace with more samples is thinned out, but not to fewer than this number.
 MOST_SAMPLES = 3_000
 # Columns of the table of experiments, with their headers and units.
 COLUMNS = {
@@ -74,7 +74,7 @@ class Trust:
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration or environment value: its key, and its values with the number of experiments that have them."""
+    """A setting of the configuration or the environment, with the number of experiments that have each value."""
 
     key: str
     values: Sequence[tuple[str, int]]
@@ -122,7 +122,8 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
         raise ResultsError(
             f"{store.root} has no experiments to report on; lem results list --all also lists experiments without rows."
         )
-    return _content(store, f"{len(rows)} experiments", rows, [*late, *damaged])
+    title = "1 experiment" if len(rows) == 1 else f"{len(rows)} experiments"
+    return _content(store, title, rows, [*late, *damaged])
 
 
 def of_campaign(store: Store, name: str) -> Content:
@@ -163,7 +164,8 @@ def of_schedule(store: Store, text: str) -> Content:
 
 def _without_result(start: Start) -> str:
     reason = f": {start.error}" if start.error else ""
-    return f"Run {start.number} ({start.planned_at}) {start.status}{reason}."
+    status = "failed" if start.status == "failed" else f"was {start.status}"
+    return f"Run {start.number} ({start.planned_at}) {status}{reason}."
 
 
 def of_grid(folder: Path) -> Content:
@@ -362,7 +364,7 @@ def _about_traces(experiments: int, traced: int, drawn: int) -> str:
         )
     parts.append("All panels have the same scales, and the measured window is shaded.")
     if lacking:
-        parts.append(f"{lacking} of the {experiments} experiments have no trace.")
+        parts.append(f"Experiments without a trace: {lacking} of {experiments}.")
     return " ".join(parts)
 
 
@@ -371,7 +373,10 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 
 
 def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
-    """Return about `most` evenly spaced samples, plus about as many of those that have a temperature."""
+    """Return evenly spaced samples, plus evenly spaced samples among those that have a temperature.
+
+    If there are more than `most` of a kind, from `most` to about twice as many are kept; otherwise, all are.
+    """
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:
         by_device.setdefault(each.device, []).append(each)
@@ -436,7 +441,7 @@ def _requests(store: Store, experiment_id: str, problems: list[str]) -> list[Any
 
 
 def _settings(rows: Sequence[ExperimentRow]) -> list[Setting]:
-    """Return the settings of environment and configuration, beginning with those that differ between experiments."""
+    """Return the environment's and the configuration's settings; those that differ between experiments come first."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in ENVIRONMENT}
     for name in ENVIRONMENT:
         counts[name].update(str(getattr(row, name) or "–") for row in rows)

@@ -80,7 +80,7 @@ def page(content: Content, created_at: str) -> str:
 
 
 def embedded(value: object) -> str:
-    """Return plain data as JSON that is safe inside a script element, whatever its texts contain."""
+    """Return plain data as JSON that is safe inside a script element, whatever its strings contain."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:  # some number is not finite
@@ -154,12 +154,12 @@ def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
         if found:
             yield f"<dt>{name}</dt><dd>{_text(_counted(found.most_common()))}</dd>"
     cycles = sum(row.cycles_completed for row in rows)
-    yield f"<dt>amount</dt><dd>{len(rows)} experiments with {cycles} finished cycles</dd>"
+    yield f"<dt>amount</dt><dd>experiments: {len(rows)}, finished cycles: {cycles}</dd>"
     yield "</dl></section>"
 
 
 def _counted(values: Sequence[tuple[str, int]]) -> str:
-    """Return values as text, with their counts if there are several; if there are many, only the first ones."""
+    """Return values as text, with their counts if there are several; of many values, only the first are named."""
     if len(values) == 1:
         return values[0][0]
     more = len(values) - MOST_NAMED
@@ -184,7 +184,7 @@ def _trust(content: Content) -> Iterator[str]:
     else:
         yield "<p>There are no warnings.</p>"
     if content.failed:
-        yield "<h3>Runs without a result</h3>"
+        yield "<h3>Experiments that did not complete</h3>"
         yield from _table(
             ("experiment", "status", "reason"),
             [(row.experiment_id, row.status, row.error or "–") for row in content.failed],
@@ -226,10 +226,11 @@ def _chart(number: int, chart: Chart) -> Iterator[str]:
         yield f'<p class="quiet">{_text(chart.note)}</p>'
     is_printed = len(chart.lines) <= MOST_PRINTED
     if not is_printed:
-        not_printed = f"The table of these {len(chart.lines)} values is not printed; the page on a screen has it."
+        not_printed = f"The table of the values ({len(chart.lines)} rows) is not printed; the page shows it on screen."
         yield f'<p class="on-paper">{not_printed}</p>'
     printed = ' class="printed"' if is_printed else ""
-    yield f"<details{printed}><summary>The values as a table ({len(chart.lines)} rows)</summary>"
+    count = "1 row" if len(chart.lines) == 1 else f"{len(chart.lines)} rows"
+    yield f"<details{printed}><summary>The values as a table ({count})</summary>"
     yield from _table(chart.headers, chart.lines)
     yield "</details></section>"
 
@@ -287,7 +288,7 @@ def _number(value: float) -> str:
 
 
 def _text(text: str) -> str:
-    """Escape a text for HTML, and show control characters as escapes."""
+    """Return a text with markup and control characters escaped."""
     return escape(printable(text))
 
 

@@ -46,7 +46,7 @@ FORMATS = ("svg", "png")
 
 
 def check(folder: Path) -> None:
-    """Raise `ResultsError` if plots cannot be drawn, or if the given path is not a directory."""
+    """Raise `ResultsError` if plots cannot be drawn, or if the given path is a file."""
     if find_spec(PACKAGE) is None:
         raise ResultsError("--plots needs the package vl-convert-python (pip install 'lem[plots]').")
     if folder.exists() and not folder.is_dir():

@@ -75,7 +75,7 @@ def put_together(
     attempts: int,
     warnings: Mapping[int, Sequence[CodedWarning]] = MappingProxyType({}),
 ) -> Measured:
-    """Combine what an experiment's processes recorded into the measurements of the experiment.
+    """Combine the records and requests of an experiment's processes, and return the experiment's measurements.
 
     Args:
         plan: the experiment's plan.
@@ -122,10 +122,10 @@ def _cycle(plan: PlanExcerpt, number: int, parts: Sequence[Part], warnings: Sequ
 
 # ------------------------------------------------------------------ do the files belong together?
 def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[int, list[Part]], mixed: bool) -> None:
-    """Raise `ResultsError` if records do not belong together.
+    """Raise `ResultsError` if an experiment's files do not belong together.
 
-    They do not if one of them does not fit the plan, if a prompt was counted twice or, without `mixed`, if they are
-    from different backends.
+    They do not if the plan's id differs from the directory's, if a record does not fit the plan, if a prompt was
+    counted twice, or if the records are from different backends and `mixed` is not set.
     """
     if plan.experiment_id != directory.id:
         raise ResultsError(
@@ -152,7 +152,7 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
 
 
 def _unfit(record: ProcessRecord, plan: PlanExcerpt, foreign: bool) -> str | None:
-    """Return why a record cannot belong to the plan, or None if it can; if `foreign`, its configuration may differ."""
+    """Return why a record cannot belong to the plan, or None if it can; a `foreign` one may differ in configuration."""
     if record.experiment_id != plan.experiment_id:
         return f"belongs to another experiment, {record.experiment_id}"
     if plan.config_sha256 and not foreign and record.config_sha256 not in ("", plan.config_sha256):
@@ -173,9 +173,11 @@ def _check_complete(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mappi
         left = plan.prompts.count - sum(len(part.requests) for part in by_cycle.get(cycle, ()))
         if ranks:
             names = ", ".join(map(str, sorted(ranks)))
-            missing.append(f"no record from process {names} of {plan.processes} in cycle {cycle}")
+            lacking = f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
+            missing.append(f"no record from {lacking} (of {plan.processes} processes) in cycle {cycle}")
         elif left:
-            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle} have no result")
+            verb = "has" if left == 1 else "have"
+            missing.append(f"{left} of {plan.prompts.count} prompts in cycle {cycle} {verb} no result")
     if missing:
         raise ResultsError(
             f"{directory.id} is incomplete: {'; '.join(missing)}. Use --no-strict to aggregate what is there."
@@ -227,7 +229,7 @@ def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ into the tables
 @dataclass(frozen=True)
 class Aggregated:
-    """The outcome of an attempt to aggregate an experiment, and a message for the user."""
+    """The outcome of aggregating an experiment, and a message for the user."""
 
     kind: Literal["written", "fresh", "skipped", "failed"]
     text: str

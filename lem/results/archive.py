@@ -1,8 +1,9 @@
 """Archives: zip files with experiments, campaigns and schedules, and a manifest with the SHA-256 of each file.
 
 An archive has the layout of a results directory, with `MANIFEST.json` as its last member. `lem results merge` reads
-archives. An archive may come from someone else, so nothing in it is trusted: every name must be one that `lem` gives to
-its files, every member must be a plain file of the size and digest that the manifest states, and nothing in it is run.
+archives. An archive may come from someone else, so nothing in it is trusted: every name must fit the layout of a
+results directory, every member must be a plain file of the size and digest that the manifest states, and nothing in it
+is run.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
 # ------------------------------------------------------------------ what to archive
 @dataclass(frozen=True)
 class Content:
-    """What to put into an archive; `left_out` has a sentence for each experiment that is running."""
+    """What to put into an archive; `left_out` has a sentence for each experiment that cannot be archived yet."""
 
     ids: list[str]
     campaigns: list[str] = field(default_factory=list)
@@ -89,8 +90,8 @@ def content(
     """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
-        ResultsError: not exactly one kind of selection was given, or there is nothing to archive, or a selected
-            experiment is running (with `everything`, it is left out instead).
+        ResultsError: no kind of selection or several kinds were given, or there is nothing to archive, or a selected
+            experiment is running or waiting for a Slurm job (with `everything`, it is left out instead).
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
@@ -99,7 +100,7 @@ def content(
     known = Known(store)
     chosen = Content(known.named(texts)) if texts else _of_study(known, campaign, schedule)
     running = [name for name in chosen.ids if known.is_running(name)]
-    sentences = [f"{name} is running and cannot be archived yet" for name in running]
+    sentences = [f"{name} is running or waiting for a Slurm job, so it cannot be archived yet" for name in running]
     if running and not everything:
         raise ResultsError(*(f"{sentence}; wait until it has ended." for sentence in sentences))
     if not (chosen.ids or chosen.campaigns or chosen.schedules):
@@ -272,7 +273,7 @@ def _rows_of(path: Path, ids: Sequence[str]) -> IO[bytes]:
 # ------------------------------------------------------------------ reading
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, Manifest]]:
-    """Open an archive and check its manifest, and the names, kinds and sizes of its members, but not their content.
+    """Open an archive, and check its manifest and its members' names, kinds and total size, but not their content.
 
     Raises:
         ResultsError: the file is not an archive of lem, was written by a newer lem, or is damaged or inconsistent.
@@ -327,7 +328,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
 
 
 def is_safe(name: str) -> bool:
-    """Return whether a member has a name that lem itself gives to a file in a results directory."""
+    """Return whether a member's name fits the layout of a results directory and is harmless as a path."""
     parts = name.split("/")
     if any(part.startswith(".") or not part for part in parts) or "\\" in name or not is_printable(name):
         return False

@@ -1,4 +1,4 @@
-"""`lem results` and `lem aggregate`: read a results directory and print its content."""
+"""The commands that print the content of a results directory, and `lem aggregate`, which writes its tables."""
 
 from __future__ import annotations
 
@@ -276,7 +276,9 @@ def _refuse_flags(store: Store, name: str, what: str, *, raw: bool, environment:
 
 
 def schedule_folder(store: Store, text: str) -> Path | None:
-    """Return the directory of the schedule with the given name, id or directory; None if there is no such schedule.
+    """Return the directory of the schedule that a text names; None if it names no schedule or is an experiment's id.
+
+    The text may be the schedule's name, its id or its directory.
 
     Raises:
         ResultsError: the text also names a campaign, or the schedule's file is damaged.
@@ -421,7 +423,10 @@ def _show_raw(directory: ExperimentDir, as_json: bool) -> None:
 def aggregate_experiments(
     store: Store, experiment_id: str | None, *, everything: bool, force: bool, strict: bool, mixed: bool
 ) -> int:
-    """Write the rows of one experiment, or all missing and outdated rows; return 1 after a failure, else 0."""
+    """Write the rows of one experiment, or all missing and outdated rows.
+
+    The result is 1 if anything failed or if the one experiment was skipped, else 0.
+    """
     if (experiment_id is None) == (not everything):
         raise ResultsError("Give one experiment, or use --all.")
     ids = store.ids() if everything else [store.find(experiment_id or "").id]
@@ -442,7 +447,7 @@ def aggregate_experiments(
 
 
 def _report(one: Aggregated, everything: bool) -> str:
-    """Print an experiment's outcome, unless `everything` is set and its row was up to date; return its kind."""
+    """Print an outcome, unless `everything` is set and the row was already up to date; return the outcome's kind."""
     if one.kind == "failed" or (one.kind == "skipped" and not everything):
         show.console(stderr=True).print(one_line(one.text), markup=False, style="red")
     elif not (one.kind == "fresh" and everything):

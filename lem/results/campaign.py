@@ -77,7 +77,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Machine:
-    """The properties of the machine and software that must not change while a campaign is measured."""
+    """The properties of the machine and its software that must stay the same while a campaign is measured."""
 
     hostname: str
     driver_version: str | None
@@ -146,7 +146,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
     cells_completed: Annotated[int, "Number of completed cells."]
     cells_planned: Annotated[
-        int, "Number of cells planned for the arm; in an adaptive campaign, only in the cycles that it reached."
+        int, "Number of cells planned for the arm; in an adaptive campaign, only those in cycles that were reached."
     ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
@@ -159,7 +159,7 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     ]
     ci95_low: Annotated[float | None, "95% interval of the mean, lower end; null with fewer than two cells."]
     ci95_high: Annotated[float | None, "95% interval of the mean, upper end."]
-    reason: Annotated[str | None, "Why the mean is null; null if it is not."]
+    reason: Annotated[str | None, "Why there is no mean; null if there is one."]
 
 
 class PairRow(Struct, frozen=True, kw_only=True):
@@ -170,7 +170,7 @@ class PairRow(Struct, frozen=True, kw_only=True):
     baseline: Annotated[str, "Name of the baseline arm."]
     measure: Annotated[str, "Column of the experiments table that is compared."]
     is_primary: Annotated[bool, "Whether this is the primary metric, which decides the comparison."]
-    cycles: Annotated[int, "Cycles in which both arms have a value."]
+    cycles: Annotated[int, "Number of cycles in which both the arm and the baseline have a value."]
     ratio: Annotated[float | None, quantities.RATIO, "The arm's value divided by the baseline's (geometric mean)."]
     ci_low: Annotated[
         float | None, quantities.RATIO, "Interval of the ratio, lower end; null with fewer than two cycles."
@@ -179,8 +179,8 @@ class PairRow(Struct, frozen=True, kw_only=True):
     confidence: Annotated[
         float,
         quantities.RATIO,
-        "Nominal level of this interval; all pairs' intervals hold jointly at 95%, for which an adaptive campaign "
-        "needs a higher nominal level.",
+        "Nominal level of this interval, chosen so that the intervals of all pairs hold jointly at 95%, even if an "
+        "adaptive campaign stops early.",
     ]
     p_value: Annotated[
         float | None,
@@ -190,7 +190,11 @@ class PairRow(Struct, frozen=True, kw_only=True):
     ]
     p_adjusted: Annotated[float | None, quantities.RATIO, "p_value adjusted for the number of pairs (Holm)."]
     verdict: Annotated[str, "less, more, the same, or cannot tell."]
-    cycles_needed: Annotated[int | None, "If the verdict is cannot tell: cycles needed for a power of 80%."]
+    cycles_needed: Annotated[
+        int | None,
+        'Cycles needed for a power of 80%, if the verdict is "cannot tell"; null otherwise, with fewer than two '
+        "cycles, or if more cycles would hardly help.",
+    ]
 
 
 @dataclass(frozen=True)
@@ -393,7 +397,8 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
     """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
-    This depends only on the completed cells up to that cycle, so interrupting a campaign does not change the result.
+    This depends only on the cells up to that cycle and on the arms given up, so interrupting a campaign does not change
+    the result.
 
     Args:
         definition: the campaign.
@@ -473,7 +478,8 @@ def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
     values = [_value(cell, measure) for cell in cells if cell.row is not None]
     if values:
         lacking, count = values.count(None), len(values)
-        which = "no completed cell has" if lacking == count else f"{lacking} of {count} completed cells lack"
+        some = f"{lacking} of {count} completed cells {'lacks' if lacking == 1 else 'lack'}"
+        which = "no completed cell has" if lacking == count else some
         return f"{which} a value for {measure}"
     failed = [cell.error or "for an unknown reason" for cell in cells if cell.status == "failed"]
     given_up = next((cell.error for cell in cells if cell.given_up and cell.error), None)
@@ -606,7 +612,8 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
     yield from about_order(campaign, len(names))
     missing = [cell for cell in found.values() if cell.row is None]
     if missing:
-        text = f"{len(missing)} of {len(found)} cells have no result, so the pairs that contain them are missing."
+        have = "has" if len(missing) == 1 else "have"
+        text = f"{len(missing)} of {len(found)} cells {have} no result, so pairs that need such a cell are missing."
         yield warning("campaign_cells_missing", text)
     yield from _different(campaign, names, found)
     yield from _moved(campaign, names, found)
@@ -616,7 +623,7 @@ def _doubts(definition: Definition, names: Sequence[str], found: Found) -> Itera
 
 
 def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
-    """Before anything is measured, warn about an order in which a drift can look like a difference between arms."""
+    """Warn about an order that is the same in each cycle or is not balanced; no measurements are needed."""
     if campaign.structure in ("interleaved", "grouped"):
         text = (
             f"the order is {campaign.structure}, and therefore the same in each cycle, so a drift can look like a "

@@ -73,7 +73,7 @@ def sentences(answer: Answer) -> Iterator[str]:
 
 
 def _why_no_ratio(answer: Answer, pair: PairRow) -> str | None:
-    """If one of two arms has no value, return a sentence that says why they cannot be compared; otherwise None."""
+    """If a pair has no ratio because one of its arms has no mean, return a sentence that says so; otherwise None."""
     if pair.ratio is not None:
         return None
     reasons = {row.arm: row.reason for row in answer.arms if row.is_primary}
@@ -117,9 +117,10 @@ def _how_it_ended(answer: Answer) -> Iterator[str]:
         return
     target = f"the half-width of each interval{{}} is at most {percent(rule.half_width)} of its ratio"
     if not answer.ended:
+        begun = "1 cycle has" if answer.cycles_begun == 1 else f"{answer.cycles_begun} cycles have"
         yield (
-            f"The campaign is adaptive and not over: {answer.cycles_begun} cycles have begun (minimum {rule.least}, "
-            f"maximum {rule.most}). It stops as soon as {target.format('')}."
+            f"The campaign is adaptive and not over: {begun} begun (minimum {rule.least}, maximum {rule.most}). It "
+            f"stops as soon as {target.format('')}."
         )
     elif any(note.code == "campaign_limit_reached" for note in answer.warnings):
         yield (

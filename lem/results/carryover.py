@@ -40,7 +40,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class After:
-    """The ratio of a cell's value after `arm` to its value after the baseline; all such intervals hold jointly."""
+    """The ratio of a cell's value after `arm` to its value after the baseline; all arms' intervals hold jointly."""
 
     arm: int
     ratio: float

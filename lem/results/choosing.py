@@ -47,7 +47,7 @@ class Known:
         return sorted(self.raw | self.rows.keys(), key=age)
 
     def named(self, texts: Sequence[str]) -> list[str]:
-        """Return the ids that the given texts stand for, oldest first; each text is an id or the beginning of one.
+        """Return the ids that the given texts match, oldest first; each text is an id or the beginning of one.
 
         Raises:
             ResultsError: a text matches no experiment or several.
@@ -55,7 +55,7 @@ class Known:
         return sorted({one_of(text, self.ids, self.store.root) for text in texts}, key=age)
 
     def status(self, experiment_id: str) -> str:
-        """Return an experiment's status as `lem results list --all` shows it."""
+        """Return an experiment's status as `lem results list --all` shows it, except that Slurm jobs are ignored."""
         row = self.rows.get(experiment_id)
         if row is not None and (row.status == "completed" or experiment_id not in self.raw):
             return row.status

@@ -176,7 +176,7 @@ class _Merge:
             self._place_row(old)
             return
         if self._here.is_running(old):
-            self._done.left_out.append(f"{old} is running; merge again when it has ended")
+            self._done.left_out.append(f"{old} is running or waiting for a Slurm job; merge again when it has ended")
             return
         try:
             digest = digest_of(directory.path)
@@ -215,7 +215,7 @@ class _Merge:
         return None
 
     def _siblings(self, old: str) -> list[str]:
-        """Return the experiments of the target whose ids differ from this one only in their suffix."""
+        """Return the ids in the target that equal this id, or differ from it only in their suffix."""
         there = self._there.raw | self._there.rows.keys()
         return [name for name in self._names[_start(old)] if name in there]
 
@@ -431,7 +431,7 @@ def _by_start(ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _is_variant(name: str, of: str) -> bool:
-    """Return whether `name` is `of`, either unchanged or with a suffix that a merge has added."""
+    """Return whether `name` is the same as `of`, or differs only in a suffix of the kind that a merge adds."""
     return name == of or re.fullmatch(rf"{re.escape(of[:90])}_\d+", name) is not None
 
 
@@ -479,7 +479,7 @@ def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
 
 def _rename(folder: Path, old: str, new: str, campaign: str | None, of_schedule: str | None) -> None:
     """Put an experiment's new id into its files and, if given, the new names of its campaign and schedule."""
-    # No text in JSON can match, because its quotation marks would be escaped.
+    # This cannot match inside a JSON string, in which quotation marks are escaped.
     before, after = re.compile(rb'("experiment_id"\s*:\s*)"' + old.encode() + b'"'), rb'\1"' + new.encode() + b'"'
     for path in archive.files_in(folder):
         if NAMING.fullmatch(path.name):

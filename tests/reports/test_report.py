@@ -199,12 +199,12 @@ def test_more_than_four_traces_share_a_chart(tmp_path):
     assert names == store.ids()[:5] == chart.spec["facet"]["sort"]
     assert chart.heading == "Power of 5 experiments"
     assert chart.note == (
-        "All panels have the same scales, and the measured window is shaded. 1 of the 6 experiments have no trace."
+        "All panels have the same scales, and the measured window is shaded. Experiments without a trace: 1 of 6."
     )
     windows = [each for each in chart.spec["data"]["values"] if "to_s" in each]
     assert [(each["name"], each["from_s"], each["to_s"]) for each in windows] == [(name, 0.0, 4.0) for name in names]
     assert [power_w for name, _, _, power_w in chart.lines if name == names[3]] == [23.0] * 40
-    assert "panels with a line each: power from 20 to 24 W" in chart.alt
+    assert chart.alt == "A panel with a line for each experiment (5): power from 20 to 24 W."
 
 
 def test_of_many_traces_the_page_says_which_are_drawn(lem, tmp_path):
@@ -233,10 +233,11 @@ def test_a_table_that_is_not_printed_is_said_to_be_missing(store, tmp_path):
     trace = [PowerRecord(directory.id, 0, 1, 1, i / 10, "gpu", "G", 50.0) for i in range(201)]
     write_rows(directory.power_file(0, 1, 1), PowerRecord, trace)
     text = page(of_experiments(store, [directory.id]), "now")
-    assert text.count("values is not printed") == 1
-    assert '<p class="on-paper">The table of these 201 values is not printed; the page on a screen has it.</p>' in text
+    assert text.count(" is not printed") == 1
+    note = "The table of the values (201 rows) is not printed; the page shows it on screen."
+    assert f'<p class="on-paper">{note}</p>' in text
     write_rows(directory.power_file(0, 1, 1), PowerRecord, trace[:-1])
-    assert "values is not printed" not in page(of_experiments(store, [directory.id]), "now")
+    assert " is not printed" not in page(of_experiments(store, [directory.id]), "now")
 
 
 def test_a_damaged_trace_is_named(store):
@@ -321,7 +322,7 @@ def test_a_failed_run_has_its_reason(lem, store, tmp_path):
     file = tmp_path / "r.html"
     lem("results", "report", store.ids()[-1], "-o", str(file))
     elements = Elements(file.read_text())
-    assert any("Runs without a result" in part for part in elements.data["h3"])
+    assert any("Experiments that did not complete" in part for part in elements.data["h3"])
     assert any("onerror" in part for part in elements.data["td"])
 
 

@@ -107,8 +107,8 @@ def test_strict_names_everything_that_is_missing(store):
         add(directory, rank, cycle=2, positions=[rank] if rank else [])
     refused(
         directory,
-        r"no record from process 1, 2 of 3 in cycle 1; 2 of 4 prompts in cycle 2 have no result; "
-        r"no record from process 0, 1, 2 of 3 "
+        r"no record from ranks 1, 2 \(of 3 processes\) in cycle 1; 2 of 4 prompts in cycle 2 have no result; "
+        r"no record from ranks 0, 1, 2 \(of 3 processes\) "
         r"in cycle 3\. Use --no-strict",
     )
     assert read(directory, strict=False).row.cycles_completed == 0

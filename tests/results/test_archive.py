@@ -71,7 +71,7 @@ def test_a_running_experiment_is_refused_or_left_out(lem, store):
     assert (done.code, Path("x.zip").exists()) == (2, False)
     done = lem("results", "archive", "--all", "--output", "x.zip")
     assert done.code == 1
-    assert done.err == f"Warning: {first.id} is running and cannot be archived yet.\n"
+    assert done.err == f"Warning: {first.id} is running or waiting for a Slurm job, so it cannot be archived yet.\n"
     assert done.out.startswith("x.zip: 2 experiments, ")
 
 

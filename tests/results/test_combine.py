@@ -160,7 +160,7 @@ def test_what_runs_or_holds_a_link_is_left_out(lem, tmp_path):
     (one.directory(second).path / "worker_0.log").symlink_to("/etc/hostname")
     done = lem("results", "merge", "one", "-o", "both")
     assert done.code == 1
-    assert f"{first} is running; merge again when it has ended." in done.err
+    assert f"{first} is running or waiting for a Slurm job; merge again when it has ended." in done.err
     assert f"{second}/worker_0.log is a link" in done.err
     assert Store(tmp_path / "both").ids() == [third]
     assert list(energies(Store(tmp_path / "both"))) == [third]
