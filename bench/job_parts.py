@@ -12,13 +12,14 @@ lem to the step before it, up to the command as users run it:
 6. with the idle phases, which is the default.
 
 In each round, all steps run once, one after the other, in an order that is drawn anew. The cost of a part is the mean
-of the differences between two steps of a round, with its 95% interval (Student's t).
+of the differences between two steps of a round, with its 95% interval (Student's t). The ratio is a geometric mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -65,7 +66,7 @@ class Worker(Side):
             max_output_tokens=case.output_tokens,
             energy=Energy(name="none"),
             warmup=Warmup(prompts=0),
-            io=Io(results_dir=self.folder / "results"),
+            io=Io(results_dir=str(self.folder / "results")),
         )
         _, directory = planned(preflight(experiment, host.look()))
         self.start([sys.executable, "-m", "lem.runner.worker", str(directory.path)], threads)
@@ -89,11 +90,14 @@ def run(step: str, case: Case, folder: Path, threads: int) -> Cost:
 
 
 def parts(rounds: Sequence[dict[str, Cost]], which: int) -> Iterator[tuple[str, str]]:
-    """Yield the mean cost of the script, of each part and of the whole job, with their intervals, as text."""
+    """Yield the mean cost of the script, of each part and of the whole job, and the ratio, with intervals, as text."""
     yield SCRIPT, _shown([costs[SCRIPT][which] for costs in rounds])
     for before, step in pairwise(STEPS):
         yield step, _shown([costs[step][which] - costs[before][which] for costs in rounds])
-    yield "lem experiment", _shown([costs[STEPS[-1]][which] for costs in rounds])
+    yield "`lem experiment`", _shown([costs[STEPS[-1]][which] for costs in rounds])
+    logs = summarize([math.log(costs[STEPS[-1]][which] / costs[SCRIPT][which]) for costs in rounds])
+    low, mean, high = (None if each is None else math.exp(each) for each in (logs.ci95_low, logs.mean, logs.ci95_high))
+    yield "`lem experiment` ÷ script", f"{mean:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
 
 
 def _shown(values_s: Sequence[float]) -> str:

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from lem.energy.base import ImmediateMeter
 from lem.energy.quiet import quiet_stdout
 from lem.errors import BadInput
-from lem.machine.host import Host
+from lem.machine.host import Host, kernels_cpu_model
 from lem.quantities import J_PER_KWH, NS_PER_S
 from lem.record import Component, EnergyReading, Scope, Source
 from lem.spec.experiment import Energy
@@ -69,7 +69,8 @@ class CodecarbonMeter(ImmediateMeter):
         """Create the tracker and run a throwaway task, so that no window includes the time for probing hardware."""
         try:
             self._tracker = _offline_tracker()
-            self._tracker.start_task("set-up")
+            with _name_of_cpu_given():
+                self._tracker.start_task("set-up")
             data = self._tracker.stop_task("set-up")
         except Exception as error:  # codecarbon suppresses some errors and then fails on missing attributes
             self._tracker = None
@@ -179,6 +180,27 @@ def _offline_tracker() -> Any:
             allow_multiple_runs=True,
             gpu_ids=[],
         )
+
+
+@contextmanager
+def _name_of_cpu_given() -> Iterator[None]:
+    """Give codecarbon the CPU's name while it probes the hardware in the block, if the kernel reports the name.
+
+    codecarbon asks py-cpuinfo for the name. py-cpuinfo also takes it from /proc/cpuinfo, but then starts other programs
+    to find out more about the CPU, which takes a second of CPU time.
+    """
+    name = kernels_cpu_model()
+    if name is None:
+        yield
+        return
+    import cpuinfo
+
+    find_out = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = lambda: {"brand_raw": name}
+    try:
+        yield
+    finally:
+        cpuinfo.get_cpu_info = find_out
 
 
 @contextmanager

@@ -214,11 +214,16 @@ def peak_memory_bytes(pid: int | None = None) -> int | None:
 
 
 def cpu_model() -> str:
-    """Return the processor's name as the kernel reports it."""
+    """Return the processor's name as the kernel reports it or, if it reports none, the processor's architecture."""
+    return kernels_cpu_model() or platform.processor() or platform.machine()
+
+
+def kernels_cpu_model() -> str | None:
+    """Return the processor's name in /proc/cpuinfo; None if there is none, as on many ARM processors."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return line.partition(":")[2].strip() or None
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None

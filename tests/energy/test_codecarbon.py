@@ -84,6 +84,42 @@ def test_a_user_without_a_home_and_a_passwd_entry_has_the_same_meter(tmp_path, u
     assert probed(tmp_path, *SOMEBODY) == undisturbed
 
 
+def test_the_cpu_has_the_name_that_codecarbon_would_find():
+    import cpuinfo
+
+    found = subprocess.run(
+        [sys.executable, "-c", "import cpuinfo; print(cpuinfo.get_cpu_info()['brand_raw'])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    find_out = cpuinfo.get_cpu_info
+    meter = CodecarbonMeter()
+    meter.open()
+    try:
+        assert meter._cpu()._model == found.stdout.strip()
+    finally:
+        meter.close()
+    assert cpuinfo.get_cpu_info is find_out
+
+
+def test_without_a_name_from_the_kernel_codecarbon_asks_as_usual(monkeypatch):
+    import cpuinfo
+    from codecarbon.core import hardware_cache
+    from codecarbon.core.util import detect_cpu_model
+
+    hardware_cache.clear_cache()
+    detect_cpu_model.cache_clear()
+    monkeypatch.setattr("lem.energy.codecarbon.kernels_cpu_model", lambda: None)
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: {"brand_raw": "Some ARM processor"})
+    meter = CodecarbonMeter()
+    meter.open()
+    try:
+        assert meter._cpu()._model == "Some ARM processor"
+    finally:
+        meter.close()
+        hardware_cache.clear_cache()
+        detect_cpu_model.cache_clear()
+
+
 def test_a_tracker_that_does_not_start_is_named(monkeypatch):
     from codecarbon import OfflineEmissionsTracker
 
