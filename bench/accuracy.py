@@ -155,7 +155,7 @@ def accuracy(library: Path) -> bool:
 
 def slow_calls(library: Path) -> bool:
     """Print the errors for eight GPUs with slow counter calls; return whether all are within their limits."""
-    print(f"\n{'eight GPUs, ticking 12 ms after one another':<50} {'windows':>9} {'mean error':>12} {'largest':>10}")
+    print(f"\n{'eight GPUs, whose ticks are 12 ms apart':<50} {'windows':>9} {'mean error':>12} {'largest':>10}")
     good = True
     curve = ramp(100, 700, 40)
     for ms in SLOW_CALLS_MS:

@@ -586,7 +586,7 @@ def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator
             if r.trace_reach_s and duration_s:
                 share = min(r.trace_reach_s / duration_s, 1.0)
                 late = (
-                    f"; its samples lag behind the actual power by up to {r.trace_reach_s:.3g} s, "
+                    f"; the power samples lag behind the actual power by up to {r.trace_reach_s:.3g} s, "
                     f"which is {share:.0%} of the window"
                 )
             yield warning("energy_integrated", f"{r.device}: {r.method}{late}.")
@@ -774,7 +774,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
     errors = [r.error for r in requests if r.error is not None]
     if errors:
         (reason, times), failed = Counter(errors).most_common(1)[0], len(errors)
-        often = "" if times == failed == 1 else f" ({times} times)"
+        often = "" if failed == 1 else " (once)" if times == 1 else f" ({times} times)"
         yield warning("requests_failed", f"{failed} of {len(requests)} requests failed: {reason}{often}")
 
 

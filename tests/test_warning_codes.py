@@ -257,7 +257,7 @@ def test_an_integral_says_how_late_its_samples_are():
         if each.code == "energy_integrated"
     ]
     assert found.text.endswith(
-        "integral of power; its samples lag behind the actual power by up to 1.25 s, which is 25% of the window."
+        "integral of power; the power samples lag behind the actual power by up to 1.25 s, which is 25% of the window."
     )
 
 

@@ -72,7 +72,7 @@ class Address:
 
     @property
     def is_here(self) -> bool:
-        """Whether this is a loopback address, so that the server runs on this machine."""
+        """Whether this is a loopback address, which means that the server runs on this machine."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:

@@ -98,8 +98,9 @@ def show_own_gpus(local_rank: int, count: int) -> None:
     Raises:
         RunError: too few GPUs are visible.
     """
-    own = visible()[local_rank * count : (local_rank + 1) * count]
-    if len(own) < count:
-        raise RunError(f"GPUs needed: {count}, visible: {len(own)}. Lower parallelism.degree.")
+    there, end = visible(), (local_rank + 1) * count
+    if len(there) < end:
+        raise RunError(f"GPUs needed: {end}, visible: {len(there)}. Lower num_processes or parallelism.degree.")
+    own = there[end - count : end]
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.mig_uuid or str(gpu.index) for gpu in own)

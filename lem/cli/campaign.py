@@ -35,7 +35,8 @@ def campaign(
         typer.Option(
             "--cycles",
             "-c",
-            help=_HELP["cycles"] + " Default without until_ci: 3; with latin, rounded up to complete Latin squares.",
+            help="Number of times each arm is measured; with --until-ci, the minimum. Default: 3, with latin rounded "
+            "up to complete Latin squares; with --until-ci, 5.",
         ),
     ] = None,
     until_ci: Annotated[

@@ -161,7 +161,7 @@ def _refuse(arguments: list[str] | None, settings: dict[str, Any], others: dict[
     """Raise `ConfigError` if any argument is given that has an effect only with --noise."""
     given = [*(arguments or []), *_flags_of(settings), *(flag for flag, value in others.items() if value)]
     if given:
-        raise ConfigError(f"{', '.join(given)}: accepted only together with --noise. Add --noise, or leave these out.")
+        raise ConfigError(f"{', '.join(given)}: accepted only together with --noise. Add --noise to measure the noise.")
 
 
 def _share(flag: str, text: str) -> float:

@@ -19,7 +19,7 @@ FIRST = ("fp_precision", "max_output_tokens", "batching.batch_size")
 
 @dataclass(frozen=True)
 class Draft:
-    """The content of a new file: options of groups, and values by dotted path."""
+    """The content of a new file: the option chosen in each group, and values by dotted path."""
 
     options: Options
     choices: dict[str, str] = field(default_factory=dict)

@@ -72,7 +72,8 @@ Launcher = Annotated[
         "--launcher",
         metavar="NAME",
         help="Where to run: basic (this machine, the default), slurm (jobs on a Slurm cluster), or a launcher of your "
-        "own in --config-dir. Short for hydra/launcher=NAME; hydra.launcher.… overrides set its options.",
+        "own in --config-dir. Short for hydra/launcher=NAME. To set its options, give overrides of the form "
+        "hydra.launcher.KEY=VALUE.",
     ),
 ]
 

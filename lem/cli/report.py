@@ -32,7 +32,12 @@ def results_report(
     ] = None,
     grid: Annotated[
         Path | None,
-        typer.Option("--grid", parser=literal, metavar="DIR", help="Report on the experiments of this sweep or batch."),
+        typer.Option(
+            "--grid",
+            parser=literal,
+            metavar="DIR",
+            help="Report on the experiments of the sweep or batch in this folder.",
+        ),
     ] = None,
     results_dir: Annotated[
         Path | None,

@@ -290,7 +290,7 @@ def compose_quickly(
 
 
 def register_schema() -> None:
-    """Register the schema's defaults, updated from environment variables, as Hydra's config nodes."""
+    """Register the schema's defaults, overridden by environment variables, as config nodes in Hydra."""
     for name in BACKENDS:
         _store("schema/backend", name, None, schema_defaults(name))
     _store("schema", "experiment", "_global_", flattened(schema_layers()))

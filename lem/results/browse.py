@@ -120,7 +120,9 @@ def list_experiments(
     in_jobs: Mapping[Path, InJob] = MappingProxyType({}),
     as_json: bool = False,
 ) -> int:
-    """Print a line for each experiment that has a row or a Slurm job or, with `everything`, for all experiments.
+    """Print a line for each selected experiment that has a row or a Slurm job.
+
+    With `everything`, or if a status is selected, experiments that have neither are included.
 
     `in_jobs` maps the directories of unfinished experiments to their Slurm jobs. The result is 1 if a file could not be
     read, else 0.

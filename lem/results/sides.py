@@ -1,4 +1,4 @@
-"""Reads the sides of `lem results compare`: experiments, campaigns and results directories, each as cases."""
+"""Divides each side of `lem results compare` (experiment, campaign or results directory) into cases."""
 
 from __future__ import annotations
 

@@ -553,7 +553,7 @@ class _Failures:
 
 # ------------------------------------------------------------------ warm-up
 def warmup_batches(prompts: Sequence[Encoded], batching: Batching) -> list[list[Encoded]]:
-    """Divide prompts into batches for the warm-up: like the window's or, for continuous batching, `batch_size` each."""
+    """Divide the warm-up's prompts into batches like those of the window; continuous ones have `batch_size` prompts."""
     if batching.strategy == "continuous":
         size = batching.batch_size
         return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]

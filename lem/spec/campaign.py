@@ -81,7 +81,7 @@ class Campaign:
         Field(
             ge=1,
             le=MOST_CYCLES,
-            description="Number of times each arm is measured; with until_ci, the minimum (5 if not given).",
+            description="Number of times each arm is measured; with until_ci, the minimum.",
         ),
     ] = 3
     until_ci: Annotated[

@@ -168,7 +168,7 @@ class Warmup:
     ] = None
     cv_batches: Annotated[
         int,
-        Field(ge=2, le=100, description="With until_cv: number of most recent latencies that are compared."),
+        Field(ge=2, le=100, description="With until_cv: how many of the most recent latencies it considers."),
     ] = 5
     max_prompts: Annotated[
         int,

@@ -1073,7 +1073,7 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
     Args:
         planned: the campaign.
         cells: how many cells of each arm are left to run, by the arm's number.
-        gaps_s: the pauses between these cells, in seconds.
+        gaps_s: the total length of the pauses between these cells, in seconds.
     """
     campaign, arms, rule = planned.definition.campaign, planned.definition.arms, planned.definition.rule
     rows = earlier_rows(Store(planned.results_dir), [campaign.primary])

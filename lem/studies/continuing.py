@@ -201,7 +201,7 @@ def ledger_of(directory: Path) -> Ledger:
     ledger = Ledger.read(directory)
     if ledger is None:
         raise ResultsError(
-            f"{directory} holds no study with Slurm jobs: {FILE} is missing. lem jobs lists the studies."
+            f"{directory} holds no study with Slurm jobs: {FILE} is missing. To list the studies: lem jobs"
         )
     return ledger
 

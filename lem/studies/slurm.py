@@ -548,7 +548,7 @@ class SlurmRunner(Runner):
         self.to_sync.clear()
 
     def _submit_deferred(self) -> None:
-        """Submit a deferred job for each job that has ended since the last call; if no job is left, submit all."""
+        """Submit one deferred job for each job that has ended since the last call; all, if no submitted job is open."""
         count = self.ended_since if self.jobs else len(self.deferred)
         some, self.deferred = self.deferred[:count], self.deferred[count:]
         self.ended_since = 0

@@ -244,8 +244,10 @@ def _listed(path: Path, key: str) -> list[str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))[key]
         return [each if isinstance(each, str) else each["filename"] for each in found]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DatasetError(f"{path} cannot be read as part of a saved dataset: {error}.") from None
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, LookupError, TypeError):
+        raise DatasetError(f"{path} is not a file of a saved dataset: it lists no '{key}'.") from None
 
 
 def _arrow(path: Path, column: str | None) -> Rows:

@@ -106,7 +106,7 @@ def test_it_imports_nothing_heavy_but_the_drivers_binding(tmp_path):
 def test_what_only_noise_reads_is_refused_without_it(lem, arguments, named):
     done = lem("doctor", *arguments)
     assert done.code == 2
-    assert done.err == f"Error: {named}: accepted only together with --noise. Add --noise, or leave these out.\n"
+    assert done.err == f"Error: {named}: accepted only together with --noise. Add --noise to measure the noise.\n"
 
 
 def test_every_option_is_refused_without_noise_or_read(lem):

@@ -426,7 +426,7 @@ ODD_DIRECTORIES = [
     ({"a.jsonl": b'{"text": "a"}\n{"id": 1}\n', "README.md": CARD}, {}, "a.jsonl, line 2 has no 'text'"),
     ({"a.jsonl": JSONL, "README.md": CARD}, {"config": "other"}, "Choose one with dataset.config"),
     ({"a.jsonl": JSONL, "README.md": b"---\nconfigs: [\n---\n"}, {}, "README.md cannot be read"),
-    ({"state.json": b"{}", "dataset_info.json": b"{}"}, {}, "state.json cannot be read as part of a saved dataset"),
+    ({"state.json": b"{}", "dataset_info.json": b"{}"}, {}, "state.json is not a file of a saved dataset: it lists no"),
     ({"state.json": b'{"_data_files": [{"filename": "../../x"}]}'}, {}, "x cannot be read as Arrow"),
 ]
 
