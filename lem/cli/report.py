@@ -36,7 +36,7 @@ def results_report(
             "--grid",
             parser=literal,
             metavar="DIR",
-            help="Report on the experiments of the sweep or batch in this folder.",
+            help="Report on the experiments of this sweep's or batch's folder.",
         ),
     ] = None,
     results_dir: Annotated[
