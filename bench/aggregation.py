@@ -22,6 +22,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from bench.usage import variables
 from lem import __version__
 from lem.record import (
     FORMAT_VERSION,
@@ -242,9 +243,7 @@ class Cost:
 
 def cost(arguments: Sequence[str]) -> Cost:
     """Run a command to its end; return its cost according to the kernel."""
-    # Bytecode is cached, as it would be for a command that is run often.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=variables())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -12,7 +12,6 @@ version. The inputs of optimum-benchmark are random token ids; it reads no promp
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.usage import begin, cost
+from bench.usage import begin, cost, variables
 from lem.workload import tiny
 
 BATCHES, BATCH_SIZES = 6, (1, 8)
@@ -57,7 +56,7 @@ def job(pairs: int, optimum: Path | None, *, is_ahead: bool) -> dict[str, Any]:
 def _run(command: Callable[[Path], list[str]], *, is_ahead: bool) -> dict[str, float | None]:
     with tempfile.TemporaryDirectory(prefix="lem-peers-") as name:
         folder = Path(name)
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        env = variables() | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         spent = cost(command(folder), folder / "log.txt", env=env, before=partial(begin, is_ahead=is_ahead))
     return {"cpu_s": spent.cpu_s, "wall_s": spent.wall_s}
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.paced_server import MODEL
-from bench.usage import Cost, begin, cost
+from bench.usage import Cost, begin, cost, variables
 from lem.workload import tiny
 
 OUTPUT_TOKENS = 64
@@ -249,7 +248,7 @@ def run_tool(tool: Tool, programs: Path, load: Load, server: Paced, *, is_ahead:
     with tempfile.TemporaryDirectory(prefix="lem-peers-") as name:
         folder = Path(name)
         command = tool.command(programs, load, server.url, folder)
-        env = {name: value for name, value in os.environ.items() if name not in OFFLINE}
+        env = {name: value for name, value in variables().items() if name not in OFFLINE}
         env |= dict.fromkeys(OFFLINE, "1") if tool.is_offline else {}
         before = partial(begin, CLIENT_CORE if load.on_one_core else None, is_ahead=is_ahead)
         spent = cost(command, folder / "log.txt", env=env, before=before)

@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.usage import variables
 from lem.results.statistics import summarize
 from lem.workload import builtin, tiny
 
@@ -133,13 +134,17 @@ class Side:
         folder.mkdir(parents=True)
 
     def start(self, command: Sequence[str], threads: int) -> None:
-        """Start the command, with bytecode cached as it would be for a user."""
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        variables |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        """Start the command."""
+        environment = variables() | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._began_s = time.perf_counter()
         self._output = (self.folder / "output").open("w+b")
         self._process = subprocess.Popen(
-            command, cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
         )
 
     def wait(self) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.usage import variables
 from lem.workload import tiny
 
 REPEATS = 10
@@ -57,10 +58,8 @@ COMMANDS = {
 
 def cost(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
     """Return the CPU time in seconds, and the peak memory in MB, of one run of Python and its child processes."""
-    # Bytecode is cached, as it would be for a command that is run often.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder, env=variables())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

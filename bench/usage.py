@@ -26,6 +26,11 @@ class Cost:
     wall_s: float
 
 
+def variables() -> dict[str, str]:
+    """Return this process's environment variables, but let Python cache bytecode, as it does for users."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def begin(core: int | None = None, *, is_ahead: bool = False) -> None:
     """Prepare the process of a command: bind it to a core, and give its session priority over other programs."""
     if core is not None and (os.cpu_count() or 1) > 1:
