@@ -30,8 +30,17 @@ OfDataset = Annotated[
 ]
 OfCampaign = Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")]
 OfSchedule = Annotated[str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")]
-Since = Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")]
-Last = Annotated[int | None, typer.Option("--last", min=1, help="Only the newest N of the selected experiments.")]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="TIME",
+        help="Only experiments started at or after a time such as 2026-01-31 or 2026-01-31T10:00.",
+    ),
+]
+Last = Annotated[
+    int | None, typer.Option("--last", min=1, metavar="N", help="Only the newest N of the selected experiments.")
+]
 Sort = Annotated[
     str | None,
     typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
@@ -51,11 +60,11 @@ def aggregate(
         bool, typer.Option("--all", help="Aggregate all experiments with missing or outdated rows.")
     ] = False,
     results_dir: ResultsDir = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild rows even if they are up to date.")] = False,
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict/--no-strict", help="If a record is missing, fail (--strict) or use the others (--no-strict)."
+            "--strict/--no-strict", help="If a record is missing, fail (the default) or use the others (--no-strict)."
         ),
     ] = True,
     allow_mixed_backends: Annotated[
@@ -82,7 +91,8 @@ def results_list(
         typer.Option(
             "--all",
             "-a",
-            help="Also list experiments without a row. By default, they are listed only if they are in a Slurm job.",
+            help="Also list experiments without a row. Otherwise, they are listed only with --status or if they are in "
+            "a Slurm job.",
         ),
     ] = False,
     status: Annotated[
@@ -136,9 +146,11 @@ def results_show(
         ),
     ],
     results_dir: ResultsDir = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Show all records, with their phases and readings.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Show all records of an experiment, with their phases and readings.")
+    ] = False,
     environment: Annotated[
-        bool, typer.Option("--environment", "-e", help="Also show the machine and software that the experiment ran on.")
+        bool, typer.Option("--environment", "-e", help="Also show the machine and software that an experiment ran on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
