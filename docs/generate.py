@@ -55,8 +55,8 @@ def configuration() -> str:
         "# Configuration\n",
         "You can set each value below in a config file (as nested YAML) or on the command line as an override "
         "(`batching.batch_size=4`). A value that nothing sets has the default shown here. A chosen option can set "
-        "values, too: for example, `dataset=gsm8k` sets `dataset.path`. See [configuring](../how-to/configuring.md) for "
-        "files, presets and precedence.\n",
+        "values, too: for example, `dataset=gsm8k` sets `dataset.path`. See [configuring](../how-to/configuring.md) "
+        "for files, presets and precedence.\n",
     ]
     own = [leaf for leaf in leaves() if "." not in leaf.path]
     parts += ["## Experiment\n", _values_table(own)]

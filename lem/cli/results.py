@@ -35,7 +35,7 @@ Since = Annotated[
     typer.Option(
         "--since",
         metavar="TIME",
-        help="Only experiments started at or after a time such as 2026-01-31 or 2026-01-31T10:00.",
+        help="Only experiments started at this time (2026-01-31 or 2026-01-31T10:00) or later.",
     ),
 ]
 Last = Annotated[
@@ -53,7 +53,10 @@ def aggregate(
     experiment_id: Annotated[
         str | None,
         typer.Argument(
-            help="Experiment id, or the beginning of one.", show_default=False, autocompletion=complete.experiment_ids
+            metavar="ID",
+            help="Experiment id, or the beginning of one.",
+            show_default=False,
+            autocompletion=complete.experiment_ids,
         ),
     ] = None,
     everything: Annotated[
