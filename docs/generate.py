@@ -5,6 +5,7 @@ Run `python docs/generate.py` to update the pages. A test fails if a page is sta
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import types
@@ -16,6 +17,7 @@ import typer
 
 from lem.cli.commands import all_commands
 from lem.config.inventory import summaries
+from lem.config.layers import default_choices
 from lem.record import RequestRecord
 from lem.results.parquet import Column, columns
 from lem.results.schema import CycleRow, ExperimentRow
@@ -52,27 +54,40 @@ def configuration() -> str:
     parts = [
         "# Configuration\n",
         "You can set each value below in a config file (as nested YAML) or on the command line as an override "
-        "(`batching.batch_size=4`). See [configuring](../how-to/configuring.md) for files, presets and precedence.\n",
+        "(`batching.batch_size=4`). A value that nothing sets has the default shown here. A chosen option can set "
+        "values, too: for example, `dataset=gsm8k` sets `dataset.path`. See [configuring](../how-to/configuring.md) "
+        "for files, presets and precedence.\n",
     ]
     own = [leaf for leaf in leaves() if "." not in leaf.path]
     parts += ["## Experiment\n", _values_table(own)]
     for group in dict.fromkeys(leaf.path.split(".")[0] for leaf in leaves() if "." in leaf.path):
         parts += list(_group_section(group))
-    parts += ["## preset\n", _choices_table("preset")]
+    parts += ["## preset\n", _choice("preset"), _choices_table("preset")]
     return "\n".join(parts)
 
 
 def _group_section(group: str) -> Iterator[str]:
     yield f"## {group}\n"
     if group in GROUPS:
-        yield f"Choose one with `{group}=<name>`, or `{group}: <name>` in a file:\n"
+        yield _choice(group)
         yield _choices_table(group)
     if group == "backend":
         for name, backend in BACKENDS.items():
             yield f"### {name}\n"
+            # A backend's summary may say, after its first sentence, what null means for all of its options.
+            if note := str(backend.__doc__).splitlines()[0].partition(". ")[2]:
+                yield f"{note}\n"
             yield _values_table(list(leaves(backend, f"{group}.")))
     else:
         yield _values_table([leaf for leaf in leaves() if leaf.path.startswith(f"{group}.")])
+
+
+def _choice(group: str) -> str:
+    default = default_choices().get(group)
+    return (
+        f"Choose one with `{group}=<name>`, or `{group}: <name>` in a file. "
+        f"Default: {f'`{default}`' if default else 'none'}.\n"
+    )
 
 
 def _choices_table(group: str) -> str:
@@ -110,7 +125,8 @@ def _constraint(item: Any) -> str:
 
 def _default(leaf: Leaf) -> str:
     plain = leaf.default is None or isinstance(leaf.default, bool)
-    return f"`{json.dumps(leaf.default) if plain else leaf.default}`" + (f" or `${leaf.env}`" if leaf.env else "")
+    text = f"`{json.dumps(leaf.default) if plain else leaf.default}`"
+    return f"`${leaf.env}`, else {text}" if leaf.env else text
 
 
 # ------------------------------------------------------------------ results
@@ -123,7 +139,7 @@ def results() -> str:
             "(`pyarrow.parquet.read_schema(file).field(name).metadata`). A number that was not measured is null. "
             "[Reading results](../how-to/results.md) describes the files.\n",
             "## Table `experiments`\n",
-            "One row per experiment.\n",
+            f"One row per experiment. {_about_means()}\n",
             _columns_table(ExperimentRow),
             "## Table `cycles`\n",
             "One row per cycle.\n",
@@ -136,6 +152,11 @@ def results() -> str:
     )
 
 
+def _about_means() -> str:
+    """Return the second paragraph of the row's docstring, which says what the columns mean with several cycles."""
+    return " ".join(str(inspect.getdoc(ExperimentRow)).split("\n\n")[1].split())
+
+
 def _columns_table(record_type: type[Any]) -> str:
     rows = [
         f"| `{c.name}` | {_column_type(c)} | {_cell(c.unit or '')} | {_cell(c.description or '')} |"
@@ -145,7 +166,8 @@ def _columns_table(record_type: type[Any]) -> str:
 
 
 def _column_type(column: Column) -> str:
-    name = "list of text" if column.python_type == list[str] else column.python_type.__name__
+    (of,) = get_args(column.python_type) or (None,)
+    name = f"list of {of.__name__}" if of else column.python_type.__name__
     return name + (" or null" if column.nullable else "")
 
 
@@ -273,6 +295,8 @@ def command_line() -> str:
     """Return the page on the commands and their options."""
     root = typer.main.get_command(all_commands())
     parts = ["# Command line\n", f"{root.help}\n"]
+    parts += ["## lem\n", "Options before the command, as in `lem --verbose experiment`:\n"]
+    parts += [_options_table(root)]
     for path, command in _commands(root, ("lem",)):
         parts += [f"## {' '.join(path)}\n", f"{command.help}\n", _options_table(command)]
     return "\n".join(parts)
@@ -289,13 +313,17 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 def _options_table(command: Any) -> str:
     rows = []
     for parameter in command.params:
-        if getattr(parameter, "hidden", False):
+        # The options --install-completion and --show-completion come from typer.
+        if getattr(parameter, "hidden", False) or parameter.name.endswith("_completion"):
             continue
         if parameter.param_type_name == "argument":
             rows.append(f"| `{_cell(parameter.metavar or parameter.name)}` | {_cell(parameter.help or '')} |")
         else:
             names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-            rows.append(f"| {names} | {_cell(parameter.help or '')} |")
+            value = f" `{_cell(parameter.metavar)}`" if parameter.metavar else ""
+            is_said = parameter.default is None or isinstance(parameter.default, bool)
+            default = "" if is_said else f" Default: {parameter.default}."
+            rows.append(f"| {names}{value} | {_cell(parameter.help or '')}{default} |")
     if not rows:
         return ""
     return "\n".join(["| option | meaning |", "|---|---|", *rows]) + "\n"

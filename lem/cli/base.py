@@ -47,7 +47,9 @@ AnyMachine = Annotated[
 ConfigDir = Annotated[
     Path | None,
     typer.Option(
-        "--config-dir", help="Directory with your own presets, datasets, … (default: conf/ next to the config file)."
+        "--config-dir",
+        help="Directory with your own presets, datasets, … (default: conf/ next to the config file, or in the "
+        "working directory if no config file is given).",
     ),
 ]
 

@@ -27,7 +27,8 @@ def batch(
     preset: flags.Preset = None,
     model: flags.Model = None,
     parallel: Annotated[
-        int, typer.Option(min=1, help="Number of experiments to run at a time, each on its own GPUs.")
+        int,
+        typer.Option(min=1, help="Number of experiments to run at a time; the visible GPUs are shared out among them."),
     ] = 1,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="After a failure, start no more experiments.")] = False,
     config_dir: ConfigDir = None,

@@ -35,8 +35,8 @@ def campaign(
         typer.Option(
             "--cycles",
             "-c",
-            help="Number of times each arm is measured; with --until-ci, the minimum. Default: 3, with latin rounded "
-            "up to complete Latin squares; with --until-ci, 5.",
+            help="Number of times each arm is measured; with --until-ci, the minimum. Default: 3 (for latin, rounded "
+            "up to complete Latin squares); with --until-ci, 5.",
         ),
     ] = None,
     until_ci: Annotated[
@@ -49,7 +49,10 @@ def campaign(
     ] = None,
     max_cycles: Annotated[
         int | None,
-        typer.Option(help="With --until-ci: maximum number of cycles. Default: 30, or 100 if --cycles is 30 or more."),
+        typer.Option(
+            help="With --until-ci: maximum number of cycles. Default: 30, or 100 if --cycles is 30 or more; for latin, "
+            "more if the squares need it."
+        ),
     ] = None,
     structure: Annotated[
         str | None,
@@ -66,7 +69,7 @@ def campaign(
         list[str] | None,
         typer.Option(metavar="TEXT", help="The arm that the others are compared with. Default: the first."),
     ] = None,
-    primary: Annotated[str | None, typer.Option(help=_HELP["primary"])] = None,
+    primary: Annotated[str | None, typer.Option(help=f"{_HELP['primary']} Default: {Campaign.primary}.")] = None,
     margin: Annotated[
         str | None,
         typer.Option(

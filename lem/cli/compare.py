@@ -17,7 +17,7 @@ def results_compare(
         list[str],
         typer.Argument(
             metavar="BASELINE OTHER…",
-            help="Experiment ids, names or directories of campaigns, or results directories; the first is the "
+            help="Experiments (by id), campaigns (by name or directory) or results directories; the first is the "
             "baseline.",
             autocompletion=complete.experiment_ids,
         ),
@@ -32,7 +32,7 @@ def results_compare(
         typer.Option(
             "--fail-if",
             metavar="METRIC>CHANGE%",
-            help="Exit with code 1 if the interval shows a change beyond this limit, such as "
+            help="Exit with code 1 if the whole interval of the change is beyond this limit, such as "
             "'energy_per_output_token_j>+3%' or 'output_tokens_per_s<-5%' (repeatable).",
         ),
     ] = None,

@@ -23,7 +23,9 @@ app.add_typer(config_app, name="config")
 @config_app.command("validate")
 @paused_collector()
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Config files.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Config files and campaign files.", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Accept inadvisable options (but not impossible ones).")
@@ -83,8 +85,8 @@ def generate_grid(
         typer.Option(
             "--vary",
             metavar="KEY=VALUES",
-            help="A key and its values, to combine with those of the other keys: batch_size=1,2,4; seed=range(1,9); "
-            "backend=pytorch,simulated. Repeat the flag for each key; the last key varies fastest.",
+            help="A key and its values, such as batch_size=1,2,4 or seed=range(1,9) or backend=pytorch,simulated. "
+            "Repeat the flag for each key; the last key varies fastest.",
             show_default=False,
         ),
     ],
@@ -129,18 +131,17 @@ def new(
         typer.Option(
             "--output",
             "-o",
-            help="The file to write. Default: standard output; on a terminal and without --campaign, experiment.yaml.",
+            help="The file to write. Default: experiment.yaml on a terminal, otherwise standard output; with "
+            "--campaign, always standard output.",
         ),
     ] = None,
     preset: flags.Preset = None,
     campaign: Campaign = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask no questions; write a template that explains every value.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask no questions, even on a terminal.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a new config file. On a terminal, ask for its values; otherwise, write a commented template."""
+    """Write a new config file with comments that explain every value. On a terminal, ask for the main values."""
     from lem.cli import new
 
     if campaign:

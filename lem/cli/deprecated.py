@@ -20,6 +20,8 @@ class Flag:
     name: str
     path: str
     overrides: Callable[[Any], list[str]]
+    # Another value that the flag sets.
+    also: str | None = None
 
 
 def _gpus(text: str) -> list[str]:
@@ -43,7 +45,7 @@ FLAGS = {
     "precision": Flag("--precision", "fp_precision", lambda value: [f"fp_precision={value}"]),
     "num_processes": Flag("--num-processes", "num_processes", lambda value: [f"num_processes={value}"]),
     "gpu_list": Flag("--gpu-list", "gpus", _gpus),
-    "temperature": Flag("--temperature", "decoder.temperature", _temperature),
+    "temperature": Flag("--temperature", "decoder.temperature", _temperature, also="decoder.do_sample"),
     "quantization": Flag(
         "--quantization", "quantization.quantization", lambda on: [f"quantization.quantization={on}".lower()]
     ),
@@ -52,9 +54,10 @@ FLAGS = {
 
 def option(name: str, *declarations: str) -> Any:
     """Return the typer option for a deprecated flag; its help text comes from the schema."""
-    path = FLAGS[name].path
+    flag = FLAGS[name]
+    instead = flag.path if flag.also is None else f"{flag.also} and {flag.path}"
     return typer.Option(
-        *declarations, help=f"Deprecated; use {path} instead. {leaf(path).description}", show_default=False
+        *declarations, help=f"Deprecated; use {instead} instead. {leaf(flag.path).description}", show_default=False
     )
 
 

@@ -45,9 +45,12 @@ def doctor(
     preset: flags.Preset = None,
     dataset: flags.Dataset = None,
     prompts: flags.Prompts = None,
-    sample_size: flags.SampleSize = None,
+    sample_size: Annotated[
+        int | None, typer.Option("--sample-size", "-n", help="Number of prompts to draw at random.")
+    ] = None,
     cycles: Annotated[
-        int | None, typer.Option("--cycles", "-c", help="Number of cells that each of the two arms gets. Default: 5.")
+        int | None,
+        typer.Option("--cycles", "-c", help="Number of cycles; each measures the configuration twice. Default: 5."),
     ] = None,
     warmup_prompts: flags.WarmupPrompts = None,
     warmup_timeout: flags.WarmupTimeout = None,
@@ -57,7 +60,10 @@ def doctor(
     seed: flags.OrderSeed = None,
     primary: Annotated[
         str | None,
-        typer.Option(help="Examine this metric in full; for other metrics, report only the noise floor."),
+        typer.Option(
+            help="Examine this metric in full; for other metrics, report only the noise floor. "
+            f"Default: {Campaign.primary}."
+        ),
     ] = None,
     difference: Annotated[
         str | None,

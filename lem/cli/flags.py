@@ -28,7 +28,12 @@ Dataset = Annotated[
         autocompletion=complete.datasets,
     ),
 ]
-Prompts = Annotated[str | None, typer.Option("--prompts", "-p", help="File of prompts, one per line.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", "-p", help="File with the prompts: txt (one per line), json, jsonl, csv, tsv or parquet."
+    ),
+]
 SampleSize = Annotated[int | None, typer.Option("--sample-size", "-n", help=leaf("dataset.sample_size").description)]
 _OF_CAMPAIGN = {each.path: each.description for each in leaves(Campaign)}
 CampaignName = Annotated[
@@ -71,9 +76,9 @@ Launcher = Annotated[
     typer.Option(
         "--launcher",
         metavar="NAME",
-        help="Where to run: basic (this machine, the default), slurm (jobs on a Slurm cluster), or a launcher of your "
-        "own in --config-dir. Short for hydra/launcher=NAME. To set its options, give overrides of the form "
-        "hydra.launcher.KEY=VALUE.",
+        help="Where to run: basic (this machine, the default), slurm (jobs on a Slurm cluster), or a Slurm launcher "
+        "of your own in --config-dir. Short for hydra/launcher=NAME. To set the launcher's options, give overrides of "
+        "the form hydra.launcher.KEY=VALUE.",
     ),
 ]
 

@@ -76,7 +76,7 @@ def results_export(
     reverse: Reverse = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write the tables as CSV, JSON or Parquet, or in the format of another project."""
+    """Write a table as CSV, JSON or Parquet, or in the format of another project."""
     from lem.results import browse
     from lem.results.export import export
 
@@ -92,7 +92,12 @@ def results_delete(
     ids: Ids = None,
     results_dir: ResultsDir = None,
     campaign: Annotated[
-        str | None, typer.Option("--campaign", help="Delete the campaign with this name: all its cells, and its files.")
+        str | None,
+        typer.Option(
+            "--campaign",
+            help="Delete the campaign with this name: all its cells, and its files. With ids or --status, delete only "
+            "the cells that match.",
+        ),
     ] = None,
     status: Annotated[
         str | None,

@@ -26,7 +26,9 @@ def results_report(
     output: Annotated[
         Path, typer.Option("--output", "-o", parser=literal, metavar="FILE", help="The page to write.")
     ] = Path("report.html"),
-    campaign: Annotated[str | None, typer.Option("--campaign", help="Report on the campaign with this name.")] = None,
+    campaign: Annotated[
+        str | None, typer.Option("--campaign", help="Report on the campaign with this name or directory.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", help="Report on the schedule with this name, id or directory.")
     ] = None,
@@ -36,7 +38,7 @@ def results_report(
             "--grid",
             parser=literal,
             metavar="DIR",
-            help="Report on the experiments of this sweep's or batch's folder.",
+            help="Report on the experiments of the sweep or batch in this folder.",
         ),
     ] = None,
     results_dir: Annotated[
@@ -54,10 +56,11 @@ def results_report(
             "--plots",
             parser=literal,
             metavar="DIR",
-            help="Also write each plot as SVG and PNG, sized for a column of a paper; needs pip install 'lem[plots]'.",
+            help="Also write each plot to this directory as SVG and PNG, sized for a column of a paper; needs pip "
+            "install 'lem[plots]'.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files in the directory of --plots.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --plots: replace existing plots.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write an HTML page, with warnings, numbers and charts, that any browser can open offline."""

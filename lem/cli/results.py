@@ -30,8 +30,17 @@ OfDataset = Annotated[
 ]
 OfCampaign = Annotated[str | None, typer.Option("--campaign", help="Only cells of the campaign with this name.")]
 OfSchedule = Annotated[str | None, typer.Option("--schedule", help="Only runs of the schedule with this name.")]
-Since = Annotated[str | None, typer.Option("--since", help="Only experiments started at this time or later.")]
-Last = Annotated[int | None, typer.Option("--last", min=1, help="Only the newest N of the selected experiments.")]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="TIME",
+        help="Only experiments started at this time (2026-01-31 or 2026-01-31T10:00) or later.",
+    ),
+]
+Last = Annotated[
+    int | None, typer.Option("--last", min=1, metavar="N", help="Only the newest N of the selected experiments.")
+]
 Sort = Annotated[
     str | None,
     typer.Option("--sort", help="Column to sort by, such as energy_per_output_token_j (default: start)."),
@@ -44,18 +53,21 @@ def aggregate(
     experiment_id: Annotated[
         str | None,
         typer.Argument(
-            help="Experiment id, or the beginning of one.", show_default=False, autocompletion=complete.experiment_ids
+            metavar="ID",
+            help="Experiment id, or the beginning of one.",
+            show_default=False,
+            autocompletion=complete.experiment_ids,
         ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Aggregate all experiments with missing or outdated rows.")
     ] = False,
     results_dir: ResultsDir = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild the row even if it is up to date.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Rebuild rows even if they are up to date.")] = False,
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict/--no-strict", help="If a record is missing, fail (--strict) or use the others (--no-strict)."
+            "--strict/--no-strict", help="If a record is missing, fail (the default) or use the others (--no-strict)."
         ),
     ] = True,
     allow_mixed_backends: Annotated[
@@ -82,7 +94,8 @@ def results_list(
         typer.Option(
             "--all",
             "-a",
-            help="Also list experiments without a row. By default, they are listed only if they are in a Slurm job.",
+            help="Also list experiments without a row. Otherwise, they are listed only with --status or if they are in "
+            "a Slurm job.",
         ),
     ] = False,
     status: Annotated[
@@ -136,9 +149,11 @@ def results_show(
         ),
     ],
     results_dir: ResultsDir = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Show all records, with their phases and readings.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Show all records of an experiment, with their phases and readings.")
+    ] = False,
     environment: Annotated[
-        bool, typer.Option("--environment", "-e", help="Also show the machine and software that the experiment ran on.")
+        bool, typer.Option("--environment", "-e", help="Also show the machine and software that an experiment ran on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -27,7 +27,10 @@ def schedule(
             show_default=False,
         ),
     ] = None,
-    interval: Annotated[str | None, typer.Option("--interval", "-i", metavar="TIME", help=_HELP["interval_s"])] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option("--interval", "-i", metavar="TIME", help=_HELP["interval_s"] + " Required unless --at is given."),
+    ] = None,
     at: Annotated[str | None, typer.Option(metavar="HH:MM,…", help=_HELP["at"])] = None,
     days: Annotated[str | None, typer.Option(metavar="DAYS", help=_HELP["days"])] = None,
     duration: Annotated[
@@ -59,7 +62,7 @@ def schedule(
         str | None,
         typer.Option(
             help="Name of the schedule and of its directory in the results directory. Default: the name of the config "
-            "file or, without one, the names of the preset and the model.",
+            "file; without one, the names of the preset and the model, or else schedule.",
         ),
     ] = None,
     resume: Annotated[

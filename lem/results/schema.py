@@ -31,7 +31,7 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     experiment_id: Annotated[str, "Unique id of the experiment."]
     status: Annotated[str, "Outcome: completed, failed or interrupted."]
     # counted
-    requests_completed: Annotated[int, quantities.REQUEST, "Number of requests that finished; each has its own row."]
+    requests_completed: Annotated[int, quantities.REQUEST, "Number of requests that finished without an error."]
     input_tokens: Annotated[int, quantities.TOKEN, "Input tokens of the finished requests, without padding."]
     output_tokens: Annotated[
         int, quantities.TOKEN, "Output tokens of the finished requests, up to and including the first end token."
@@ -44,19 +44,21 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     latency_p50_s: Annotated[Seconds, "Median latency of a request."]
     latency_p95_s: Annotated[Seconds, "95th percentile of the latency."]
     latency_p99_s: Annotated[Seconds, "99th percentile of the latency."]
-    latency_samples: Annotated[int | None, "Number of latencies behind the percentiles."] = None
+    latency_samples: Annotated[int | None, "Number of latencies from which the percentiles are computed."] = None
     warmup_duration_s: Annotated[Seconds, "Length of the warm-up, which is outside the window."]
     # metered
     energy_j: Annotated[Joules, "Headline energy of the measured window, gross."]
-    energy_source: Annotated[str | None, "counter, integral, estimate, replay or simulated."]
+    energy_source: Annotated[str | None, "Source of energy_j: counter, integral, estimate, replay or simulated."]
     gpu_energy_j: Annotated[Joules, "Energy of the GPUs in use during the window."]
     cpu_energy_j: Annotated[Joules, "Energy of the CPUs during the window."]
     dram_energy_j: Annotated[Joules, "Energy of main memory during the window."]
     energy_idle_adjusted_j: Annotated[Joules, "energy_j minus idle_power_loaded_w times duration_s; may be negative."]
     prefill_duration_s: Annotated[
-        Seconds, "Time spent processing prompts; null if other requests were decoding at the same time."
+        Seconds,
+        "Time spent processing prompts, on average over the processes; null if other requests were decoding at the "
+        "same time.",
     ]
-    decode_duration_s: Annotated[Seconds, "The rest of the window after prefill, minus idle time where known."]
+    decode_duration_s: Annotated[Seconds, "duration_s minus prefill_duration_s and, where known, minus idle time."]
     # derived
     average_power_w: Annotated[Watts, "energy_j / duration_s."]
     energy_per_output_token_j: Annotated[JoulesPerToken, "energy_j / output_tokens."]
@@ -69,28 +71,28 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
         "Upper bound on the share of duration_s spent on requests that were cut off and later run again.",
     ] = None
     # token by token, when streaming
-    ttft_mean_s: Annotated[Seconds, "Mean time to first token."] = None
+    ttft_mean_s: Annotated[Seconds, "Mean time to first token (TTFT)."] = None
     ttft_p50_s: Annotated[Seconds, "Median time to first token."] = None
     ttft_p95_s: Annotated[Seconds, "95th percentile of the time to first token."] = None
     ttft_p99_s: Annotated[Seconds, "99th percentile of the time to first token."] = None
-    ttft_samples: Annotated[int | None, "Number of times to first token behind the percentiles."] = None
-    itl_mean_s: Annotated[Seconds, "Mean inter-token latency, over all tokens."] = None
+    ttft_samples: Annotated[int | None, "Number of TTFTs from which the percentiles are computed."] = None
+    itl_mean_s: Annotated[Seconds, "Mean inter-token latency (ITL), over all tokens."] = None
     itl_p50_s: Annotated[Seconds, "Median inter-token latency, over all tokens."] = None
     itl_p95_s: Annotated[Seconds, "95th percentile of the inter-token latency, over all tokens."] = None
     itl_p99_s: Annotated[Seconds, "99th percentile of the inter-token latency, over all tokens."] = None
-    itl_samples: Annotated[int | None, "Number of inter-token latencies behind the percentiles."] = None
-    tpot_mean_s: Annotated[Seconds, "Mean time per output token after the first."] = None
+    itl_samples: Annotated[int | None, "Number of ITLs from which the percentiles are computed."] = None
+    tpot_mean_s: Annotated[Seconds, "Mean time per output token after the first (TPOT)."] = None
     tpot_p50_s: Annotated[Seconds, "Median time per output token after the first."] = None
     tpot_p95_s: Annotated[Seconds, "95th percentile of the time per output token after the first."] = None
     tpot_p99_s: Annotated[Seconds, "99th percentile of the time per output token after the first."] = None
-    tpot_samples: Annotated[int | None, "Number of times per output token behind the percentiles."] = None
+    tpot_samples: Annotated[int | None, "Number of TPOTs from which the percentiles are computed."] = None
     # under traffic
     arrival_rate_per_s: Annotated[RequestsPerSecond, "Rate at which requests arrived."] = None
     queue_mean_s: Annotated[Seconds, "Mean wait in the queue."] = None
     queue_p50_s: Annotated[Seconds, "Median wait in the queue."] = None
     queue_p95_s: Annotated[Seconds, "95th percentile of the wait in the queue."] = None
     queue_p99_s: Annotated[Seconds, "99th percentile of the wait in the queue."] = None
-    queue_samples: Annotated[int | None, "Number of waits in the queue behind the percentiles."] = None
+    queue_samples: Annotated[int | None, "Number of waits from which the percentiles are computed."] = None
     idle_share: Annotated[Ratio, "Share of the window in which no process had a request."] = None
     goodput_requests_per_s: Annotated[RequestsPerSecond, "Rate of requests within the limits on TTFT and ITL."] = None
     # while all slots were taken, with continuous batching
@@ -104,7 +106,8 @@ class Measures(Struct, frozen=True, gc=False, kw_only=True):
     requests_failed: Annotated[
         int | None,
         quantities.REQUEST,
-        "Number of failed requests; means, totals and rates exclude them, but the window's time and energy do not.",
+        "Number of failed requests. Token counts, latencies and throughput exclude them; time, energy, the arrival "
+        "rate and the queue include them.",
     ] = None
     error_rate: Annotated[Ratio, "requests_failed / (requests_completed + requests_failed)."] = None
     warnings: Annotated[
@@ -172,9 +175,11 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     prompts_cut: Annotated[int | None, quantities.REQUEST, "Number of prompts that were truncated to max_input_tokens."]
     decoder: Annotated[str, "Name of the chosen decoder."]
     batching_strategy: Annotated[str, "Batching strategy."]
-    batch_size: Annotated[int, quantities.REQUEST, "Maximum number of requests in a batch."]
+    batch_size: Annotated[
+        int, quantities.REQUEST, "Maximum number of requests in a batch, or of requests running concurrently."
+    ]
     max_output_tokens: Annotated[int, quantities.TOKEN, "Maximum number of generated tokens per request."]
-    seed: Annotated[int, "Seed for drawing prompts, for sampling tokens and for Poisson arrivals."]
+    seed: Annotated[int, "Seed for drawing prompts, for Poisson arrivals and for sampling tokens."]
     # counted
     requests_planned: Annotated[int, quantities.REQUEST, "Number of prompts of the experiment."]
     load_duration_s: Annotated[Seconds, "Time to load the model, which is outside the window."]
@@ -216,7 +221,7 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     ]
     carbon_trace_sha256: Annotated[str | None, "Digest of the file energy.carbon_trace; null without a trace."] = None
     peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
-    peak_memory_scope: Annotated[str | None, "Scope of the peak memory."]
+    peak_memory_scope: Annotated[str | None, "What the peak covers, in words, such as 'process, since its start'."]
     flops: Annotated[float | None, quantities.FLOP, "Model FLOPs of the counted tokens."]
     flops_per_token: Annotated[float | None, quantities.FLOP_PER_TOKEN, "flops / (input_tokens + output_tokens)."]
     flops_method: Annotated[str | None, "How the FLOPs were determined."]
@@ -233,24 +238,40 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
     energy_cv: Annotated[Ratio, "Coefficient of variation of energy_j over the cycles."] = None
     energy_ci95_low_j: Annotated[Joules, "Lower end of the 95% t-interval of the mean of energy_j."] = None
     energy_ci95_high_j: Annotated[Joules, "Upper end of the 95% t-interval of the mean of energy_j."] = None
-    output_tokens_per_s_mean: Annotated[TokensPerSecond, "Mean of the cycles' rates; the middle of the interval."] = (
+    output_tokens_per_s_mean: Annotated[
+        TokensPerSecond, "Mean of output_tokens_per_s over the cycles; the middle of the interval."
+    ] = None
+    output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation of output_tokens_per_s over the cycles."] = (
         None
     )
-    output_tokens_per_s_sd: Annotated[TokensPerSecond, "Standard deviation of the cycles' rates."] = None
-    output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation of the cycles' rates."] = None
-    output_tokens_per_s_ci95_low: Annotated[TokensPerSecond, "Lower end of the mean's 95% t-interval."] = None
-    output_tokens_per_s_ci95_high: Annotated[TokensPerSecond, "Upper end of the mean's 95% t-interval."] = None
+    output_tokens_per_s_cv: Annotated[Ratio, "Coefficient of variation of output_tokens_per_s over the cycles."] = None
+    output_tokens_per_s_ci95_low: Annotated[
+        TokensPerSecond, "Lower end of the 95% t-interval of the mean of output_tokens_per_s."
+    ] = None
+    output_tokens_per_s_ci95_high: Annotated[
+        TokensPerSecond, "Upper end of the 95% t-interval of the mean of output_tokens_per_s."
+    ] = None
     latency_mean_sd_s: Annotated[Seconds, "Standard deviation of latency_mean_s over the cycles."] = None
     latency_mean_cv: Annotated[Ratio, "Coefficient of variation of latency_mean_s over the cycles."] = None
-    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the mean's 95% t-interval."] = None
-    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the mean's 95% t-interval."] = None
+    latency_mean_ci95_low_s: Annotated[Seconds, "Lower end of the 95% t-interval of the mean of latency_mean_s."] = None
+    latency_mean_ci95_high_s: Annotated[Seconds, "Upper end of the 95% t-interval of the mean of latency_mean_s."] = (
+        None
+    )
     energy_per_output_token_mean_j: Annotated[
-        JoulesPerToken, "Mean of the cycles' values; the middle of the interval."
+        JoulesPerToken, "Mean of energy_per_output_token_j over the cycles; the middle of the interval."
     ] = None
-    energy_per_output_token_sd_j: Annotated[JoulesPerToken, "Standard deviation of the cycles' values."] = None
-    energy_per_output_token_cv: Annotated[Ratio, "Coefficient of variation of the cycles' values."] = None
-    energy_per_output_token_ci95_low_j: Annotated[JoulesPerToken, "Lower end of the mean's 95% t-interval."] = None
-    energy_per_output_token_ci95_high_j: Annotated[JoulesPerToken, "Upper end of the mean's 95% t-interval."] = None
+    energy_per_output_token_sd_j: Annotated[
+        JoulesPerToken, "Standard deviation of energy_per_output_token_j over the cycles."
+    ] = None
+    energy_per_output_token_cv: Annotated[
+        Ratio, "Coefficient of variation of energy_per_output_token_j over the cycles."
+    ] = None
+    energy_per_output_token_ci95_low_j: Annotated[
+        JoulesPerToken, "Lower end of the 95% t-interval of the mean of energy_per_output_token_j."
+    ] = None
+    energy_per_output_token_ci95_high_j: Annotated[
+        JoulesPerToken, "Upper end of the 95% t-interval of the mean of energy_per_output_token_j."
+    ] = None
     campaign: Annotated[str | None, "Campaign that the experiment belongs to."] = None
     campaign_arm: Annotated[str | None, "The experiment's arm in the campaign."] = None
     campaign_cycle: Annotated[int | None, "The experiment's cycle of the campaign, from 1."] = None

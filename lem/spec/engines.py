@@ -200,7 +200,9 @@ class TensorrtKvCache:
 
     free_gpu_memory_fraction: Annotated[
         float | None,
-        Field(gt=0, le=1, description="Fraction of the GPU memory left after loading the model, to use for the cache."),
+        Field(
+            gt=0, le=1, description="For the cache: fraction of the GPU memory that is free after the model is loaded."
+        ),
     ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Maximum number of tokens in the cache.")] = None
     dtype: Annotated[str | None, Field(min_length=1, description="Dtype of keys and values: auto, fp8, nvfp4, …")] = (
@@ -211,7 +213,7 @@ class TensorrtKvCache:
         bool | None, Field(description="Reuse the cached keys and values of prefixes that prompts have in common.")
     ] = None
     host_cache_size: Annotated[
-        int | None, Field(ge=0, description="Main memory for blocks that do not fit into GPU memory, in bytes.")
+        int | None, Field(ge=0, description="Bytes of main memory for blocks that do not fit into GPU memory.")
     ] = None
 
 
@@ -310,9 +312,9 @@ class OpenaiBackend:
         str | None,
         Field(
             min_length=1,
-            description="Command that starts the server, without a shell; the server is stopped after the run. "
-            "{model}, {port}, {host}, {revision}, {dtype}, {seed}, {batch_size} and {degree} are replaced by their "
-            "values, as in vllm serve {model} --port {port}. null: the server is already running.",
+            description="Command that starts the server; it is run without a shell, and the server is stopped after "
+            "the run. {model}, {port}, {host}, {revision}, {dtype}, {seed}, {batch_size} and {degree} are replaced by "
+            "their values, as in vllm serve {model} --port {port}. null: the server is already running.",
         ),
     ] = None
     model_name: Annotated[

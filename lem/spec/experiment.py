@@ -39,11 +39,18 @@ class Dataset:
         ),
     ] = None
     split: Annotated[
-        str | None, Field(description="Split to read; null: the dataset's own default, or train if it has none.")
+        str | None,
+        Field(
+            description="Split to read, for datasets with splits; if not set, the split that the chosen dataset names, "
+            "or else train."
+        ),
     ] = None
-    column: Annotated[str | None, Field(description="Column that holds the prompts; null: detected by name.")] = None
+    column: Annotated[
+        str | None, Field(description="Column that holds the prompts; if not set, detected by its name.")
+    ] = None
     sample_size: Annotated[
-        int | None, Field(ge=1, description="Number of prompts to draw with the seed; empty prompts are never drawn.")
+        int | None,
+        Field(ge=1, description="Number of prompts to draw at random; if not set, all. Empty prompts are left out."),
     ] = None
 
 
@@ -115,7 +122,8 @@ class Parallelism:
         Field(
             description="data_parallel: each process has a whole model and takes a share of the prompts; "
             "tensor_parallel: each layer is split over the processes or, if the engine spreads the model itself "
-            "(vllm, tensorrt), over GPUs; pipeline_parallel: the layers are spread over the GPUs of one process."
+            "(vllm, tensorrt, openai), over GPUs; pipeline_parallel: the layers are spread over the GPUs of one "
+            "process."
         ),
     ] = "none"
     degree: Annotated[
@@ -168,7 +176,7 @@ class Warmup:
     ] = None
     cv_batches: Annotated[
         int,
-        Field(ge=2, le=100, description="With until_cv: how many of the most recent latencies it considers."),
+        Field(ge=2, le=100, description="With until_cv: how many of the most recent latencies to use."),
     ] = 5
     max_prompts: Annotated[
         int,
@@ -190,7 +198,11 @@ class Streaming:
     ] = False
     warmup_requests: Annotated[
         int,
-        Field(ge=0, le=10_000, description="Number of warm-up requests if tokens are timed; replaces warmup.prompts."),
+        Field(
+            ge=0,
+            le=10_000,
+            description="Number of warm-up requests if tokens are timed; used instead of warmup.prompts.",
+        ),
     ] = 5
 
 
@@ -201,8 +213,8 @@ class Traffic:
     pattern: Annotated[
         Literal["closed", "constant", "poisson", "concurrency", "trace"],
         Field(
-            description="closed: all requests at once; constant, poisson: at target_qps, whether or not the engine "
-            "keeps up; concurrency: always the same number in the system; trace: as recorded in a file."
+            description="When requests arrive. closed: all at the start; constant, poisson: at target_qps, whether or "
+            "not the engine keeps up; concurrency: whenever another request ends; trace: as recorded in a file."
         ),
     ] = "closed"
     target_qps: Annotated[
@@ -342,7 +354,7 @@ class Experiment:
     seed: Annotated[
         int,
         Field(
-            ge=0, le=2**32 - 1, description="Seed for drawing prompts, for poisson arrivals and for sampling tokens."
+            ge=0, le=2**32 - 1, description="Seed for drawing prompts, for Poisson arrivals and for sampling tokens."
         ),
     ] = 42
     cycles: Annotated[
@@ -350,13 +362,17 @@ class Experiment:
     ] = 1
     num_processes: Annotated[
         int,
-        Field(ge=1, le=1024, description="Number of processes on this node that share the prompts, with one GPU each."),
+        Field(
+            ge=1,
+            le=1024,
+            description="Number of processes on this node that share the prompts; on GPUs, each process uses one.",
+        ),
     ] = 1
     gpus: Annotated[
         list[int | str] | None,
         Field(
             min_length=1,
-            description="GPUs to use, by index among the visible GPUs or by UUID (GPU-…, MIG-…); null: all.",
+            description="GPUs to use, by index among the visible GPUs or by UUID (GPU-…, MIG-…); if not set, all.",
         ),
     ] = None
     backend: Backend = field(default_factory=PytorchBackend)
