@@ -955,7 +955,7 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
 def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, warning("idle_adjusted_negative", f"Subtracting the idle energy leaves {left_j:.4g} J.")
+            yield place, warning("idle_adjusted_negative", f"subtracting the idle energy leaves {left_j:.4g} J.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
             yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")
