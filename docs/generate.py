@@ -172,15 +172,22 @@ def _column_type(column: Column) -> str:
 
 
 # ------------------------------------------------------------------ warnings
+WHERE_WARNINGS_APPEAR = """\
+A warning is a reason to doubt a number. The warnings of an experiment are stored in the column `warnings` of its row,
+as `code: message`, and `lem results show` prints them. If a code begins with `campaign_` or `schedule_`, the warning
+concerns a campaign or schedule as a whole, and `lem results show` prints it with the answer. If a code begins with
+`compare_`, the warning concerns a comparison, and `lem results compare` prints it. The codes are stable across
+versions.
+"""
+
+
 def warnings() -> str:
     """Return the page that explains each warning and its remedy."""
     rows = [f"| `{code}` | {_cell(kind.meaning)} | {_cell(kind.remedy)} |" for code, kind in WARNINGS.items()]
     return "\n".join(
         [
             "# Warnings\n",
-            "A warning is a reason to doubt a number. Warnings appear in the record, in the column `warnings` of the "
-            "row (as `code: message`), and in the output of `lem results show`. The codes are stable across "
-            "versions.\n",
+            WHERE_WARNINGS_APPEAR,
             "| code | meaning | remedy |",
             "|---|---|---|",
             *rows,
@@ -191,10 +198,13 @@ def warnings() -> str:
 
 # ------------------------------------------------------------------ rules
 SEVERITIES = """\
-Before anything runs, `lem` checks the configuration against these rules and reports all violations at once. Each
-message begins with the path of an option and ends with the code of the rule, as in
-`decoder.temperature: it would have no effect … [no_effect_sampling]`. The codes are stable across versions. In the
-tables, "this option" is the option that the message names.
+Before anything runs, `lem` checks the configuration against these rules. If config files or overrides contain errors,
+`lem` reports all of these errors at once; otherwise, it reports all violations of the rules on experiments.
+
+If an experiment breaks a rule, the message begins with the path of an option and gives the code of the rule, as in
+`decoder.temperature: it would have no effect … [no_effect_sampling]`. In the tables, "this option" is the option that
+the message names. If a config file breaks a rule, the message begins with the file and the line; only
+`lem config validate` gives the code. The codes are stable across versions.
 
 | severity | effect |
 |---|---|
@@ -207,7 +217,7 @@ Each rule has a scope:
 | scope | what the rule checks |
 |---|---|
 | options | The configuration only. |
-| machine | The configuration together with the machine's devices and packages. |
+| machine | The configuration together with the machine (devices, packages, programs, environment) and the server. |
 | files | The configuration together with the model, the prompts, the results directory or the config file. |
 """
 
@@ -243,11 +253,11 @@ is missing before the run.
 
 | answer | meaning |
 |---|---|
-| **tested** | Supported; a test runs the feature on a CPU and checks its effect. |
-| configured | Supported; a test checks that the option reaches the engine's configuration; the engine is not run. |
+| **tested** | Supported; a test runs the feature and checks its effect. |
+| configured | Supported; a test checks that the option reaches the engine's configuration, but runs no engine. |
 | stand-in | Supported, according to the backend; a test runs the feature on a stand-in for the engine. |
 | not run | Supported, according to the backend; no test runs the feature. |
-| no: `rule` | Not supported; the named [rule](rules.md) refuses the option before anything runs. |
+| no: `rule` | Not supported; the named [rule](rules.md) refuses the option or, if inadvisable, demands `--force`. |
 | no effect: `rule` | The option is accepted, with the named rule's warning, but has no effect. |
 | no | The backend does not provide this, and any columns for it are null. |
 | – | The backend has no such option. |

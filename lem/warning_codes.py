@@ -74,8 +74,8 @@ class WarningKind:
 
 WARNINGS: dict[str, WarningKind] = {
     "short_window": WarningKind(
-        f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so the sensor's limited resolution and "
-        "one-time costs may have a large effect on the numbers.",
+        f"The measured window was shorter than {SHORT_WINDOW_S:g} s, so one-time costs and the sensor's limited "
+        "resolution may have a large effect on the numbers.",
         "Run more prompts, or generate longer outputs; 30 s or more is better.",
     ),
     "short_steady_state": WarningKind(
@@ -95,13 +95,13 @@ WARNINGS: dict[str, WarningKind] = {
         "trace may cover different components.",
     ),
     "throttled": WarningKind(
-        f"The driver held a GPU's clocks down for more than {THROTTLED_LEAST:.0%} of the measured window, according to "
-        "its own counters or to samples taken during the window. If the driver reported nothing during the window, the "
-        "throttling occurred just before or just after the window.",
+        f"The driver held a GPU's clocks down for at least {THROTTLED_LEAST:.0%} of the measured window, according to "
+        "its own counters or to samples taken during the window. Without such data, the warning means that the clocks "
+        "were held down just before or just after the window.",
         "Cool the machine, raise the power limit, or lock the clocks at a lower frequency.",
     ),
     "foreign_process": WarningKind(
-        "Another process used a GPU of this run, so the energy includes that process's work.",
+        "Another process used a GPU of this run, so the energy may include that process's work.",
         "Wait for that process to end, or use another GPU.",
     ),
     "temperature_drift": WarningKind(
@@ -145,9 +145,9 @@ WARNINGS: dict[str, WarningKind] = {
         "Run more prompts, or report a lower percentile or the mean.",
     ),
     "window_cut": WarningKind(
-        "The run was interrupted inside the measured window. Normally, the window then ends at the last finished "
-        "request, and the message states how long the run continued after it, unless the process was killed. If "
-        "several processes share the prompts, all their windows end at the moment of the interruption.",
+        "The run was interrupted inside the measured window. If one process runs all prompts, the window ends at its "
+        "last finished request, and the message states how long the run continued after that request, unless the "
+        "process was killed. If several processes share the prompts, all their windows end at the same time.",
         "No action is needed if the lost time is short compared with the window; otherwise measure again (--fresh).",
     ),
     "resumed": WarningKind(
@@ -161,9 +161,10 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure again on one machine (--fresh).",
     ),
     "work_repeated": WarningKind(
-        "Requests were in flight when a window was interrupted, and ran again afterwards. The row includes the time "
-        "and energy of both runs; the message gives an upper bound for the share of the window that the repeated work "
-        "took. If this share (`repeated_share`) exceeds 2%, rates and energies per token and per request are null.",
+        "Requests were in flight when a window was interrupted, and were run again later. The row also includes the "
+        "time and energy spent on them before the interruption; the message gives an upper bound for the share of the "
+        "window that this took. If the share (`repeated_share`) exceeds 2%, rates and energies per token and per "
+        "request are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
     "queue_lost": WarningKind(
@@ -218,8 +219,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "energy_integrated": WarningKind(
         "A GPU has no energy counter, so its energy is integrated from sampled power. The samples lag behind the "
-        "actual power. The error of the energy is at most this delay, which the message gives, times the difference "
-        "between the power just before the window and the power at its end.",
+        "actual power by up to the delay given in the message. The error of the energy is at most this delay times the "
+        "difference between the power just before the window and the power at its end.",
         "Use windows many times as long as the delay, and expect more uncertainty under rapidly changing load.",
     ),
     "idle_adjusted_negative": WarningKind(
@@ -293,8 +294,9 @@ WARNINGS: dict[str, WarningKind] = {
     "prefix_cached": WarningKind(
         "In the window, the engine reused cached prefixes of earlier prompts instead of computing the prefixes again. "
         "FLOPs and tokens still include the reused prefixes.",
-        "No action is needed if prefix caching is part of your study; otherwise set "
-        "backend.enable_prefix_caching=false.",
+        "No action is needed if prefix caching is part of your study; otherwise turn it off with "
+        "backend.enable_prefix_caching=false (vllm), backend.kv_cache.enable_block_reuse=false (tensorrt) or the "
+        "server's own option (openai).",
     ),
     "preempted": WarningKind(
         "The engine's cache was too small for all running requests, so some requests were preempted and computed "
@@ -312,8 +314,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server without other clients (backend.command starts one).",
     ),
     "server_gpus_unknown": WarningKind(
-        "The server was already running, and it may run on GPUs other than the metered ones. If so, the energy "
-        "includes GPUs that the server does not use, or omits GPUs that it uses.",
+        "The server was already running, and the metered GPUs may differ from those that it uses. If they do, the "
+        "energy includes GPUs that the server does not use, or omits GPUs that it uses.",
         "Name the server's GPUs (gpus=[…]), run lem as the same user as the server and outside any container, or have "
         "lem start the server.",
     ),
@@ -323,8 +325,8 @@ WARNINGS: dict[str, WarningKind] = {
         "See the reasons in the column `error` of the requests table; lower the load, or repeat the run.",
     ),
     "requests_retried": WarningKind(
-        "The server refused requests because it was busy, and said when to retry (Retry-After); lem then sent them "
-        "again. The latency of these requests is counted from the first time they were sent.",
+        "The server refused requests because it was busy, and said how long to wait (Retry-After); lem waited and sent "
+        "them again. The latency of these requests includes the wait.",
         "Lower the number of requests in flight, unless the server's refusals are part of your study.",
     ),
     "stream_ignored": WarningKind(
@@ -332,14 +334,14 @@ WARNINGS: dict[str, WarningKind] = {
         "Use a server that streams, or leave --streaming out.",
     ),
     "tokens_by_tokenizer": WarningKind(
-        "The server reports no token counts, so lem counted output tokens by tokenizing the text again and adding one "
-        "for the end token. The count is wrong if the model split the text into different tokens, or if the server "
-        "dropped part of the text.",
-        "Use a server that reports token ids or usage; expect a few percent more uncertainty in rates per token.",
+        "With backend.count=tokenizer, lem counted output tokens by tokenizing the text again, and added one for the "
+        "end token if the output ended with it. The count is wrong if the model split the text into different tokens, "
+        "or if the server dropped part of the text.",
+        "Use a server that reports token ids or usage, or expect a few percent more uncertainty in rates per token.",
     ),
     "prefix_cache_kept": WarningKind(
-        "The server cannot drop cached prefixes on request, so prompts may have benefited from prefixes cached during "
-        "the warm-up, during an earlier cycle, or for other clients.",
+        "lem could not make the server drop its cached prefixes, so prompts may have benefited from prefixes cached "
+        "during the warm-up, during an earlier cycle, or for other clients.",
         "Turn the server's prefix cache off, or start vLLM with VLLM_SERVER_DEV_MODE=1 and bind it to a local address.",
     ),
     "tokens_not_timed": WarningKind(
@@ -370,11 +372,11 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "compare_window": WarningKind(
         "The measured windows of the two sides are of different kinds: only one side's requests arrive over time, or "
-        "only one side's windows were cut or contain repeated work.",
+        "only one side has windows that were interrupted.",
         "Measure both sides with the same traffic, without an interruption.",
     ),
     "compare_throttled": WarningKind(
-        "The driver held down a GPU's clocks on one side of a comparison only.",
+        "On one side of a comparison only, the driver held a GPU's clocks down.",
         "Cool the machine or lock the clocks, and measure that side again.",
     ),
     "compare_shared": WarningKind(
@@ -393,8 +395,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with a GPU energy counter or readable RAPL counters.",
     ),
     "compare_within_run": WarningKind(
-        "Each side of a comparison is a single experiment. The cycles of an experiment share one loaded process, so an "
-        "interval over them is too narrow for a claim about other runs.",
+        "Each side of a comparison is a single experiment, whose cycles share one loaded process. An interval that is "
+        "computed from these cycles is too narrow for a claim about other runs.",
         "Repeat both sides (--fresh) and compare results directories, or measure a campaign.",
     ),
     "compare_warned": WarningKind(
@@ -409,15 +411,15 @@ WARNINGS: dict[str, WarningKind] = {
     "campaign_unbalanced": WarningKind(
         "A latin campaign does not consist of complete Latin squares, so positions and predecessors are not balanced "
         "across the arms.",
-        "Run a multiple of the number of cycles given in the message.",
+        "Run one of the numbers of cycles that the message suggests.",
     ),
     "campaign_cells_missing": WarningKind(
         "Some cells of a campaign have no result: they failed, were interrupted, or have not run.",
         "Run the same command again to measure the missing cells.",
     ),
     "campaign_limit_reached": WarningKind(
-        "An adaptive campaign (until_ci) reached its maximum number of cycles before its intervals were narrow enough. "
-        "The intervals are valid nevertheless.",
+        "An adaptive campaign (--until-ci) reached its maximum number of cycles before its intervals were narrow "
+        "enough. The intervals are valid nevertheless.",
         "Reduce the noise (longer runs, a warm-up, pauses), or start another campaign with a larger --max-cycles or a "
         "wider --until-ci.",
     ),
@@ -427,9 +429,9 @@ WARNINGS: dict[str, WarningKind] = {
         "constraint or nodelist, or compare across boards on purpose (--across-nodes).",
     ),
     "campaign_cycle_moved": WarningKind(
-        "On a Slurm cluster, some cells ran on another node or board than the baseline's cell of the same cycle, for "
-        "example because the job was requeued. The ratios of these cells would compare nodes, not arms, so the pairs "
-        "that contain them are left out.",
+        "On a Slurm cluster, some cells did not run on the same node and board as the baseline's cell of their cycle, "
+        "for example because the job was requeued. The ratios of these cells would compare nodes, not arms, so the "
+        "pairs that contain them are left out.",
         "Measure more cycles, or keep jobs from being requeued (a longer hydra.launcher.timeout_min, another "
         "partition).",
     ),
@@ -458,7 +460,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Set the same dataset, sample size and seed for all arms.",
     ),
     "campaign_lengths_differ": WarningKind(
-        "The numbers of output tokens that the arms of a campaign generated differ by more than 1%.",
+        "The mean number of output tokens of a cell differs between the arms of a campaign by more than 1%.",
         "Compare the energy per request as well, or fix the output length (min_output_tokens = max_output_tokens).",
     ),
     "campaign_trend": WarningKind(
@@ -483,14 +485,16 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "carbon_unknown": WarningKind(
         "CO2e is null because the carbon intensity during the measurement is unknown: the file set as "
-        "energy.carbon_trace does not cover this time, or could no longer be read. An intensity is never extrapolated.",
+        "energy.carbon_trace does not cover this time or could no longer be read, or the process was killed before it "
+        "could compute the mean. An intensity is never extrapolated.",
         "Keep the file up to date while you measure; each run reads it anew.",
     ),
     "schedule_runs_missing": WarningKind(
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
         "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
         "others.",
-        "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the run before it is not over.",
+        "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the previous run is still "
+        "going.",
     ),
     "schedule_environment_changed": WarningKind(
         "The machine or its software, such as the driver or the engine's version, changed during a schedule. A change "
@@ -499,8 +503,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Start a new schedule after an update, and keep the machine as it is until the schedule ends.",
     ),
     "schedule_meters_differ": WarningKind(
-        "The runs of a schedule differ in the scope or components of their energy, or some of it is estimated, so "
-        "there is no verdict on the energy.",
+        "The runs of a schedule differ in the scope or components of their energy, or in whether it was measured or "
+        "estimated, so there is no verdict on the energy.",
         "Set one meter (energy=…), and find out why a run used a different meter.",
     ),
     "schedule_estimate": WarningKind(
@@ -951,7 +955,7 @@ def _identities(rows: ByColumn, records: Sequence[Sequence[ProcessRecord]]) -> I
 def _negatives(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:
     for place, left_j in enumerate(rows["energy_idle_adjusted_j"]):
         if left_j is not None and left_j < 0 and left_j < -_idle_tolerance_j(rows, place):
-            yield place, warning("idle_adjusted_negative", f"Subtracting the idle energy leaves {left_j:.4g} J.")
+            yield place, warning("idle_adjusted_negative", f"subtracting the idle energy leaves {left_j:.4g} J.")
     for place, decode_j in enumerate(rows["decode_energy_j"]):
         if decode_j is not None and decode_j < 0:
             yield place, warning("decode_negative", f"the decode energy is {decode_j:.4g} J.")

@@ -86,10 +86,10 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
         return
     longest, output = min(limits), experiment.max_output_tokens
     if output >= longest:
-        fact = f"{output} tokens leave no room for a prompt in the model's {longest} positions."
+        fact = f"{output} tokens leave no room for a prompt: a sequence has at most {longest} tokens."
         yield Objection("no_room_for_prompts", "max_output_tokens", fact)
     if experiment.max_input_tokens is not None and experiment.max_input_tokens >= longest:
-        fact = f"the model has {longest} positions, and the output may take {output} of them."
+        fact = f"a sequence has at most {longest} tokens, of which the output may take {output}."
         yield without_effect("no_effect_input_limit", "max_input_tokens", fact)
 
 

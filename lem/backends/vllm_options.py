@@ -252,7 +252,7 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
         fact = "vLLM's speculative decoding cannot sample with min_p."
         yield Objection("speculation_min_p", "decoder.min_p", fact)
     if experiment.quantization.quantization:
-        fact = "vLLM does not quantize with bitsandbytes while loading."
+        fact = "lem does not pass the group quantization on to vLLM."
         yield Objection("quantized_by_vllm", "quantization.quantization", fact)
 
 

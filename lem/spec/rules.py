@@ -47,7 +47,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set batching.max_tokens_per_batch, for example to 8192, or use static batching.",
         ),
         "no_continuous_batching": (
-            "Continuous batching needs a paged key/value cache, which the backend or an option rules out.",
+            "With the pytorch backend, the value of this option rules out continuous batching.",
             "Leave this option out, or use static batching.",
         ),
         "traffic_incomplete": (
@@ -59,7 +59,7 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set traffic.concurrency to a multiple of the number of processes.",
         ),
         "simulated_energy": (
-            "The simulated meter reads no sensor, so with a real engine, the energy values would be fictitious.",
+            "The simulated meter reads no sensor, so the energy values of a real engine would be fictitious.",
             "Use another meter, or backend=simulated.",
         ),
         "simulated_time": (
@@ -95,11 +95,13 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         # ------------------------------------------------------ engines
         "quantized_by_vllm": (
-            "Only the pytorch backend quantizes with bitsandbytes; vLLM has its own methods.",
-            "Set backend.quantization instead, for example to fp8; a quantized checkpoint needs neither option.",
+            "The options of the group quantization are for the pytorch backend; vLLM has an option of its own.",
+            "Set backend.quantization instead, for example to fp8; a checkpoint that is already quantized needs "
+            "neither option.",
         ),
         "quantized_by_tensorrt": (
-            "Only the pytorch backend quantizes with bitsandbytes; TensorRT-LLM runs quantized checkpoints.",
+            "The options of the group quantization are for the pytorch backend; TensorRT-LLM runs checkpoints that are "
+            "already quantized.",
             "Leave this option out, and choose a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
         "no_ngram_ban": (
@@ -115,8 +117,8 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Set this option to 0, or turn speculative decoding off.",
         ),
         "speculation_incomplete": (
-            "vLLM's speculative decoding lacks a value that its method needs, or the n-gram lengths contradict each "
-            "other.",
+            "vLLM's method of speculative decoding needs an option that is not set, or prompt_lookup_min is larger "
+            "than prompt_lookup_max.",
             "Set a suitable value, or choose another method.",
         ),
         "speculation_ngram_ban": (
@@ -124,20 +126,26 @@ OPTIONS_IMPOSSIBLE = _rules(
             "n-grams or bans them one step too late.",
             "Set this option to 0, or turn speculative decoding off.",
         ),
-        "engine_arg_of_lem": ("lem itself sets this argument of the engine.", "Leave this argument out."),
+        "engine_arg_of_lem": (
+            "lem itself sets this engine argument (or this field of a request); the message names the option from "
+            "which lem sets it, or the reason.",
+            "Leave this argument out.",
+        ),
         "engine_arg_code": (
-            "An argument names Python code that the engine would load and run with your permissions.",
+            "This option names Python code that the engine would load and run with your permissions.",
             "Leave this option out, or set trust_remote_code=true if you trust the authors of that code.",
         ),
         "dropped_engine_arg": ("The engine no longer has this argument.", "Remove the argument."),
         # ------------------------------------------------------ campaigns
         "primary_without_energy": (
             "A campaign compares its arms by energy or power, but an arm measures no energy.",
-            "Choose a meter (energy=auto), or compare by another metric, such as --primary output_tokens_per_s.",
+            "Choose a meter (energy=auto), or compare by another metric, for example with --primary "
+            "output_tokens_per_s.",
         ),
         "primary_without_ttft": (
             "A campaign compares its arms by the time to the first token, but an arm does not time tokens.",
-            "Set streaming.enabled=true for all arms, or compare by another metric, such as --primary latency_mean_s.",
+            "Set streaming.enabled=true for all arms, or compare by another metric, for example with --primary "
+            "latency_mean_s.",
         ),
         # ------------------------------------------------------ servers
         "no_server": (
@@ -149,12 +157,13 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Write the address as http://host:port.",
         ),
         "bad_server_command": (
-            "The command that starts the server cannot be parsed, has an unknown placeholder, or lacks {port}.",
+            "The command that starts the server cannot be parsed, has an unknown placeholder, or lacks {port} although "
+            "backend.url is not set.",
             "Correct the command.",
         ),
         "server_not_told": (
-            "An option is meant for the server but would not reach it: requests have no field for the option "
-            "(at least in this dialect), and backend.command does not contain the option's placeholder.",
+            "This option is meant for the server, but neither a request (in this dialect) nor backend.command would "
+            "pass it on.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
@@ -194,16 +203,16 @@ OPTIONS_INADVISABLE = _rules(
         ),
         "no_effect_degree": (
             "A degree of parallelism is set without a strategy.",
-            "Set parallelism.strategy; or set num_processes to split the prompts among several processes.",
+            "Set parallelism.strategy. To split the prompts among several processes, set num_processes instead.",
         ),
         "no_effect_warmup_limit": (
-            "A limit is set, but the warm-up has a fixed length; the limit applies only to a warm-up that runs until "
-            "latencies are steady.",
+            "This option applies only to a warm-up that runs until latencies are steady, but the warm-up has a fixed "
+            "number of prompts.",
             "Set warmup.until_cv, for example to 0.05, or leave this option out.",
         ),
         "no_effect_streaming_warmup": (
-            "A number of warm-up requests for streaming is set, but tokens are not timed, or warmup.until_cv decides "
-            "the length of the warm-up.",
+            "streaming.warmup_requests is set, but tokens are not timed, or warmup.until_cv decides the length of the "
+            "warm-up.",
             "Turn on streaming (--streaming) and leave warmup.until_cv unset, or leave this option out.",
         ),
         "no_effect_goodput_limit": (
@@ -223,7 +232,7 @@ OPTIONS_INADVISABLE = _rules(
             "Use energy=replay, or leave this option out.",
         ),
         "no_effect_country": (
-            "A country is set together with a carbon intensity or a trace of intensities, which is used instead.",
+            "A country is set, but a carbon intensity or a trace of intensities is set as well and takes precedence.",
             "Leave one of the two options out.",
         ),
         "no_effect_carbon_intensity": (
@@ -239,18 +248,19 @@ OPTIONS_INADVISABLE = _rules(
             "Set backend.command, or leave this option out.",
         ),
         "no_weights_to_change": (
-            "Quantized weights, a revision or an adapter are requested, but the simulated backend loads no weights. "
+            "An adapter, a revision or quantized weights are requested, but the simulated backend loads no weights. "
             "The result rows would still name these options.",
             "Leave this option out, or choose another backend.",
         ),
         "no_effect_outside_campaign": (
-            "The simulated backend is given a drift or a carry-over, which affects only the cells of a campaign.",
+            "backend.drift or backend.carry_over is set, but the simulated backend applies these only to the cells of "
+            "a campaign.",
             "Use lem campaign, or leave this option out.",
         ),
         "seeds_of_batches": (
             "TensorRT-LLM draws the samples of concurrent requests from one random stream, so the same seed does not "
             "reproduce the same tokens.",
-            "Decode greedily, or use batching.batch_size=1.",
+            "Decode greedily, or use batching.batch_size=1 with a recent version.",
         ),
     },
 )
@@ -269,12 +279,13 @@ OPTIONS_WARNING = _rules(
             "Leave this option out, or turn off the option that overrides it.",
         ),
         "no_effect_batching": (
-            "Batching options are set, but with traffic, each request is sent to the server when it arrives. The "
-            "result rows would still name the batching strategy. The value may come from a preset.",
+            "Batching options are set, but with traffic, the openai backend sends each request when it arrives and "
+            "forms no batches. The result rows would still name the batching strategy. The options may come from a "
+            "preset.",
             "Leave out the batching options, or leave out traffic.pattern.",
         ),
         "no_effect_strategy": (
-            "A parallel strategy with degree 1 splits nothing.",
+            "A parallelism strategy with degree 1 splits nothing.",
             "Raise parallelism.degree, unless this is the first point of a sweep over degrees.",
         ),
         "no_effect_carbon": (
@@ -283,7 +294,7 @@ OPTIONS_WARNING = _rules(
         ),
         "no_effect_meter_option": (
             "An option is set, but the chosen meter does not use it. The value may come from a preset.",
-            "Choose a meter that uses the option, or leave the option out.",
+            "Choose a meter that uses this option, or leave this option out.",
         ),
         "no_effect_on_simulation": (
             "An option that affects how a model runs is set, but the simulated backend runs no model.",
@@ -308,7 +319,7 @@ MACHINE_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ GPUs
         "no_gpu": (
             "An option needs a GPU, but none is visible.",
-            "Run on a machine with a visible GPU (lem gpus lists them), or leave this option out.",
+            "Run on a machine with a visible GPU (see lem gpus), or leave this option out.",
         ),
         "no_gpu_in_use": (
             "The meter reads the GPUs in use, but the run uses no GPU.",
@@ -316,12 +327,12 @@ MACHINE_IMPOSSIBLE = _rules(
         ),
         "unknown_gpu": (
             "An entry of gpus matches no visible GPU, or more than one.",
-            "See lem gpus: indices number the visible GPUs from 0, and UUIDs begin with GPU- or MIG-.",
+            "Name a GPU as lem gpus does: by its index, from 0, or by its UUID, which begins with GPU- or MIG-.",
         ),
         "repeated_gpu": ("An entry of gpus names the same GPU as an earlier entry.", "Name each GPU once."),
         "too_few_gpus": (
             "More GPUs are needed than are visible, or than are named in gpus.",
-            "Lower the number, or make more GPUs available.",
+            "Lower this value, make more GPUs visible, or name more of them in gpus.",
         ),
         "pipeline_needs_gpus": (
             "Pipeline parallelism spreads the model's layers over GPUs, but the run uses the CPU.",
@@ -347,15 +358,16 @@ MACHINE_IMPOSSIBLE = _rules(
         # ------------------------------------------------------ installed software
         "missing_package": (
             "An option needs a Python package that is not installed.",
-            "Install the package, or leave the option out.",
+            "Install the package, or leave this option out.",
         ),
         "continuous_unavailable": (
-            "transformers cannot batch this model continuously: the installed version is too old, or a paged cache "
-            "does not work with the model's attention or changes the tokens.",
+            "transformers cannot batch this model continuously: the installed version is too old, or the model does "
+            "not work correctly with a paged key/value cache.",
             "Use static batching, or backend=vllm.",
         ),
         "missing_quantizer": (
-            "The checkpoint's quantization method needs a GPU, or a package that is not installed.",
+            "The checkpoint's quantization method needs a package that is not installed, or it needs a GPU and the run "
+            "uses none.",
             "Install the package, run on a GPU, or choose a checkpoint in another format.",
         ),
         "unknown_engine_arg": (
@@ -481,7 +493,7 @@ FILES_IMPOSSIBLE = _rules(
         "bad_chat_template": (
             "The model's chat template cannot wrap a prompt: it raises an error, leaves the prompt out, or is a "
             "set of templates without a default.",
-            "Turn the option off, or correct the template that comes with the tokenizer.",
+            "Turn this option off, or correct the template that comes with the tokenizer.",
         ),
         "encoder_decoder": (
             "The model is an encoder-decoder; lem measures decoder-only models.",
@@ -492,21 +504,24 @@ FILES_IMPOSSIBLE = _rules(
             "Set trust_remote_code=true if you trust the model's authors.",
         ),
         "no_adapter": (
-            "The given directory or hub id does not contain a LoRA adapter.",
+            "The adapter is neither a directory with a LoRA adapter nor a hub id.",
             "Name a directory with an adapter_config.json, or the hub id of an adapter.",
         ),
-        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Turn the option off."),
+        "no_chat_template": ("The model has no chat template to wrap the prompts in.", "Turn this option off."),
         "no_room_for_prompts": (
-            "The output alone could fill all of the model's positions, leaving no room for a prompt.",
+            "The output alone could fill the longest sequence that the model and the backend's options allow, leaving "
+            "no room for a prompt.",
             "Lower max_output_tokens.",
         ),
         "too_few_positions": (
-            "A sequence could have more tokens than the model has positions.",
+            "This option allows sequences with more tokens than the model has positions.",
             "Lower the value, or leave this option out.",
         ),
         "tensor_parallel_unsplittable": (
-            "transformers has no tensor-parallel plan for the model, or cannot divide its attention heads evenly.",
-            "Use data_parallel or pipeline_parallel, or a degree that divides the number of attention heads.",
+            "transformers has no tensor-parallel plan for the model, cannot divide its attention heads evenly, or is "
+            "too old.",
+            "Use data_parallel or pipeline_parallel, or a degree that divides the numbers of attention and key/value "
+            "heads.",
         ),
         "float32_on_tensorrt": (
             "The model would run in float32, which TensorRT-LLM accepts but most of its kernels do not support.",
@@ -530,7 +545,7 @@ FILES_IMPOSSIBLE = _rules(
             "Name a CSV file in the format that docs/concepts/methodology.md describes under CO2e.",
         ),
         "bad_trace": (
-            "The replay meter's power trace is missing or cannot be read.",
+            "The replay meter's power trace is not set, is missing or cannot be read.",
             "Name a CSV file with the columns t_s and power_w.",
         ),
         "results_unwritable": (
@@ -569,7 +584,8 @@ FILES_INADVISABLE = _rules(
             "Use batching.batch_size=1.",
         ),
         "no_effect_input_limit": (
-            "The limit on prompt length exceeds the number of tokens that the model accepts.",
+            "The limit on prompt length is at least the length of the longest sequence that the model and the "
+            "backend's options allow.",
             "Lower the limit, leaving room for the output, or leave this option out.",
         ),
         "no_effect_revision": (
@@ -608,7 +624,7 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         "not_utf8": ("The text is not UTF-8.", "Save the file as UTF-8."),
         "yaml_syntax": (
-            "The text is not valid YAML at the given line and column.",
+            "The text is not valid YAML, or an override on the command line has a syntax error.",
             "Correct the syntax; quote strings that contain : or #.",
         ),
         "too_large": (
@@ -622,10 +638,13 @@ FILE_RULES: dict[str, Rule] = _rules(
             "Remove the tag: config files cannot run code.",
         ),
         "duplicate_key": ("A mapping contains the same key twice.", "Remove one of the two."),
-        "bad_key": ("A key is not a string (for example, it is a number).", "Correct the key."),
+        "bad_key": (
+            "A key is not a string: it is a number, for example, or a word such as on, which YAML reads as a boolean.",
+            "Quote the key, or correct it.",
+        ),
         "not_a_mapping": ("The file does not map keys to values.", "Write `key: value`."),
         "forbidden_key": (
-            "The key configures Hydra itself, which config files cannot do.",
+            "The key is a setting of Hydra itself, which config files cannot change.",
             "Set the key on the command line (hydra.…=…).",
         ),
         # ------------------------------------------------------ commands, code and keys named in files
@@ -659,7 +678,8 @@ FILE_RULES: dict[str, Rule] = _rules(
         # ------------------------------------------------------ values from any source
         "unknown_key": (
             "The key does not exist.",
-            "Correct the key; the message names similar keys, and reference/configuration lists all keys.",
+            "Correct the key; the message names similar keys, if there are any, and docs/reference/configuration.md "
+            "lists all keys.",
         ),
         "unknown_option": (
             "The value is not one of the available choices.",
@@ -669,8 +689,14 @@ FILE_RULES: dict[str, Rule] = _rules(
             "The value has the wrong type for its key.",
             'Correct the value; "4" is a string, and 4 is a number.',
         ),
-        "out_of_range": ("The value is outside the allowed range.", "Choose a value within the range."),
-        "missing_value": ("The value is ???, which means that it must be set.", "Set the value, or remove the line."),
+        "out_of_range": (
+            "The value is outside the allowed range, or does not have the allowed form.",
+            "Choose a value that the message allows.",
+        ),
+        "missing_value": (
+            "A value that must be set is missing, or is still the placeholder ???.",
+            "Set the value, or remove the line.",
+        ),
         "bad_interpolation": (
             "An interpolation ${…} cannot be resolved: the key or variable does not exist, or the interpolation refers "
             "to itself.",

@@ -155,14 +155,14 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("sampling", "Tokens are drawn at random.", SAMPLED),
         Feature("temperature", "The distribution is flattened or sharpened.", SAMPLED | {"decoder.temperature": 0.5}),
         Feature("top-k", "Only the k most likely tokens can be drawn.", SAMPLED | {"decoder.top_k": 5}),
-        Feature("top-p", "Only the most likely tokens, up to this total probability, can be drawn.", SAMPLED | {
+        Feature("top-p", "Only the most likely tokens, up to a total probability of p, can be drawn.", SAMPLED | {
             "decoder.top_p": 0.8,
         }),
         Feature("min-p", "Tokens far less likely than the most likely one are excluded.", SAMPLED | {
             "decoder.min_p": 0.2,
         }),
         Feature("seed", "The same seed gives the same tokens.", SAMPLED | {"seed": 7}),
-        Feature("repetition penalty", "Tokens that are already present become less likely.", {
+        Feature("repetition penalty", "Tokens that have already occurred become less likely.", {
             "decoder.repetition_penalty": 1.5,
         }),
         Feature("no repeated n-grams", "No sequence of n tokens occurs twice.", {"decoder.no_repeat_ngram_size": 2}),
@@ -271,11 +271,12 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "backend.kv_cache.tokens_per_block": 64,
         }),
         _of_vllm("size of the cache", "The cache's size in bytes.", {"backend.kv_cache_memory_bytes": 2**25}),
-        _of_vllm("share of a GPU's memory", "The share that the engine may use.", {
-            "backend.gpu_memory_utilization": 0.5,
-        }, {
-            "backend.kv_cache.free_gpu_memory_fraction": 0.5,
-        }),
+        _of_vllm(
+            "share of a GPU's memory",
+            "The share that the engine may use (vllm), or the share of the free memory for the cache (tensorrt).",
+            {"backend.gpu_memory_utilization": 0.5},
+            {"backend.kv_cache.free_gpu_memory_fraction": 0.5},
+        ),
         _of_vllm("length of a sequence", "The maximum length of prompt and output together.", {
             "backend.max_model_len": 640,
         }, {
