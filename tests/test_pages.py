@@ -128,8 +128,8 @@ EXCUSED: dict[str, dict[str, str]] = {
         "sacct --jobs 4711 --duplicates --format JobID,State,Elapsed,MaxRSS,NodeList,ConsumedEnergy": CLUSTER,
     },
     "docs/performance.md": {
-        "python -m bench.peers load --pairs 3 --ahead --json load.json": PEERS,
-        "python -m bench.peers job --pairs 3 --ahead --json job.json": PEERS,
+        "python -m bench.peers load --pairs 5 --json load.json": PEERS,
+        "python -m bench.peers job --pairs 5 --json job.json": PEERS,
     },
 }
 # Blocks of Python that no test of a page runs, by page and their first line, with the reason.

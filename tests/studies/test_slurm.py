@@ -97,7 +97,7 @@ def test_what_does_not_go_together_is_refused(lem, tmp_path):
     done = lem("campaign", name, name, "--campaign-name", "x", "--one-job", "--until-ci", "2%", *SLURM)
     assert (done.code, "--until-ci decides after each" in done.err) == (2, True)
     done = lem("experiment", "--resume", "exp_20260102_030405", *SLURM)
-    assert (done.code, "--resume runs on this machine." in done.err) == (2, True)
+    assert (done.code, "--resume runs the experiment on this machine" in done.err) == (2, True)
 
 
 def test_nodes_are_not_mixed_where_that_makes_no_sense(lem, tmp_path):
