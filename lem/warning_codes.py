@@ -395,7 +395,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with a GPU energy counter or readable RAPL counters.",
     ),
     "compare_within_run": WarningKind(
-        "Each side of a comparison is a single experiment, whose cycles share one loaded process. An interval that is "
+        "Each side of a comparison is a single experiment, whose cycles share one process and one loaded model. An interval that is "
         "computed from these cycles is too narrow for a claim about other runs.",
         "Repeat both sides (--fresh) and compare results directories, or measure a campaign.",
     ),
@@ -411,7 +411,7 @@ WARNINGS: dict[str, WarningKind] = {
     "campaign_unbalanced": WarningKind(
         "A latin campaign does not consist of complete Latin squares, so positions and predecessors are not balanced "
         "across the arms.",
-        "Run one of the numbers of cycles that the message suggests.",
+        "Use one of the numbers of cycles that the message suggests.",
     ),
     "campaign_cells_missing": WarningKind(
         "Some cells of a campaign have no result: they failed, were interrupted, or have not run.",

@@ -166,7 +166,7 @@ def merged(ours: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Return the class of a drafting method's config, and the fields for the class; None if the class is unknown."""
+    """Return the name of a drafting method's config class, and the fields for it; None if the class is unknown."""
     name = tensorrt_source.decoding_types().get(str(config.get("decoding_type")))
     if name is None:
         return None

@@ -65,7 +65,7 @@ class Unreachable(Exception):
 
 
 def queue(ids: Sequence[str]) -> dict[str, Queued]:
-    """Return, by id, those of the jobs that Slurm's controller still knows; a task's id has the form `123_4`.
+    """Return the given jobs that Slurm's controller still knows about, by id; a task's id has the form `123_4`.
 
     Arrays are queried as a whole, so that one query is enough for thousands of tasks.
 

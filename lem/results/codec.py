@@ -102,7 +102,7 @@ def check_numbers(content: bytes) -> None:
 
 
 def _documents(content: bytes) -> Iterator[Any]:
-    """Yield the parsed JSON document or, if it is not a single document, each line of it that can be parsed."""
+    """Yield the parsed content if it is a single JSON document; otherwise, each of its lines that can be parsed."""
     whole = _plain(content)
     parts = [whole] if whole is not None else map(_plain, content.splitlines())
     yield from (part for part in parts if part is not None)

@@ -116,7 +116,7 @@ def cell(text: str) -> str:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without borders, or its rows as paragraphs if words would have to be cut to fit the table."""
+    """Print a table without borders, or its rows as paragraphs if the table would fit only with words cut."""
     out = console()
     if not _fitted(table, out.width):
         _print_paragraphs(table, out)

@@ -80,7 +80,7 @@ class Store:
             if error.errno in FULL:
                 raise DiskFull(self.root) from None
             raise ResultsError(f"The results directory {self.root} cannot be used: {error.strerror}.") from None
-        raise ResultsError(f"No free id is left under {self.raw}/{base}.")
+        raise ResultsError(f"All ids that begin with {base} are taken in {self.raw}.")
 
     def ids(self) -> list[str]:
         """Return the ids of all experiments, oldest first."""

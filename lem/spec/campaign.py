@@ -126,7 +126,7 @@ class Campaign:
         float | None,
         Field(
             allow_inf_nan=False,
-            description="Before each cell, wait until the GPUs are at or below this temperature, °C, but no longer "
+            description="Before each cell, wait until the GPUs are at or below this temperature in °C, but no longer "
             "than cooldown.max_s.",
         ),
     ] = None

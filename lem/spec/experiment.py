@@ -243,7 +243,7 @@ class Cooldown:
     wait_s: Annotated[float, Field(ge=0, le=86_400, description="Seconds to wait before the run.")] = 0.0
     to_c: Annotated[
         float | None,
-        Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature, °C."),
+        Field(gt=0, lt=120, description="Wait until the GPUs in use are at or below this temperature in °C."),
     ] = None
     max_s: Annotated[
         float,

@@ -50,7 +50,7 @@ def _time_s(experiment: Experiment, row: ExperimentRow) -> float:
 
 
 def mean_energy_j(experiment: Experiment, rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean energy, in joules, that all windows of an earlier run used together; None if it is unknown."""
+    """Return the energy of all windows of a run, in joules, averaged over the earlier runs; None if it is unknown."""
     known_j = [row.energy_j for row in rows if row.energy_j is not None]
     return experiment.cycles * sum(known_j) / len(known_j) if known_j else None
 

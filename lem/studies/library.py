@@ -176,7 +176,8 @@ def campaign(
 def _check_files(patterns: Sequence[str], *, named: bool) -> None:
     if not patterns:
         raise ConfigError(
-            "A campaign needs at least two arms; give experiments by name, config files, or a campaign file."
+            "A campaign needs at least two arms: give a mapping from names to experiments, a list of config files, or "
+            "a campaign file."
         )
     files = [expanded(pattern) for pattern in patterns]
     if not named and not any(file.is_file() and is_campaign(file) for file in files):

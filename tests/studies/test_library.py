@@ -181,7 +181,7 @@ BAD_EXPERIMENT = {"quick": arm(), "slow": arm(cycles=0, seed="x")}
     [
         (ARMS, {"name": None}, ["A campaign of experiments needs a name: name='…'."]),
         (["a.yaml", "b.yaml"], {"name": None}, ["A campaign without a campaign file needs a name: name='…'."]),
-        ([], {}, ["A campaign needs at least two arms; "]),
+        ([], {}, ["A campaign needs at least two arms: "]),
         ({"one": arm()}, {}, ["A campaign compares at least two configurations, not 1."]),
         (["nothing.yaml", "b.yaml"], {}, ["'nothing.yaml' matches no config file", "'b.yaml' matches no config"]),
         (ARMS, {"cycels": 2}, ["cycels: unknown key. Did you mean 'cycles'"]),
