@@ -395,8 +395,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure on a machine with a GPU energy counter or readable RAPL counters.",
     ),
     "compare_within_run": WarningKind(
-        "Each side of a comparison is a single experiment, whose cycles share one process and one loaded model. An interval that is "
-        "computed from these cycles is too narrow for a claim about other runs.",
+        "Each side of a comparison is a single experiment, whose cycles share one process and one loaded model. An "
+        "interval that is computed from these cycles is too narrow for a claim about other runs.",
         "Repeat both sides (--fresh) and compare results directories, or measure a campaign.",
     ),
     "compare_warned": WarningKind(

@@ -80,7 +80,7 @@ class NvmlMeter(Meter):
         if not host.gpus:
             yield Objection("no_gpu", "energy", "nvml needs a visible NVIDIA GPU.")
         elif not uses_gpu:
-            yield Objection("no_gpu_in_use", "energy", "nvml reads GPUs, but the run uses no GPU.")
+            yield Objection("no_gpu_in_use", "energy", "nvml measures only GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
         """Initialize NVML, find the GPUs by UUID, measure the ticks of their counters, and start the power trace."""

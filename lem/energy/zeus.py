@@ -55,7 +55,7 @@ class ZeusMeter(ImmediateMeter):
             fact = "the zeus meter needs the package zeus (pip install 'lem[zeus]')."
             yield Objection("missing_package", "energy", fact)
         elif not (uses_gpu if host.gpus else _finds_a_gpu()):
-            yield Objection("no_gpu_in_use", "energy", "zeus reads GPUs, but the run uses no GPU.")
+            yield Objection("no_gpu_in_use", "energy", "zeus measures only GPUs, but the run uses no GPU.")
 
     def open(self) -> None:
         """Find the GPUs; raises `BadInput` if zeus finds none or cannot read them."""

@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, with a line for each name with several values; None without lines."""
+    """Return a chart of cumulative distributions, one line per name that has several values; None if no name has."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 

@@ -124,7 +124,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class CellEntry:
-    """The state of a cell, as read from experiments.json."""
+    """The state of a cell of a campaign, and its experiment's row if it has completed."""
 
     arm: str
     cycle: int

@@ -202,8 +202,8 @@ def resume(
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
     if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
         raise ResultsError(
-            f"{directory.id} has no requests left to run, although all requests of at least one cycle have failed. Use "
-            "--fresh to run the experiment again."
+            f"All requests of at least one cycle of {directory.id} have failed, and resuming does not repeat failed "
+            "requests. Use --fresh to run the experiment again."
         )
     directory.check_inputs()  # the files may have been damaged in the meantime
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over, leave_marked=leave_marked)

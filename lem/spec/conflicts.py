@@ -156,7 +156,9 @@ def _simulation(experiment: Experiment) -> Iterator[Objection]:
         "GPUs are metered": options.gpus > 0,
     }
     for fact in (fact for fact, is_so in reasons.items() if is_so):
-        yield Objection("simulated_time", "backend.sleep", f"{fact}, which takes real time.")
+        yield Objection(
+            "simulated_time", "backend.sleep", f"{fact}, which needs real time; without sleep, time is only simulated."
+        )
 
 
 def unmeasured(experiment: Experiment, measure: Measure) -> Iterator[Objection]:

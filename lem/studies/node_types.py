@@ -1,7 +1,7 @@
-"""Keeps a campaign on one type of node of a Slurm cluster, so that its cycles run on the same type of board.
+"""Keeps a campaign on one type of node of a Slurm cluster, so that its cycles run on the same board.
 
-Slurm reports the GPUs, cores and features that each node is configured to have. It does not report whether two nodes of
-the same configuration have the same processor; the board in each row shows this afterwards.
+Slurm reports the GPUs, cores and features that each node is configured to have. It does not report their
+exact GPU or CPU; the column `device` of each row shows the board afterwards.
 """
 
 from __future__ import annotations

@@ -214,8 +214,11 @@ def test_a_run_that_fails_keeps_the_virtual_time_of_what_it_finished(lem, in_thi
         ("backend.carry_over=1", "backend.carry_over"),
         ("backend.sleep=0", "backend.sleep"),
         ("energy.power_w=0", "energy.power_w"),
-        ("energy=auto", "energy=auto reads a sensor, which takes real time."),
-        ("num_processes=2", "2 processes would wait for each other, which takes real time."),
+        ("energy=auto", "energy=auto reads a sensor, which needs real time; without sleep, time is only simulated."),
+        (
+            "num_processes=2",
+            "2 processes would wait for each other, which needs real time; without sleep, time is only simulated.",
+        ),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(lem, override, message):
