@@ -116,8 +116,8 @@ def campaign(
     flags.check_detach(detach, slurm)
     if per_job is not None:
         raise ConfigError(
-            "--per-job does not apply to campaigns: to compare experiments on the same node, each job runs a whole cycle "
-            "(or, with structure=grouped, a whole arm). Use --one-job to run all cycles in a single job."
+            "--per-job does not apply to campaigns: to compare experiments on the same node, each job runs a whole "
+            "cycle (or, with structure=grouped, a whole arm). Use --one-job to run all cycles in a single job."
         )
     options = RunOptions(
         yes=yes, dry_run=dry_run, force=force,
