@@ -247,7 +247,7 @@ def docs(session: nox.Session) -> None:
     run_in_dev(session, "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
 
 
-@in_dev
+@in_dev(tags=["performance"])
 def bench(session: nox.Session) -> None:
     """Measure commands, grids, aggregation, Slurm, schedules, reports and batching; fail if a limit is exceeded."""
     run_in_dev(session, "python", "-m", "bench.startup")
@@ -267,7 +267,7 @@ def accuracy(session: nox.Session) -> None:
     run_in_dev(session, "python", "-m", "bench.schedules")
 
 
-@in_dev
+@in_dev(tags=["performance"])
 def perturbation(session: nox.Session) -> None:
     """Compare lem with a script that calls the engine directly, and show lem's own share; takes over an hour."""
     run_in_dev(session, "python", "-m", "bench.own_share")
@@ -275,7 +275,7 @@ def perturbation(session: nox.Session) -> None:
     run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
 
 
-@in_dev
+@in_dev(tags=["performance"])
 def peers(session: nox.Session) -> None:
     """Compare lem with guidellm, aiperf and optimum-benchmark, each in its own environment; takes half an hour."""
     for name, requirements in PEERS.items():
