@@ -47,12 +47,12 @@ OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokeni
 # Arguments that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
     "model": "model",
-    **dict.fromkeys(OWN_TOKENIZER, "model, because the model's own tokenizer is used"),
+    **dict.fromkeys(OWN_TOKENIZER, "lem, which uses the model's own tokenizer"),
     **dict.fromkeys(("revision", "tokenizer_revision"), "revision"),
     "trust_remote_code": "trust_remote_code",
     "dtype": "fp_precision",
     "max_batch_size": "batching.batch_size",
-    "max_beam_width": "decoder, because lem samples each output once",
+    "max_beam_width": "lem, which samples each output once",
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "parallelism"),
     **dict.fromkeys(("enable_lora", "lora_config"), "adapter"),
     "generation_config": "decoder",
@@ -356,7 +356,7 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is not an option of the backend; None if TensorRT-LLM has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if it never was an engine argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 
