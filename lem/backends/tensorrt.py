@@ -375,7 +375,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM is not responding: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Cancel all unfinished requests in the engine, and wait up to `CANCEL_S` seconds until it has released them."""
+        """Cancel all unfinished requests in the engine, and wait up to `CANCEL_S` seconds for it to release them."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:

@@ -57,7 +57,7 @@ OF_LEM = {
     **dict.fromkeys(("enable_lora", "lora_config"), "adapter"),
     "generation_config": "decoder",
     "return_perf_metrics": "lem, which reads the times of requests",
-    "backend": "lem, which uses the PyTorch backend",
+    "backend": "lem, which uses TensorRT-LLM's PyTorch backend",
     "encode_only": "lem, which generates text",
     "mpi_session": "lem",
 }
@@ -74,7 +74,7 @@ OF_BUILDING = (
     "extended_runtime_perf_knob_config",
 )
 DROPPED = {
-    **dict.fromkeys(OF_BUILDING, "the PyTorch backend builds no TensorRT engine"),
+    **dict.fromkeys(OF_BUILDING, "its PyTorch backend builds no TensorRT engine"),
     "calib_config": "set model to a checkpoint that is already quantized",
     "quant_config": "set model to a checkpoint that is already quantized; for the cache, use backend.kv_cache.dtype",
     "pytorch_backend_config": "its fields are now separate arguments; set them in backend.extra_args",
