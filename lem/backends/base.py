@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @classmethod
     def about_key(cls, name: str) -> str | None:
-        """Return a message if a key is not an option, but is or once was an argument of the engine; otherwise None."""
+        """Return a message about a key that is not an option; None if it never was an engine argument."""
         return None
 
     @classmethod

@@ -108,7 +108,7 @@ def sum_if_known(sizes: Sequence[int | None]) -> int | None:
 def weights_warnings(name: str, are_random: bool) -> Iterator[CodedWarning]:
     """Warn if the model's weights are random."""
     if are_random:
-        yield warning("random_weights", f"{name} has random weights, so its text is meaningless.")
+        yield warning("random_weights", f"{name} has random weights, so its output is meaningless.")
 
 
 def fit_warnings(name: str, fit: Fit) -> Iterator[CodedWarning]:
@@ -127,10 +127,10 @@ def counter_warnings(counters: Mapping[str, float] | None) -> Iterator[CodedWarn
         share = hits / counters["prefix_cache_queried_tokens"]
         yield warning("prefix_cached", f"{hits:.0f} input tokens ({share:.0%}) came from the prefix cache.")
     if preemptions := counters.get("preemptions"):
-        yield warning("preempted", f"requests were preempted {preemptions:.0f} times for lack of cache space.")
+        yield warning("preempted", f"preemptions of requests for lack of cache space: {preemptions:.0f}.")
 
 
 def compilation_warnings(graphs: int) -> Iterator[CodedWarning]:
     """Warn if graphs were compiled inside the window."""
     if graphs:
-        yield warning("compiled_in_window", f"{graphs} graphs were compiled in the window.")
+        yield warning("compiled_in_window", f"graphs that were compiled in the window: {graphs}.")

@@ -1,10 +1,10 @@
-"""Runs a command and ends all of the command's descendants, even if the process that requested the command is killed.
+"""Runs a command, and ends its whole family of processes even if the process that requested the command is killed.
 
 This module is a program, `guardian.py COMMAND…`, which lem runs by its path. It needs only the standard library. The
-command's family consists of all processes that the command has started, including those in other sessions. It also
+family consists of the command's own process and all of its descendants, including those in other sessions. It also
 includes orphans, because the kernel makes the guardian their parent. The guardian ends the family in three cases: the
 guardian's own stdin is closed (because the process at the other end closed the pipe or died), the guardian receives a
-termination signal, or the command's first process ends. In the third case, the guardian exits with the command's exit
+termination signal, or the command's own process ends. In the third case, the guardian exits with the command's exit
 code, otherwise with 0. This module knows nothing about servers.
 """
 
@@ -33,7 +33,7 @@ class EndRequested(Exception):
 
 
 def main(command: list[str]) -> int:
-    """Run a command until it ends or is no longer needed, and return its exit code."""
+    """Run a command until it ends or is no longer needed, and return the guardian's exit code."""
     for number in END_SIGNALS:
         signal.signal(number, _request_end)
     _prctl(SET_CHILD_SUBREAPER, 1)

@@ -1,4 +1,4 @@
-"""Objections to models, GPUs and engine arguments, shared by all engines.
+"""Objections that all engines share: to models, GPUs and engine arguments.
 
 The checks read the model's config.json but load no weights; `lem.backends.checkpoint_objections` checks the model's
 files.
@@ -80,7 +80,7 @@ def _lengths(experiment: Experiment, model: Model, limit: str | None) -> Iterato
     at_most = None if limit is None else getattr(experiment.backend, limit)
     most = positions_of(model)
     if at_most is not None and most is not None and at_most > most:
-        yield Objection("too_few_positions", f"backend.{limit}", f"the model has {most} positions.")
+        yield Objection("too_few_positions", f"backend.{limit}", f"the model has only {most} positions.")
     limits = [each for each in (most, at_most) if isinstance(each, int)]
     if not limits:
         return
@@ -186,7 +186,7 @@ class EngineArguments:
                 yield from more(path, name, value)
 
     def about_key(self, name: str, owner: str | None, known: Collection[str] = ()) -> str | None:
-        """Return a message about a key that is not an option of the backend; None if it is no engine argument either.
+        """Return a message about a key that is not an option of the backend; None if it never was an engine argument.
 
         Args:
             name: the key.

@@ -75,7 +75,7 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and why these may not be the GPUs that it uses, or None.
+        """Return the GPUs to meter for a running server, and a warning if these may not be the ones that it uses.
 
         If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
         processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists no process
@@ -89,13 +89,16 @@ class Openai(Backend):
         is_chosen = self._experiment.gpus is not None
         if not is_chosen and (found or beside):
             return [*found, *beside], None
-        of_all = f"all {len(visible)} {'named' if is_chosen else 'visible'} GPUs are metered, including idle ones"
+        kind = "named" if is_chosen else "visible"
+        of_all = f"all {len(visible)} {kind} GPUs are metered, including idle ones"
+        of_all = of_all if len(visible) > 1 else f"the only {kind} GPU is metered, even if it is idle"
         if found or beside:
-            numbers = ", ".join(str(index) for index in sorted(gpu.index for gpu in (*found, *beside)))
+            indices = sorted(gpu.index for gpu in (*found, *beside))
+            where = f"GPU{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
             if beside:
-                return visible, f"the server computes on GPU {numbers}, but only the named GPUs are metered."
+                return visible, f"the server computes on {where}, but only the named GPUs are metered."
             is_exact = len(found) == len(visible)
-            return visible, None if is_exact else f"the server computes only on GPU {numbers}, but {of_all}."
+            return visible, None if is_exact else f"the server computes only on {where}, but {of_all}."
         if not visible and (not hidden or (pids and None not in listed.values())):
             return visible, None  # there is no GPU, or the server computes on the CPU
         why = "the driver lists none of the server's processes" if pids else "its processes cannot be seen"
@@ -282,7 +285,7 @@ class Openai(Backend):
             text = "lem counted the output tokens by tokenizing the text again (backend.count=tokenizer)."
             yield warning("tokens_by_tokenizer", text)
         if session.retries:
-            text = f"the server was busy: lem sent requests again {session.retries} times, as the server had asked."
+            text = f"the server was busy and asked lem to send requests again (retries: {session.retries})."
             yield warning("requests_retried", text)
         if session.ignores_stream:
             text = "the server answered in one piece although it was asked to stream, so token times are null."

@@ -549,9 +549,10 @@ class Transcript:
         return replace(answer, ended_ns=chunks[-1].at_ns if chunks else answer.ended_ns)
 
     def _check_count(self, output_tokens: int | None) -> None:
-        """Raise `Refused` if the count is too low for the text, as with a server that counts each event separately.
+        """Raise `Refused` if the count is too low for the number of events with text.
 
-        Each event with text has at least one token, except that the last may hold text that the server had held back.
+        Some servers report the count of each event instead of the total. Each event with text has at least one token,
+        except that the last may hold text that the server had held back.
         """
         with_text = sum(part.has_text for part in self._parts)
         if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:
@@ -619,6 +620,8 @@ def checked(data: bytes) -> dict[str, Any]:
     Raises:
         Refused: the response is not a JSON object, or it is an error.
     """
+    if not data.strip():
+        raise Refused("the server sent an empty response.")
     content = _parsed(data)
     if content is None:
         page = data[:LARGEST_ERROR].decode(errors="replace")
@@ -639,7 +642,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
 
 
 def _shown(data: bytes) -> str:
-    return printable(data[:80].decode(errors="replace")).strip() or "nothing"
+    return printable(data[:80].decode(errors="replace")).strip() or "no printable text"
 
 
 def choices_in(content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -286,8 +286,8 @@ class Client:
         try:
             yield
         except (httpcore.ReadTimeout, TimeoutError):
-            silence = f"The server at {self._address} has sent nothing for {timeout_s:g} s"
-            raise ServerGone(f"{silence} (backend.timeout_s is {self._timeout_s:g}).") from None
+            option = " (backend.timeout_s)" if timeout_s == self._timeout_s else ""
+            raise ServerGone(f"The server at {self._address} has sent nothing for {timeout_s:g} s{option}.") from None
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
             raise ServerGone(f"No server can be reached at {self._address}: {reason_of(error)}") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:

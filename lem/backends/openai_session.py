@@ -196,9 +196,10 @@ class Loaded:
             return replace(answer, output_tokens=in_text + (reason == "stop"), token_ids=None, finish_reason=reason)
         output_tokens = answer.output_tokens or 0
         if not least <= output_tokens <= most:
+            limit = f"a minimum of {least}" if output_tokens < least else f"a maximum of {most}"
             raise RunError(
-                f"The server generated {output_tokens} tokens for prompt {prompt.index}; {least} to {most} were "
-                "requested: the server ignores these limits."
+                f"The server generated {output_tokens} tokens for prompt {prompt.index}, although the request set "
+                f"{limit}: the server ignores this limit."
             )
         reason = reason or ("length" if output_tokens == most else "stop")
         return replace(answer, output_tokens=output_tokens, finish_reason=reason)
@@ -311,9 +312,9 @@ def _wait_for_models(
         if named is not None and status in NO_SUCH_PATH:
             return named
         if status in (401, 403):
-            raise RunError(f"The server at {address.base} does not accept the API key in ${options.api_key_env}.")
+            raise RunError(f"The server at {address.base} {_refusal(options.api_key_env)}.")
         if server is not None and (end := server.how_it_ended()):
-            raise RunError(f"{end} The server was not ready yet.")
+            raise RunError(f"The server did not become ready. {end}")
         if time.monotonic() > until_s:
             last = answered or text
             if server is None:
@@ -322,6 +323,12 @@ def _wait_for_models(
             limit = f"{options.start_timeout_s:g} s (backend.start_timeout_s)"
             raise RunError(f"The server was not ready after {limit}. {last}{server.last_words()}")
         time.sleep(READY_POLL_S)
+
+
+def _refusal(api_key_env: str) -> str:
+    if os.environ.get(api_key_env):
+        return f"does not accept the API key in ${api_key_env}"
+    return f"requires an API key; set the environment variable {api_key_env}"
 
 
 def _models_in(text: str) -> list[dict[str, Any]]:

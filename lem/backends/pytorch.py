@@ -258,9 +258,9 @@ class Pytorch(Backend):
 
 def _noticed_warnings(noticed: Noticed) -> Iterator[CodedWarning]:
     if noticed.not_finite:
-        yield warning("not_finite", f"the logits of {noticed.not_finite} requests contain infinite values or NaN.")
+        yield warning("not_finite", f"requests whose logits contain infinite values or NaN: {noticed.not_finite}.")
     if noticed.padded:
-        text = f"{noticed.padded} requests were padded in their batches, but the model does not mask padding."
+        text = f"the model does not mask padding; requests that were padded in their batches: {noticed.padded}."
         yield warning("padding_changed_tokens", text)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lem.backends import transformers_source
 from lem.backends.base import Encoded, Generation
-from lem.backends.engine import reason_of
+from lem.backends.engine import reason_of, sentence
 from lem.backends.pytorch_logits import LastLogits, Noticed
 from lem.backends.session import Request, Session
 from lem.errors import RunError
@@ -261,7 +261,7 @@ class Continuous(Session[_Request]):
     def _generation(self, output: Any, request: _Request) -> Generation:
         tokens, index = tuple(output.generated_tokens), request.prompt.index
         if output.error is not None:
-            raise RunError(f"transformers failed for prompt {index}: {output.error}.")
+            raise RunError(f"transformers failed for prompt {index}: {sentence(str(output.error))}")
         times_ns = [round(at_s * NS_PER_S) for at_s in output.timestamps]
         if len(times_ns) != len(tokens):
             raise RunError(f"transformers ran out of cache space, so it preempted and recomputed prompt {index}.")

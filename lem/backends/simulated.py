@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, capped at how long it took, so that longer delays are not made up for."""
+        """Record how late the work ended, but at most its duration: the rest of a longer delay is not made up for."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 
@@ -314,7 +314,7 @@ def _finish_reason(output: Sequence[int]) -> FinishReason:
 
 
 def _ignored(experiment: Experiment) -> Iterator[Objection]:
-    """Object to options that have an effect only in a campaign, and to model options, because no model runs."""
+    """Object to campaign options outside a campaign, and to model options, because no model runs."""
     assert isinstance(experiment.backend, SimulatedBackend)
     for path in (path for path in ("drift", "carry_over") if getattr(experiment.backend, path)):
         yield without_effect("no_effect_outside_campaign", f"backend.{path}", "this is not a cell of a campaign.")

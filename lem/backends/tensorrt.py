@@ -359,7 +359,7 @@ class TensorrtSession(Session[Followed]):
         return {request.key: self._generation(request) for request in done}
 
     def _finished(self, within_s: float) -> list[Followed]:
-        """Wait for requests to finish, remove them from `running`, and return them."""
+        """Wait up to `within_s` seconds for requests to finish, remove them from `running`, and return them."""
         # A request that was canceled may have finished at the same time.
         done = [each for each in self._follower.finished(within_s) if self.running.get(each.key) is each]
         for request in done:
@@ -375,7 +375,7 @@ class TensorrtSession(Session[Followed]):
             raise RunError(f"TensorRT-LLM is not responding: it has sent nothing for {silent_s:.0f} s.")
 
     def cancel(self) -> None:
-        """Cancel all unfinished requests in the engine, and wait until the engine has released them."""
+        """Cancel all unfinished requests in the engine, and wait up to `CANCEL_S` seconds for it to release them."""
         self._follower.abort(list(self.running.values()))
         until_s = time.monotonic() + CANCEL_S
         while self.running and time.monotonic() < until_s:

@@ -47,17 +47,17 @@ OWN_TOKENIZER = ("tokenizer", "tokenizer_mode", "custom_tokenizer", "skip_tokeni
 # Arguments that lem sets, and what sets each: an option, or lem for the given reason.
 OF_LEM = {
     "model": "model",
-    **dict.fromkeys(OWN_TOKENIZER, "model, because the model's own tokenizer is used"),
+    **dict.fromkeys(OWN_TOKENIZER, "lem, which uses the model's own tokenizer"),
     **dict.fromkeys(("revision", "tokenizer_revision"), "revision"),
     "trust_remote_code": "trust_remote_code",
     "dtype": "fp_precision",
     "max_batch_size": "batching.batch_size",
-    "max_beam_width": "decoder, because lem samples each output once",
+    "max_beam_width": "lem, which samples each output once",
     **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), "parallelism"),
     **dict.fromkeys(("enable_lora", "lora_config"), "adapter"),
     "generation_config": "decoder",
     "return_perf_metrics": "lem, which reads the times of requests",
-    "backend": "lem, which uses the PyTorch backend",
+    "backend": "lem, which uses TensorRT-LLM's PyTorch backend",
     "encode_only": "lem, which generates text",
     "mpi_session": "lem",
 }
@@ -74,7 +74,7 @@ OF_BUILDING = (
     "extended_runtime_perf_knob_config",
 )
 DROPPED = {
-    **dict.fromkeys(OF_BUILDING, "the PyTorch backend builds no TensorRT engine"),
+    **dict.fromkeys(OF_BUILDING, "its PyTorch backend builds no TensorRT engine"),
     "calib_config": "set model to a checkpoint that is already quantized",
     "quant_config": "set model to a checkpoint that is already quantized; for the cache, use backend.kv_cache.dtype",
     "pytorch_backend_config": "its fields are now separate arguments; set them in backend.extra_args",
@@ -356,7 +356,7 @@ def _extra_args(options: TensorrtBackend) -> Iterator[Objection]:
 
 
 def about_key(name: str) -> str | None:
-    """Return a message about a key that is not an option of the backend; None if TensorRT-LLM has no such argument."""
+    """Return a message about a key that is not an option of the backend; None if it never was an engine argument."""
     return ARGUMENTS.about_key(name, _owner(name, None, TensorrtBackend()))
 
 

@@ -47,7 +47,7 @@ NUMBER_BY_DEFAULT = ("suffix",)
 OF_LEM = {
     **dict.fromkeys(("model", "model_weights"), "model"),
     **dict.fromkeys(
-        ("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "model, because the model's own tokenizer is used"
+        ("tokenizer", "tokenizer_mode", "skip_tokenizer_init"), "lem, which uses the model's own tokenizer"
     ),
     **dict.fromkeys(("revision", "tokenizer_revision"), "revision"),
     "trust_remote_code": "trust_remote_code",

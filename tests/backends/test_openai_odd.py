@@ -318,7 +318,7 @@ FAULTS = {
         "The server ended its response .*",
     ),
     "nothing": (lambda _: [], "The connection to the server at .* was lost: .*"),
-    "an empty response": (lambda _: [response(b"")], "the server sent something other than a JSON object: nothing."),
+    "an empty response": (lambda _: [response(b"")], "the server sent an empty response."),
     "no completion": (lambda _: [response(b'{"ok": true}')], r"the server sent no completion \(no choices\)\."),
     "odd choices": (lambda _: [response(b'{"choices": [null]}')], "the response's choices are not those of a .*"),
     "odd ids": (lambda _: [response(b'{"choices": [{"token_ids": ["a"]}]}')], "the response's token_ids are not a .*"),
@@ -553,7 +553,7 @@ def test_retry_after_is_honoured_in_closed_runs(served, status):
     assert min(gaps_s) >= 1.0
     assert (g.end_ns - g.start_ns) / NS_PER_S >= 2.0, "latency counts from the first time"
     texts = {each.code: each.text for each in backend.warnings()}
-    assert "sent requests again 2 times" in texts["requests_retried"]
+    assert "(retries: 2)" in texts["requests_retried"]
 
 
 def test_a_server_that_stays_busy_is_not_asked_for_ever(served):

@@ -464,10 +464,10 @@ def test_gpus_that_are_named_are_metered_and_idle_ones_among_them_mentioned(driv
     assert driver(SERVED, ON_TWO, NAMED="[1, 3]") == [[1, 3], None]
     indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2]")
     assert indices == [1, 2]
-    assert "the server computes on GPU 1, 3, but only the named GPUs are metered" in doubt
+    assert "the server computes on GPUs 1, 3, but only the named GPUs are metered" in doubt
     indices, doubt = driver(SERVED, ON_TWO, NAMED="[1, 2, 3]")
     assert indices == [1, 2, 3]
-    assert "the server computes only on GPU 1, 3, but all 3 named GPUs are metered" in doubt
+    assert "the server computes only on GPUs 1, 3, but all 3 named GPUs are metered" in doubt
 
 
 TRACE = """
