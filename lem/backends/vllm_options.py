@@ -97,7 +97,7 @@ DROPPED = {
     "best_of": "nothing replaces it: each output is sampled once",
     "use_beam_search": "nothing replaces it: beam search is no longer part of vLLM's engine, and lem cannot measure it",
     "use_v2_block_manager": "there is only one block manager",
-    "preemption_mode": "preempted requests are always recomputed",
+    "preemption_mode": "preempted requests are recomputed",
     "num_lookahead_slots": "use backend.speculative.num_speculative_tokens",
     "speculative_model": "use backend.speculative.model",
     "num_speculative_tokens": "use backend.speculative.num_speculative_tokens",

@@ -195,7 +195,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker, on the GPUs that the experiment names if it names any; return the exit code."""
+    """Run as a worker, on the GPUs that the experiment names, if any; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus
