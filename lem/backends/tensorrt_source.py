@@ -171,7 +171,7 @@ def _of_sampling_config(attributes: frozenset[tuple[str, str]]) -> frozenset[str
 
 @cache
 def _attributes(package: Path, patterns: tuple[str, ...]) -> frozenset[tuple[str, str]]:
-    """Return the attributes that the code in these files reads, as pairs of owner and name.
+    """Return the attributes that the code in the matching files reads, as pairs of owner and name.
 
     For example, both `a.b.c` and `getattr(b, "c")` give (b, c).
     """

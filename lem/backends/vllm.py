@@ -205,7 +205,7 @@ def load(experiment: Experiment, ending: ExitStack) -> Loaded:
 
 
 def _config_changes(options: VllmBackend) -> dict[str, Any] | None:
-    """Return the changes that the engine makes to the model's config; None if it uses a different config."""
+    """Return the changes to the model's config that the user set; None if the engine reads a different config."""
     arguments = options.engine_args or {}
     overrides = arguments.get("hf_overrides")
     if "hf_config_path" in arguments:
@@ -346,7 +346,7 @@ class VllmSession(Session[Request]):
         self.running[key] = Request(prompt, batch, arrived_ns)
 
     def advance(self, next_ns: int | None = None) -> Mapping[int, Generation]:
-        """Let the engine take one step, without a time limit, and return the finished outputs by key."""
+        """Let the engine take one step, however long it takes, and return the outputs that it has finished, by key."""
         outputs, now_ns = self._step(), time.perf_counter_ns()
         done = {}
         for output in outputs:
@@ -392,5 +392,5 @@ class VllmSession(Session[Request]):
         return round(engine_s * NS_PER_S) + self._loaded.clock_offset_ns
 
     def cancel(self) -> None:
-        """Abort the requests in the engine."""
+        """Cancel all unfinished requests in the engine."""
         self._loaded.engine.abort_request([str(key) for key in self.running])

@@ -97,7 +97,7 @@ DROPPED = {
     "best_of": "nothing replaces it: each output is sampled once",
     "use_beam_search": "nothing replaces it: beam search is no longer part of vLLM's engine, and lem cannot measure it",
     "use_v2_block_manager": "there is only one block manager",
-    "preemption_mode": "preempted requests are always recomputed",
+    "preemption_mode": "preempted requests are recomputed",
     "num_lookahead_slots": "use backend.speculative.num_speculative_tokens",
     "speculative_model": "use backend.speculative.model",
     "num_speculative_tokens": "use backend.speculative.num_speculative_tokens",
@@ -212,7 +212,7 @@ def _options(experiment: Experiment) -> VllmBackend:
 
 # ------------------------------------------------------------------ objections
 def objections(experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
-    """Return all objections; `model` is None if it was not found, which is reported separately."""
+    """Return all objections; if `model` is None, the checks that need the model are skipped."""
     options = _options(experiment)
     return [
         *_installation(host),
@@ -353,7 +353,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values that the installed version does not know, even though a plugin might add them."""
+    """Object to values unknown to the installed version itself, including those that a plugin adds."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:

@@ -106,7 +106,7 @@ def choices(argument: str) -> tuple[str, ...]:
 
 
 def _members(file: str, name: str) -> Iterator[str]:
-    """Yield the names of an enumeration, or the strings of a Literal and of any Literals nested in it."""
+    """Yield the names of an enumeration's members, or the strings of a Literal and of any Literals nested in it."""
     defined = _definitions(file).get(name)
     if isinstance(defined, ast.ClassDef):
         for member in defined.body:

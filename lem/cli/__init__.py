@@ -1,6 +1,6 @@
-"""The `lem` command. `lem.cli.commands` finds and runs the requested command; this module is imported first.
+"""The `lem` command. This module is imported first, and `lem.cli.commands` then finds and runs the requested command.
 
-It pauses the garbage collector before any library is imported.
+This module pauses the garbage collector before any library is imported.
 """
 
 from __future__ import annotations

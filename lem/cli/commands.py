@@ -231,7 +231,7 @@ def _wrong_value(error: Any) -> str | None:
 
 
 def _with_flag(line: str) -> str:
-    """Return an error message; if it starts with the path of a value that a flag sets, add the flag after the path."""
+    """Return a line of an error message; if the line starts with the path of a value that a flag sets, add the flag."""
     path = line.partition(":")[0]
     return line.replace(path, f"{path} ({FLAGS[path]})", 1) if path in FLAGS else line
 

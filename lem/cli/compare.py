@@ -83,7 +83,7 @@ def results_compare(
         show_comparisons(found, judged, allowed)
     for each in sides:
         if each.left_out:
-            _warn(f"{each.name}: incomplete runs are left out ({each.left_out}).")
+            _warn(f"{each.name}: number of incomplete runs left out: {each.left_out}.")
     for text in unmatched(sides):
         _warn(text)
     outcomes = {outcome for _, _, outcome, _ in judged}

@@ -34,7 +34,7 @@ from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report
 from lem.runner.ranks import Ranks, announce_end, named_by_launcher, publish, receive, wait_for_ends
 from lem.spec.experiment import Experiment
-from lem.spec.processes import process_counts
+from lem.spec.processes import process_counts, runs_in_one_process
 from lem.spec.schema import leaf
 from lem.studies.ask import RunOptions, print_warnings, show_outcome
 from lem.studies.consent import Consents
@@ -116,7 +116,7 @@ def _check_all_started(environ: os._Environ[str]) -> None:
 
 
 def _shared_by(started: int, composition: Composition) -> Experiment:
-    """Return the experiment; if its number of processes is not set, it becomes the number that the launcher started.
+    """Return the experiment; if it leaves the number of processes open, set the number that the launcher started.
 
     Raises:
         ConfigError: the experiment needs more or fewer processes than the launcher started.
@@ -127,10 +127,13 @@ def _shared_by(started: int, composition: Composition) -> Experiment:
         return replace(experiment, num_processes=started)
     planned, _ = process_counts(experiment)
     if planned != started:
-        path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
+        if runs_in_one_process(experiment):
+            path = "parallelism.strategy"
+        else:
+            path = "num_processes" if experiment.parallelism.strategy == "none" else "parallelism.degree"
         raise ConfigError(
-            f"{path}: the configuration needs {planned} processes, but the launcher started {started}. "
-            f"Start {planned} processes, or change {path}."
+            f"{path}: the configuration sets the number of processes to {planned}, but the launcher started {started}. "
+            f"Start {planned}, or change {path}."
         )
     return experiment
 
@@ -192,7 +195,7 @@ def _follow(here: Ranks) -> int:
 
 
 def _work(directory: ExperimentDir, attempt: int, *report: Report) -> int:
-    """Run as a worker, on the GPUs that the experiment names if it names any; return the exit code."""
+    """Run as a worker, on the GPUs that the experiment names, if any; return the exit code."""
     wanted = directory.plan().experiment.gpus
     if wanted is not None:
         chosen = host.look().only(wanted).gpus

@@ -153,7 +153,8 @@ def results_archive(
 
     if check is not None:
         if ids or campaign is not None or schedule is not None or everything or output is not None:
-            raise ResultsError("--check only reads an archive; leave out the experiments and --output.")
+            message = "--check only reads an archive; leave out ids, --campaign, --schedule, --all and --output."
+            raise ResultsError(message)
         raise typer.Exit(archive.report_check(check))
     if output is None:
         raise ResultsError("Give the file to write: --output FILE.zip.")

@@ -95,10 +95,11 @@ def results_report(
         write_atomically(output, text)
     except OSError as error:
         raise ResultsError(f"--output: {output} cannot be written: {error.strerror}.") from None
-    print(one_line(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB, {len(content.rows)} experiments)"))
+    count = f"{len(content.rows)} experiment{'' if len(content.rows) == 1 else 's'}"
+    print(one_line(f"Report: {output} ({len(text.encode()) / 1e6:.1f} MB, {count})"))
     if plots_dir is not None:
         plots.write(content.charts, stems)
-        print(one_line(f"Plots: {plots_dir} ({len(stems)} plots, each as SVG and PNG)"))
+        print(one_line(f"Plots: {plots_dir} ({len(stems)} plot{'' if len(stems) == 1 else 's'}, each as SVG and PNG)"))
     if open_page:
         import webbrowser
 

@@ -127,7 +127,7 @@ def results_list(
 
 
 def _in_jobs(store: Store) -> Mapping[Path, InJob]:
-    """Collect the results of Slurm jobs that have ended; return what Slurm reports about the other experiments."""
+    """Collect the results of Slurm jobs that have ended; return what Slurm reports about experiments that have not."""
     from lem.results.jobs import awaited
 
     if not awaited(store):

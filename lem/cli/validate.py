@@ -287,7 +287,7 @@ def _show_campaign(file: Path, overrides: Sequence[str], *, with_origin: bool, a
 def resolve(
     config_file: Path | None, overrides: Sequence[str], config_dir: Path | None = None
 ) -> tuple[dict[str, Any], Sources]:
-    """Return the checked values of a configuration, and their sources; raises `ConfigError` if they are unusable."""
+    """Return the checked values of a configuration, and their sources; raises `ConfigError` if any is unusable."""
     inputs = read_inputs(config_file, overrides, config_dir)
     if swept := [override.text for override in inputs.overrides if override.is_sweep]:
         raise ConfigError(f"{swept[0]}: several values are given, but lem config show needs a single value.")

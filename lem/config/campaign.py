@@ -84,12 +84,15 @@ def read(file: Path, children: tuple[Path, ...] = ()) -> CampaignFile:
     """Read a campaign file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: a file cannot be read, its `defaults` are wrong, or it inherits from itself.
+        Problems: a file cannot be read, its `defaults` are wrong, or it inherits from itself or from too many files.
     """
     ring = [os.path.realpath(child) for child in children]
-    if os.path.realpath(file) in ring or len(ring) >= MAX_FILES:
+    if os.path.realpath(file) in ring:
         names = " -> ".join(path.name for path in (*children, file))
         raise Problems.one("inheritance_cycle", "defaults", f"the file inherits from itself ({names}).", Location(file))
+    if len(ring) >= MAX_FILES:
+        message = f"the file inherits from more than {MAX_FILES} files."
+        raise Problems.one("too_large", "defaults", message, Location(children[0]))
     document = yamlfile.read(file)
     found = CampaignFile(problems=list(document.problems))
     content = dict(document.values)

@@ -159,7 +159,7 @@ def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Pr
 
 
 def located(sources: Sources, found: Found) -> list[Problem]:
-    """Return the problems with the locations of their values added."""
+    """Return the problems, each with the location of its value, if known."""
     layers = sources.layers() if found else []
     return [replace(problem, location=_location(sources, layers, path)) for path, problem in found]
 

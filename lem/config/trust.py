@@ -141,7 +141,7 @@ def _digest_of(file: Path) -> str:
 
 # ------------------------------------------------------------------ code
 def _code_of_models(experiment: Experiment) -> Asked:
-    """Return what the configuration asks for: to run the code that comes with its models."""
+    """Return the request to run the code that comes with the experiment's models."""
     drafts = getattr(getattr(experiment.backend, "speculative", None), "model", None)
     names = [name for name in (experiment.model, drafts, experiment.adapter) if name]
     folders = {name: folder for name in names if (folder := _local_folder(name)) is not None}

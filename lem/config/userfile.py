@@ -341,7 +341,7 @@ class _OwnContent:
             self.parents.append((found, self._location(at)))
             return
         siblings = [path.stem for path in base.parent.glob("*.yaml")] if _is(base.parent, Path.is_dir) else []
-        message = f"the file inherits from '{shortened(name)}', but no such file exists in its directory."
+        message = f"the file inherits from '{shortened(name)}', which does not exist."
         self._report("missing_parent", at, message + did_you_mean(name, siblings))
 
     def _default_choice(self, key: str, value: Any, at: KeyPath) -> None:

@@ -204,7 +204,8 @@ class _Walk:
         if node.tag in (TAG + "str", TAG + "value") and isinstance(node.value, str):
             if len(node.value) <= MAX_TEXT:
                 return node.value
-            self._report("too_large", at, f"the key is too long: {len(node.value)} characters.", node)
+            message = f"the key has {len(node.value)} characters, but at most {MAX_TEXT} are allowed."
+            self._report("too_large", at, message, node)
             return None
         shown = shortened(node.value) if isinstance(node.value, str) else "a collection"
         self._report("bad_key", at, f"the key {shown!r} is not a string; quote it if it is meant to be one.", node)
@@ -214,8 +215,9 @@ class _Walk:
         if node.tag not in SCALARS:
             self._forbidden(node, at)
             return None
-        if len(node.value) > (MAX_TEXT if node.tag == TAG + "str" else MAX_DIGITS):
-            self._report("too_large", at, f"the value is too long: {len(node.value)} characters.", node)
+        if len(node.value) > (limit := MAX_TEXT if node.tag == TAG + "str" else MAX_DIGITS):
+            message = f"the value has {len(node.value)} characters, but at most {limit} are allowed."
+            self._report("too_large", at, message, node)
             return None
         if node.tag in (TAG + "str", TAG + "value", TAG + "merge"):
             return node.value

@@ -36,7 +36,8 @@ class WindowEnergy:
 def carbon_of(energy: Energy, window: WindowEnergy | None) -> Carbon | None:
     """Return the carbon intensity of a window.
 
-    The result is None if no intensity is configured, or if a carbon trace is configured but there is no window.
+    The result is None if neither a trace, an intensity nor a country is configured, or if a trace is configured but
+    `window` is None.
 
     Raises:
         ConfigError: the country is not in the tables.

@@ -123,7 +123,7 @@ def read_carbon_trace(path: str) -> CarbonTrace:
         values.append(intensity)
         lines.append(rows.line_num)
     if len(values) < 2:
-        raise BadInput(f"{path} has {len(values)} values. Give at least two, so that the time between them is known.")
+        raise BadInput(f"{path} has fewer than two values. Give at least two, so that the time between them is known.")
     return CarbonTrace(path, hashlib.sha256(content).hexdigest(), tuple(starts_s), tuple(values))
 
 

@@ -145,9 +145,11 @@ class NvmlMeter(Meter):
         return tuple(map(self._reading, self._devices, begun, ended, integrals_j))
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return each counter's increase up to its last tick, and the trace's integral up to its last sample.
+        """Return each GPU's energy so far.
 
-        This makes one call to the driver for each GPU that has a counter, in parallel, and does not wait for a tick.
+        This is the counter's increase up to its last tick or, without a counter, the power trace's integral up to its
+        last sample. The method makes one call to the driver for each GPU that has a counter, in parallel, and does not
+        wait for a tick.
         """
         assert self._traced is not None
         traced_j = self._traced.up_to_now()

@@ -67,7 +67,7 @@ def test_problems_of_all_kinds_are_reported_together_in_the_order_of_the_lines(l
     assert done.code == 2
     lines = done.out.splitlines()
     for line, part in zip(lines, [
-        "a.yaml:1: error: defaults.1: the file inherits from 'nowhere', but no such file exists in its directory.",
+        "a.yaml:1: error: defaults.1: the file inherits from 'nowhere', which does not exist.",
         "a.yaml:3: error: batching.batch_size: must be greater than or equal to 1, not 0. [out_of_range]",
         "a.yaml:4: error: batching.stratgy: unknown key. Did you mean 'batching.strategy'",
         "a.yaml:5: error: fp_precision: must be 'auto', 'float32', 'float16' or 'bfloat16', not \"fp16\".",

@@ -74,7 +74,7 @@ BAD = [
     ("time,gCO2/kWh\n2026-03-02T12:00Z,1\n", "has no column 'g/kWh'."),
     ("time,time,g/kWh\n", "has several columns 'time'."),
     ("time;g/kWh\n2026-03-02T12:00Z;1\n", "separated by semicolons. Separate them with commas."),
-    ("time,g/kWh\n2026-03-02T12:00Z,1\n", "has 1 values. Give at least two"),
+    ("time,g/kWh\n2026-03-02T12:00Z,1\n", "has fewer than two values. Give at least two"),
     ("time,g/kWh\n2026-03-02 noon,1\n", "line 2: '2026-03-02 noon' is not a time. Use ISO 8601"),
     ("time,g/kWh\n2026-03-02T12:00,1\n", "line 2: '2026-03-02T12:00' has no UTC offset. Add one"),
     ("time,g/kWh\n2026-03-02T12:00Z\n", "line 2: a value is missing."),

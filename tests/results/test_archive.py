@@ -96,7 +96,7 @@ def test_the_content_of_a_link_is_not_archived(lem, store, tmp_path):
         (["exp_2026", "--all", "--output", "x.zip"], "Give one of these: the ids of the experiments to archive"),
         (["--campaign", "none", "--output", "x.zip"], "There is no campaign 'none' in"),
         (["--all", "--output", "results"], "--output: results is a directory"),
-        (["--all", "--check", "x.zip"], "--check only reads an archive; leave out the experiments and --output."),
+        (["--all", "--check", "x.zip"], "--check only reads an archive; leave out ids, --campaign, --schedule, "),
         (["--check", "none.zip"], "none.zip cannot be read: No such file or directory."),
         (["--check", "pipe"], "pipe is not a plain file."),
         (["--check", "text"], "text is not an intact archive: File is not a zip file;"),

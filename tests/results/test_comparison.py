@@ -321,7 +321,7 @@ def test_an_unfinished_run_is_refused_and_left_out_of_a_directory(lem, tmp_path,
     put(directory, record(requests([0]), status="interrupted"), requests([0]))
     directory.write_state(directory.state().now("interrupted", "stopped by SIGTERM"))
     lem("aggregate", "--all", "--no-strict", "-o", both[1])
-    assert "incomplete runs are left out (1)." in lem("results", "compare", *both).err
+    assert "number of incomplete runs left out: 1." in lem("results", "compare", *both).err
     done = lem("results", "compare", directory.id, directory.id, "-o", both[1])
     assert done.code == 2
     assert "only completed runs can be compared" in done.err

@@ -435,8 +435,9 @@ def test_accelerate_that_starts_a_single_process_is_detected(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["num_processes=3"], "num_processes: the configuration needs 3 processes, but the launcher started 2."),
-        (["num_processes=1"], "num_processes: the configuration needs 1 processes, but the launcher started 2."),
+        (["num_processes=3"], "num_processes: the configuration sets the number of processes to 3, but the launcher"),
+        (["num_processes=1"], "to 1, but the launcher started 2. Start 1, or change num_processes."),
+        (["parallelism.strategy=pipeline_parallel"], "Start 1, or change parallelism.strategy."),
         (["nonsense=1"], "nonsense"),
     ],
 )
