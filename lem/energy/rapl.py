@@ -96,7 +96,7 @@ class RaplMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield an objection if no package's counter can be read."""
+        """Object if no package's counter can be read."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 
@@ -122,13 +122,13 @@ class RaplMeter(ImmediateMeter):
                 counter.start()
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """Return the counters' increase since `begin`, packages first."""
+        """Return the increase of each zone's counter since `begin`, packages first."""
         with self._lock:
             self._window_is_open = False
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each zone's counter once (about 10 µs per zone), and return the counters' increases since `begin`."""
+        """Return the increase of each zone's counter since `begin`; reading takes about 10 µs per zone."""
         with self._lock:
             return self._advanced()
 

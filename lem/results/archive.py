@@ -194,7 +194,7 @@ def write(store: Store, chosen: Content, output: Path) -> Manifest:
     """Write an archive, completely or not at all; return its manifest.
 
     Raises:
-        ResultsError: a file of the results directory or the archive cannot be read or written.
+        ResultsError: a file of the results directory cannot be read, or the archive cannot be written.
     """
     from lem.results.campaign import folder_of
 
