@@ -3,8 +3,8 @@
 The meter reads the package zones (`intel-rapl:N`; AMD's packages appear under the same driver) and the DRAM zones
 inside them (`intel-rapl:N:M`). It skips zones whose energy would otherwise be counted twice: core and uncore are parts
 of their package, psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package's
-counter includes everything that runs on the package. Client processors often have no DRAM zone, and then memory has no
-reading. The meter knows nothing about GPUs and estimates nothing.
+counter includes everything that runs on the package. Processors of laptops and desktops often have no DRAM zone; then
+there is no reading for memory. The meter knows nothing about GPUs and estimates nothing.
 
 A counter has 32 bits and wraps around after about 65 to 262 kJ, that is, after minutes to an hour under load. A thread
 reads it regularly while a window is open, so windows may be longer than that.

@@ -1,9 +1,9 @@
 """Watches GPUs during a window: how long the driver throttled them, and which other processes used them.
 
-Before and after the window, the GPU is idle, so its state at these times shows neither. The driver counts how long each
-of its policies has throttled a GPU; these counters are read at both edges of the window. In between, a thread samples
-the active throttle reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26).
-This module knows nothing about energy and opens no CUDA context.
+Before and after the window, the GPU is idle, so its state at these times says little about the window. The driver
+counts how long each of its policies has throttled a GPU; these counters are read at both edges of the window. In
+between, a thread samples the active throttle reasons and the processes, which takes about 10 µs per GPU and sample
+(H100, measured 2026-11-26). This module knows nothing about energy and opens no CUDA context.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class _Writer:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
 
     def add_folder(self, name: str, folder: Path, but_for: str | None = None) -> None:
-        """Add the files that `files_in` yields for a directory; their names in the archive begin with `name`."""
+        """Add the files of `folder` that `files_in` yields; their names in the archive begin with `name`."""
         for path in files_in(folder, but_for):
             self.add_file(f"{name}/{path.relative_to(folder).as_posix()}", path)
 

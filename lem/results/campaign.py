@@ -92,7 +92,7 @@ class Definition:
 
     `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
     campaign's intervals, as calibrated when the campaign began; None if it is not adaptive. `working_dir` is the
-    directory in which the campaign was started; relative paths in the arms' configurations are resolved from it.
+    directory in which the campaign was started; paths in the arms' configurations may be relative to it.
     """
 
     campaign: Campaign
@@ -441,7 +441,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
     if wide and not any(cell.status == NOT_NEEDED for cell in cells):
         yield warning(
             "campaign_limit_reached",
-            f"the limit of {rule.most} cycles was reached before every interval was as narrow as "
+            f"the limit of {rule.most} cycles was reached, but not every interval is as narrow as "
             f"±{quantities.percent(rule.half_width)}: {', '.join(wide)}.",
         )
 
