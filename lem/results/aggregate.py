@@ -135,8 +135,8 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
-            f"{directory.id} mixes the backends {' and '.join(backends)}, and their numbers cannot be "
-            "combined. Use --allow-mixed-backends to combine them anyway, with a warning in the row."
+            f"{directory.id} mixes the backends {' and '.join(backends)}, whose numbers are not comparable. "
+            "Use --allow-mixed-backends to combine them anyway, with a warning in the row."
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name

@@ -90,8 +90,8 @@ def content(
     """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
-        ResultsError: no kind of selection or several kinds were given, or there is nothing to archive, or a selected
-            experiment is running or waiting for a Slurm job (with `everything`, it is left out instead).
+        ResultsError: not exactly one kind of selection was given, there is nothing to archive, or a selected experiment
+            is running or waiting for a Slurm job (with `everything`, it is left out instead).
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
