@@ -55,8 +55,8 @@ WINDOW = "window"
 class Chart:
     """A chart: its heading, a sentence that describes it to readers who cannot see it, its specification and table.
 
-    `headers` and `lines` are the table with the values that the chart shows. `key` names the files
-    of the plot; it is the same in every report that has the plot.
+    `headers` and `lines` are the table with the values that the chart shows. `key` names the files of the
+    plot; it is the same in every report that has the plot.
     """
 
     key: str
