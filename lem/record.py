@@ -90,7 +90,7 @@ class EnergyReading(Struct, frozen=True, gc=False):
 
 
 def covering(readings: Iterable[EnergyReading], covered_s: float) -> tuple[EnergyReading, ...]:
-    """Return the readings, with `covered_s` set wherever there is an energy but no `covered_s` yet."""
+    """Return the readings, with `covered_s` set in each that has an `energy_j` but no `covered_s` yet."""
     return tuple(
         r if r.energy_j is None or r.covered_s is not None else replace(r, covered_s=covered_s) for r in readings
     )
@@ -400,8 +400,8 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
     latency_s: Annotated[
         Amount | None,
         quantities.SECOND,
-        "end_s minus arrived_s or, without traffic, minus start_s; null if the request failed. Without traffic, all "
-        "requests of a padded batch have the same latency.",
+        "end_s minus arrived_s; without traffic, end_s minus start_s (the same for all requests of a padded batch). "
+        "Null if the request failed.",
     ]
     prefill_s: Annotated[
         Number | None,

@@ -30,7 +30,9 @@ def _unread(energy: Energy) -> Iterator[Objection]:
         yield without_effect("no_effect_trace", "energy.trace", "only the replay meter reads a trace.")
     unread = [name for name in METER_OPTIONS if name not in meter_class(energy.name).options]
     for name in changed(energy, *unread):
-        yield without_effect("no_effect_meter_option", f"energy.{name}", f"{energy.name} does not use this option.")
+        yield without_effect(
+            "no_effect_meter_option", f"energy.{name}", f"energy={energy.name} does not use this option."
+        )
 
 
 def _carbon(energy: Energy) -> Iterator[Objection]:

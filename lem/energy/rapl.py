@@ -3,8 +3,8 @@
 The meter reads the package zones (`intel-rapl:N`; AMD's packages appear under the same driver) and the DRAM zones
 inside them (`intel-rapl:N:M`). It skips zones whose energy would otherwise be counted twice: core and uncore are parts
 of their package, psys is the whole platform, and the `intel-rapl-mmio` tree shows the same packages again. A package's
-counter includes everything that runs on the package. Client processors often have no DRAM zone, and then memory has no
-reading. The meter knows nothing about GPUs and estimates nothing.
+counter includes everything that runs on the package. Processors of laptops and desktops often have no DRAM zone; then
+there is no reading for memory. The meter knows nothing about GPUs and estimates nothing.
 
 A counter has 32 bits and wraps around after about 65 to 262 kJ, that is, after minutes to an hour under load. A thread
 reads it regularly while a window is open, so windows may be longer than that.
@@ -96,7 +96,7 @@ class RaplMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Yield an objection if no package's counter can be read."""
+        """Object if no package's counter can be read."""
         if fact := _why_unreadable(find_zones(energy.powercap_dir), energy.powercap_dir):
             yield Objection("rapl_unreadable", "energy", fact)
 
@@ -122,13 +122,13 @@ class RaplMeter(ImmediateMeter):
                 counter.start()
 
     def _taken(self) -> tuple[EnergyReading, ...]:
-        """Return the counters' increase since `begin`, packages first."""
+        """Return the increase of each zone's counter since `begin`, packages first."""
         with self._lock:
             self._window_is_open = False
             return self._advanced()
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Read each zone's counter once (about 10 µs per zone), and return the counters' increases since `begin`."""
+        """Return the increase of each zone's counter since `begin`; reading takes about 10 µs per zone."""
         with self._lock:
             return self._advanced()
 

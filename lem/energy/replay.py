@@ -41,7 +41,7 @@ class ReplayMeter(ImmediateMeter):
 
     @classmethod
     def objections(cls, energy: Energy, host: Host, *, uses_gpu: bool) -> Iterator[Objection]:
-        """Object to a trace that is missing or cannot be read."""
+        """Object if the trace is missing or cannot be read."""
         if energy.trace is None:
             yield Objection("bad_trace", "energy.trace", "the replay meter needs a trace.")
             return
@@ -109,7 +109,7 @@ def read_trace(path: Path) -> dict[Component, Trace]:
     """Read a trace: for each component, its times in seconds and its powers in watts.
 
     Raises:
-        BadInput: the file is missing or invalid; the message has its path and the problem.
+        BadInput: the file is missing or invalid; the message names its path and the problem.
     """
     try:
         samples = _samples(path)

@@ -303,7 +303,7 @@ def _power(step: Sequence[tuple[int, float]]) -> float:
 
 
 def _least_mj(readings: Sequence[Reading], at_ns: int) -> int:
-    """Return the last value read before a time, in millijoules; 0 if the counter has restarted since."""
+    """Return the last value read before a time, in millijoules; 0 if there is none, or if the counter has restarted."""
     before = [reading.value_mj for reading in readings if reading.got_ns <= at_ns]
     after = [reading.value_mj for reading in readings if reading.got_ns > at_ns]
     return before[-1] if before and min(after, default=before[-1]) >= before[-1] else 0

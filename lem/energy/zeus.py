@@ -94,7 +94,8 @@ class ZeusMeter(ImmediateMeter):
         hidden = [str(each.index) for each in self._gpus if each.uuid not in shown]
         if hidden:
             raise BadInput(
-                f"energy=zeus cannot read GPU {', '.join(hidden)}, which CUDA_VISIBLE_DEVICES hides; use energy=auto."
+                f"energy=zeus cannot read GPU {', GPU '.join(hidden)}, which CUDA_VISIBLE_DEVICES hides; use "
+                "energy=auto instead."
             )
         self._divided = {shown.index(each.uuid) for each in self._gpus if each.is_divided}
         return list(dict.fromkeys(shown.index(each.uuid) for each in self._gpus))
@@ -113,7 +114,7 @@ class ZeusMeter(ImmediateMeter):
         return tuple(self._reading(index, (measured or {}).get(index), reason) for index in self._labels)
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return each counter's increase without ending zeus's window; no energy for a GPU without a counter."""
+        """Return each counter's increase without ending zeus's window; a GPU without a counter has no energy."""
         return tuple(self._so_far_of(index) for index in self._labels)
 
     def _so_far_of(self, index: int) -> EnergyReading:

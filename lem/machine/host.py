@@ -127,7 +127,7 @@ def environment(host: Host, before: tuple[DeviceState, ...] = (), after: tuple[D
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return the working directory's commit and whether files have changed since; (None, None) outside a checkout.
+    """Return the checkout's commit and whether tracked files have changed since; (None, None) outside a checkout.
 
     The second value is None if git does not answer, or if the checkout's own settings name programs that git would run
     to find changes. These programs are not run, because the checkout may come from an untrusted archive.

@@ -82,7 +82,7 @@ def kill(processes: Sequence[Any]) -> None:
 
 
 def peak_memory_bytes(pids: Iterable[int]) -> int | None:
-    """Return the sum of the processes' peak resident memory in bytes; None if one has ended or none is given."""
+    """Return the sum of the processes' peak resident memory in bytes; None if any has ended, or if `pids` is empty."""
     peaks = []
     for pid in pids:
         try:

@@ -286,7 +286,7 @@ def requeue_this_job() -> str | None:
 
 
 def _run(*command: str) -> tuple[int, str, str]:
-    """Run a command and return its exit code, output and error output; the code is 127 if it cannot run or hangs."""
+    """Run a command and return its exit code, output and error output; 127 means that it cannot run or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,9 +1,9 @@
 """Watches GPUs during a window: how long the driver throttled them, and which other processes used them.
 
-A look at the GPU before and after the window, when it is idle, would not show this. The driver counts how long each of
-its policies has throttled a GPU; these counters are read at both edges of the window. In between, a thread samples the
-active throttle reasons and the processes, which takes about 10 µs per GPU and sample (H100, measured 2026-11-26). This
-module knows nothing about energy and opens no CUDA context.
+Before and after the window, the GPU is idle, so its state at these times says little about the window. The driver
+counts how long each of its policies has throttled a GPU; these counters are read at both edges of the window. In
+between, a thread samples the active throttle reasons and the processes, which takes about 10 µs per GPU and sample
+(H100, measured 2026-11-26). This module knows nothing about energy and opens no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lem.quantities import NS_PER_S
 from lem.record import DeviceWindow, ForeignProcess
 
 PERIOD_S = 0.1
-# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Left out are
-# policies that do not limit the work (low utilization) or that the user has chosen (clocks, synchronized GPUs).
+# NVML_FI_DEV_PERF_POLICY_…: the time in nanoseconds for which a policy has throttled the GPU. Policies that do not
+# limit the work (low utilization) or that the user has chosen (clocks, synchronized GPUs) are left out.
 POLICIES = {74: "power", 75: "thermal", 77: "board_limit", 79: "reliability"}
 
 
@@ -55,7 +55,7 @@ class Watch:
             self._thread.start()
 
     def end(self) -> tuple[DeviceWindow, ...]:
-        """Stop sampling, and return the observations since `begin`; the result is empty if there is no driver."""
+        """Stop sampling, and return the observations since `begin`; the result is empty without GPUs or driver."""
         duration_s = (time.perf_counter_ns() - self._begun_ns) / NS_PER_S
         throttled_s = [seen.throttled_s() for seen in self._seen]
         self._stop()

@@ -55,8 +55,8 @@ WINDOW = "window"
 class Chart:
     """A chart: its heading, a sentence that describes it to readers who cannot see it, its specification and table.
 
-    `headers` and `lines` are the table with the values that the chart shows. `key` names the plot in file names; it is
-    the same in every report that has the plot.
+    `headers` and `lines` are the table with the values that the chart shows. `key` names the files of the
+    plot; it is the same in every report that has the plot.
     """
 
     key: str
@@ -222,7 +222,7 @@ def power_traces(traces: Sequence[PowerTrace], note: str) -> Chart:
     return Chart(
         "power-traces",
         f"Power of {len(traces)} experiment{'s' if len(traces) != 1 else ''}",
-        f"A panel with a line for each experiment ({len(traces)}): power from {_range(samples, 'power_w')} W.",
+        f"One panel for each experiment ({len(traces)}): power from {_range(samples, 'power_w')} W.",
         spec,
         ("experiment", "time (s)", "device", "power (W)"),
         [tuple(each.values()) for each in samples],
@@ -254,13 +254,13 @@ def _range(samples: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def powers(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return a chart of how average power is distributed over experiments; none with fewer than two known powers."""
+    """Return a chart of how average power is distributed over experiments; none if fewer than two powers are known."""
     columns = {"average_power_w": "average over the window"}
     return _over_experiments("power", "Power", "power", "W", rows, columns)
 
 
 def latencies(rows: Sequence[ExperimentRow]) -> list[Chart]:
-    """Return the charts that show how each kind of mean latency is distributed over many experiments."""
+    """Return, for each kind of latency, a chart of how its mean is distributed over many experiments."""
     found = []
     for stem, name in LATENCIES.items():
         label = f"mean {name}"
@@ -379,8 +379,8 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
     return Chart(
         "throughput-and-energy",
         "Throughput and energy per token",
-        f"Experiments as points: {len(known)}; on the Pareto front: {len(front)}. For those on the front, no other "
-        "experiment is equal or better in both throughput and energy per token.",
+        f"Experiments as points: {len(known)}; on the Pareto front: {len(front)}. An experiment is on the front if "
+        "no other is equal or better in both throughput and energy per token.",
         spec,
         (
             "experiment", "output tokens/s", "95% from", "95% to", "J/token", "95% from", "95% to", "energy",
@@ -415,8 +415,8 @@ def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
 def heat_map(rows: Sequence[ExperimentRow]) -> Chart | None:
     """Return a heat map of the energy per token or, if no energy is known, of throughput.
 
-    None is returned unless exactly two settings vary, there are from 4 to `MOST_CELLS` experiments, and at least one of
-    them has a value.
+    None is returned unless exactly two settings vary and there are from 4 to `MOST_CELLS` experiments, at least one of
+    which has a value.
     """
     if not 4 <= len(rows) <= MOST_CELLS:
         return None
@@ -512,7 +512,7 @@ def forest(answer: Answer) -> Chart | None:
     return Chart(
         "forest",
         f"{words.capitalize()} of each arm, relative to {answer.definition.baseline}",
-        "; ".join(f"{p.arm}: {p.ratio:.4g} times ({p.verdict})" for p in pairs) + ".",
+        "; ".join(f"{p.arm}: {p.ratio:.4g} times the baseline ({p.verdict})" for p in pairs) + ".",
         spec,
         ("arm", "ratio", "from", "to", "confidence", "cycles", "p (Holm)", "verdict"),
         [(p.arm, p.ratio, p.ci_low, p.ci_high, p.confidence, p.cycles, p.p_adjusted, p.verdict) for p in pairs],
@@ -560,7 +560,7 @@ def over_the_campaign(answer: Answer) -> list[Chart]:
 
 
 def over_time(answer: ScheduleAnswer) -> list[Chart]:
-    """Return the charts of a schedule: the primary metric of its runs, and its means by time of day and weekday."""
+    """Return the charts of a schedule: the primary metric of each run, and its means by time of day and by weekday."""
     unit, words = MEASURES[PRIMARY]
     values = [
         # The browser is told that the local time is UTC, so that it shows the time unchanged.

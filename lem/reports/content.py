@@ -111,7 +111,7 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
     """Return the content of a report on the given experiments or, if none are given, on all that have a row.
 
     Raises:
-        ResultsError: an experiment does not exist, or there is none to report on.
+        ResultsError: an experiment does not exist or has no results, or no experiment has a row.
     """
     late = catch_up(store)
     if ids:
@@ -127,7 +127,11 @@ def of_experiments(store: Store, ids: Sequence[str]) -> Content:
 
 
 def of_campaign(store: Store, name: str) -> Content:
-    """Return the content of a report on a campaign, given its name or directory."""
+    """Return the content of a report on a campaign, given its name or directory.
+
+    Raises:
+        ResultsError: there is no such campaign, or its files are damaged.
+    """
     folder = campaign.folder_named(name, store)
     definition, store = campaign.read_definition(folder), campaign.store_of(folder)
     cells = campaign.read_cells(store, folder)
@@ -301,7 +305,7 @@ def _charts(
 def _trace(
     store: Store, row: ExperimentRow, name: str, problems: list[str], most_samples: int
 ) -> charts.PowerTrace | None:
-    """Return the power trace of an experiment's last cycle; None if there is none, or if a file is damaged."""
+    """Return the latest power trace of an experiment; None if there is none, or if a file is damaged."""
     directory = store.directory(row.experiment_id)
     try:
         traced = [
@@ -359,8 +363,8 @@ def _about_traces(experiments: int, traced: int, drawn: int) -> str:
     if drawn < traced:
         parts.append(
             f"Of {traced} experiments with a trace, {drawn} are drawn: those with the lowest and the highest average "
-            f"power, and others evenly between. To choose others, name up to {MOST_SMALL_TRACES} experiments: "
-            "lem results report ID ID …."
+            f"power, and others at even steps in between. To choose others, name up to {MOST_SMALL_TRACES} "
+            "experiments: lem results report ID ID …."
         )
     parts.append("All panels have the same scales, and the measured window is shaded.")
     if lacking:
@@ -375,7 +379,8 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
     """Return evenly spaced samples, plus evenly spaced samples among those that have a temperature.
 
-    If there are more than `most` of a kind, from `most` to about twice as many are kept; otherwise, all are.
+    Up to `most` samples are all kept; of more, from `most` to about twice as many are kept. The same applies to the
+    samples that have a temperature.
     """
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:

@@ -108,7 +108,7 @@ def for_paper(chart: Chart) -> Spec:
 
 
 def _panels_for_paper(chart: Chart) -> Spec:
-    """Return the specification of a chart with panels, like `for_paper`; the width is set for each panel."""
+    """Do what `for_paper` does, for a chart with panels: set the size of each panel rather than of the chart."""
     width_px = math.floor((WIDTH_IN * PX_PER_IN - AXIS_PX) / PANELS) - GAP_PX
     facet = chart.spec["facet"] | {"header": {"labelLimit": width_px}}
     return {

@@ -135,8 +135,8 @@ def _check_same(directory: ExperimentDir, plan: PlanExcerpt, by_cycle: Mapping[i
     backends = sorted({record.backend for record in records if record.backend})
     if len(backends) > 1 and not mixed:
         raise ResultsError(
-            f"{directory.id} mixes the backends {' and '.join(backends)}, and their numbers cannot be "
-            "combined. Use --allow-mixed-backends to combine them anyway, with a warning in the row."
+            f"{directory.id} mixes the backends {' and '.join(backends)}, whose numbers are not comparable. "
+            "Use --allow-mixed-backends to combine them anyway, with a warning in the row."
         )
     for record in records:
         foreign = len(backends) > 1 and record.backend != plan.experiment.backend.name
@@ -194,7 +194,7 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
     warnings = []
     backends = sorted({part.record.backend for part in parts if part.record.backend})
     if len(backends) > 1:
-        warnings.append(warning("mixed_backends", f"the processes ran on {' and '.join(backends)}."))
+        warnings.append(warning("mixed_backends", f"the processes used the backends {' and '.join(backends)}."))
     for attempt in sorted({part.record.attempt for part in parts}):
         apart = _apart([part.record for part in parts if part.record.attempt == attempt])
         if apart is None:
@@ -299,7 +299,7 @@ def aggregate_all(
     Args:
         store: the results directory.
         ids: the experiments to aggregate.
-        strict: report an experiment as failed if anything is missing.
+        strict: report an experiment as failed if anything is missing, or if processes did not run at the same time.
         force: also rebuild rows that already exist.
         mixed: accept records from different backends.
     """

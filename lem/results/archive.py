@@ -90,8 +90,8 @@ def content(
     """Return the experiments, campaigns and schedules that a command is to archive.
 
     Raises:
-        ResultsError: no kind of selection or several kinds were given, or there is nothing to archive, or a selected
-            experiment is running or waiting for a Slurm job (with `everything`, it is left out instead).
+        ResultsError: not exactly one kind of selection was given, there is nothing to archive, or a selected experiment
+            is running or waiting for a Slurm job (with `everything`, it is left out instead).
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(
@@ -171,7 +171,7 @@ class _Writer:
             self.add(name, source, os.fstat(source.fileno()).st_mtime)
 
     def add_folder(self, name: str, folder: Path, but_for: str | None = None) -> None:
-        """Add the files that `files_in` yields for a directory; their names in the archive begin with `name`."""
+        """Add the files of `folder` that `files_in` yields; their names in the archive begin with `name`."""
         for path in files_in(folder, but_for):
             self.add_file(f"{name}/{path.relative_to(folder).as_posix()}", path)
 
@@ -194,7 +194,7 @@ def write(store: Store, chosen: Content, output: Path) -> Manifest:
     """Write an archive, completely or not at all; return its manifest.
 
     Raises:
-        ResultsError: a file of the results directory or the archive cannot be read or written.
+        ResultsError: a file of the results directory cannot be read, or the archive cannot be written.
     """
     from lem.results.campaign import folder_of
 

@@ -213,7 +213,7 @@ def _plain(one: Listed) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ show
 def show_experiment(store: Store, experiment_id: str, *, raw: bool, environment: bool, as_json: bool) -> int:
-    """Print one experiment: its row and its cycles or, with `raw`, the records of its processes."""
+    """Print one experiment, with its environment if wanted; with `raw`, only the records of its processes. Return 0."""
     directory = _find(store, experiment_id)
     if raw:
         _show_raw(directory, as_json)
@@ -250,7 +250,7 @@ def campaign_folder(store: Store, text: str) -> Path | None:
 
 
 def show_campaign(folder: Path, *, raw: bool, environment: bool, as_json: bool) -> int:
-    """Print the results of a campaign from its files; return 0.
+    """Print the results of a campaign; return 0.
 
     Raises:
         ResultsError: its files are damaged, or an option was given that applies only to experiments.
@@ -394,7 +394,7 @@ def _as_plain(
 
 
 def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row: bool) -> None:
-    """Print an experiment's state and, if the experiment is unfinished, the command that continues it.
+    """Print an experiment's state and, if it is neither running nor finished, the command that continues it.
 
     Nothing is printed if the experiment is finished and has a row, or if its raw files have been removed.
     """
@@ -402,9 +402,9 @@ def _show_state(store: Store, directory: ExperimentDir, state: State, *, has_row
         return
     if has_row:
         print()
-    attempts = f"after {state.attempt} attempt{'s' if state.attempt > 1 else ''}" if state.attempt else "not yet run"
-    text = _where(state) if state.status == "running" else f"is {state.status}, {attempts}"
-    print(one_line(f"{directory.id} {text}."))
+    attempts = f" after {state.attempt} attempt{'s' if state.attempt > 1 else ''}" if state.attempt else ", not yet run"
+    text = f" {_where(state)}" if state.status == "running" else f": {state.status}{attempts}"
+    print(one_line(f"{directory.id}{text}."))
     if state.error and not has_row:
         print(one_line(state.error))
     if state.status not in ("running", *FINISHED):

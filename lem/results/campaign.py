@@ -92,7 +92,7 @@ class Definition:
 
     `prompts_sha256` has the digest of each cycle's prompts, in cycle order. `nominal_level` is the level of an adaptive
     campaign's intervals, as calibrated when the campaign began; None if it is not adaptive. `working_dir` is the
-    directory in which the campaign was started; relative paths in the arms' configurations are resolved from it.
+    directory in which the campaign was started; paths in the arms' configurations may be relative to it.
     """
 
     campaign: Campaign
@@ -146,7 +146,9 @@ class ArmRow(Struct, frozen=True, kw_only=True):
     is_baseline: Annotated[bool, "Whether the other arms are compared with this one."]
     cells_completed: Annotated[int, "Number of completed cells."]
     cells_planned: Annotated[
-        int, "Number of cells planned for the arm; in an adaptive campaign, only those in cycles that were reached."
+        int,
+        "Number of cells planned for the arm; in an adaptive campaign, only those in cycles that have begun or "
+        "must be measured.",
     ]
     measure: Annotated[str, "Column of the experiments table that is averaged."]
     unit: Annotated[str, "Unit of the mean and its interval."]
@@ -439,7 +441,7 @@ def _wide(definition: Definition, cells: Sequence[CellEntry], pairs: Sequence[Pa
     if wide and not any(cell.status == NOT_NEEDED for cell in cells):
         yield warning(
             "campaign_limit_reached",
-            f"the limit of {rule.most} cycles was reached before every interval was as narrow as "
+            f"the limit of {rule.most} cycles was reached, but not every interval is as narrow as "
             f"±{quantities.percent(rule.half_width)}: {', '.join(wide)}.",
         )
 
@@ -481,7 +483,7 @@ def _why_no_mean(cells: Sequence[CellEntry], measure: str) -> str:
         some = f"{lacking} of {count} completed cells {'lacks' if lacking == 1 else 'lack'}"
         which = "no completed cell has" if lacking == count else some
         return f"{which} a value for {measure}"
-    failed = [cell.error or "for an unknown reason" for cell in cells if cell.status == "failed"]
+    failed = [cell.error or "no reason was recorded" for cell in cells if cell.status == "failed"]
     given_up = next((cell.error for cell in cells if cell.given_up and cell.error), None)
     if not failed:
         return "none of its cells has completed"
@@ -540,11 +542,10 @@ def _node_and_board(row: ExperimentRow) -> tuple[str, str]:
 
 
 def _apart(definition: Definition, found: Found) -> set[tuple[int, str]]:
-    """Return the cells that did not run on the same node and board as the baseline's cell in their cycle.
+    """Return the cells that ran on several nodes, or not on the node and board of the baseline's cell in their cycle.
 
-    This happens if a job was requeued in the middle of its cycle and started again on another node; a cell may also
-    have run on several nodes. In a grouped campaign, each arm is one job, so no cycle has a node of its own, and the
-    result is empty.
+    This happens if a job was requeued in the middle of its cycle and started again on another node. In a grouped
+    campaign, each arm is one job, so no cycle has a node of its own, and the result is empty.
     """
     if definition.campaign.structure == "grouped":
         return set()

@@ -57,7 +57,7 @@ def show_answer(answer: Answer) -> None:
 
 
 def sentences(answer: Answer) -> Iterator[str]:
-    """Yield a sentence on the primary metric for each pair, or a sentence that explains why there are no pairs."""
+    """Yield a sentence on each pair's primary metric or on why there are no pairs, and on how the campaign ended."""
     campaign = answer.definition.campaign
     words = MEASURES[campaign.primary][1]
     primary = [pair for pair in answer.pairs if pair.is_primary]

@@ -284,7 +284,10 @@ class _Merge:
         return Names(self._ids, self._campaigns)
 
     def _same_campaign(self, name: str, candidates: Collection[str]) -> str | None:
-        """Return the name under which the target has a campaign, in any state; None if the target does not have it."""
+        """Return the name that a campaign of the source already has in the target; None if it is not there.
+
+        One of the two copies may have more cells than the other.
+        """
         from lem.results.campaign import folder_of
 
         source = folder_of(self._source, name)
@@ -326,7 +329,8 @@ class _Merge:
                 try:
                     found = {kind: self._rows(self._source.root / kind / file, kind, wanted) for kind in KINDS}
                 except ResultsError as error:
-                    self._done.left_out.append(f"the rows of {', '.join(wanted[:3])}: {str(error).rstrip('.')}")
+                    which = f"{', '.join(wanted[:3])}{', …' if len(wanted) > 3 else ''}"
+                    self._done.left_out.append(f"the rows of {which} were not copied: {str(error).rstrip('.')}")
                     continue
                 tables.add(file_name([self._ids[name] for name in wanted]), found)
 
@@ -465,7 +469,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy the files that `archive.files_in` yields for a directory to an existing directory.
+    """Copy the files of `source` that `archive.files_in` yields to the existing directory `target`.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.

@@ -204,7 +204,7 @@ def test_more_than_four_traces_share_a_chart(tmp_path):
     windows = [each for each in chart.spec["data"]["values"] if "to_s" in each]
     assert [(each["name"], each["from_s"], each["to_s"]) for each in windows] == [(name, 0.0, 4.0) for name in names]
     assert [power_w for name, _, _, power_w in chart.lines if name == names[3]] == [23.0] * 40
-    assert chart.alt == "A panel with a line for each experiment (5): power from 20 to 24 W."
+    assert chart.alt == "One panel for each experiment (5): power from 20 to 24 W."
 
 
 def test_of_many_traces_the_page_says_which_are_drawn(lem, tmp_path):

@@ -214,7 +214,7 @@ def test_mixed_backends_are_refused_unless_allowed_and_then_labelled(store, stri
     refused(directory, "mixes the backends simulated and vllm.*--allow-mixed-backends", strict=strict)
     row = read(directory, strict=strict, mixed=True).row
     assert row.backend == "simulated+vllm"
-    assert "mixed_backends: the processes ran on simulated and vllm." in row.warnings
+    assert "mixed_backends: the processes used the backends simulated and vllm." in row.warnings
 
 
 # ------------------------------------------------------------------ all

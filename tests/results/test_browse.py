@@ -299,7 +299,7 @@ def test_an_interrupted_experiment_says_how_to_go_on(lem, store):
     directory = interrupted(store)
     for made_row in (False, True):
         out = lem("results", "show", directory.id).out
-        assert f"{directory.id} is interrupted, after 1 attempt." in out
+        assert f"{directory.id}: interrupted after 1 attempt." in out
         assert f"To continue: lem experiment --resume {directory.id}" in out
         if not made_row:
             lem("aggregate", directory.id, "--no-strict")
@@ -307,7 +307,7 @@ def test_an_interrupted_experiment_says_how_to_go_on(lem, store):
 
 def test_what_has_not_run_shows_where_it_stands(lem, store):
     done = lem("results", "show", planned(store).id)
-    assert (done.code, "is planned, not yet run" in done.out) == (0, True)
+    assert (done.code, ": planned, not yet run" in done.out) == (0, True)
 
 
 def test_what_runs_is_shown_as_far_as_it_is(lem, store):

@@ -199,7 +199,7 @@ def test_it_says_how_it_ended():
     assert f"nominal level of {100 * definition.nominal_level:.4g}%, so that they contain the true ratio in 95%" in said
     at_limit = answer(definition, measured(definition, noisy(10, noise=0.2)))
     (note,) = [note for note in at_limit.warnings if note.code == "campaign_limit_reached"]
-    assert "the limit of 10 cycles was reached before every interval was as narrow as ±2%: b ±" in note.text
+    assert "the limit of 10 cycles was reached, but not every interval is as narrow as ±2%: b ±" in note.text
     assert "reached its limit of 10 cycles before the half-width of each interval was at most 2%" in " ".join(
         sentences(at_limit)
     )
