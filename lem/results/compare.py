@@ -106,7 +106,7 @@ def paired_effects(logs: np.ndarray[Any, Any], baseline: int = 0) -> tuple[Any, 
 
     Args:
         logs: logarithms of complete campaigns, by campaign, cycle and arm.
-        baseline: the arm that is subtracted; its own column is 0.
+        baseline: the arm that is subtracted; its own mean difference is 0.
     """
     import numpy as np
 

@@ -467,7 +467,7 @@ def _apart(what: str, sides: Sequence[str]) -> str:
 
 
 def _notes(base: Case, other: Case) -> Iterator[CodedWarning]:
-    """Yield warnings that readers of a comparison need to know, but that do not rule the comparison out."""
+    """Yield warnings that readers of a comparison need to know, but that do not rule out the comparison."""
     if len(base.experiments) == len(other.experiments) == 1 and len(base.experiments[0].cycles) > 1:
         yield warning(
             "compare_within_run",

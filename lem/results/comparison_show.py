@@ -19,7 +19,7 @@ HEADS = ("metric", "baseline", "value", "ratio", "interval", "values")
 
 
 def show_comparisons(found: Sequence[Comparison], judged: Sequence[Judged], allowed: Sequence[str]) -> None:
-    """Print a table of ratios for each comparison, the objections, what differs, and the outcome of each limit."""
+    """Print each comparison (the ratios, the objections and what differs), and then the outcome of each limit."""
     for number, each in enumerate(found):
         if number:
             print()

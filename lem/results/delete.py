@@ -134,8 +134,11 @@ def _folder(store: Store, campaign: str) -> Path:
 
 def _refuse_running(running: Sequence[str]) -> None:
     if running:
-        more = f" and {len(running) - 1} more" if len(running) > 1 else ""
-        raise ResultsError(f"{running[0]}{more}: running experiments cannot be deleted; stop them first. {NOTHING}")
+        if len(running) == 1:
+            which, stop = f"{running[0]} is", "it"
+        else:
+            which, stop = f"{running[0]} and {len(running) - 1} more are", "them"
+        raise ResultsError(f"{which} running and cannot be deleted; stop {stop} first. {NOTHING}")
 
 
 def _refuse_cells(known: Known, ids: Sequence[str]) -> None:

@@ -383,7 +383,9 @@ class ExperimentDir:
         """Read a file; raises `ResultsError` if it is missing or damaged."""
         try:
             return read(self._content(name))
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except OSError as error:
+            raise ResultsError(f"{self.path / name} cannot be read: {error.strerror}.") from None
+        except (ValueError, msgspec.MsgspecError) as error:
             raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 
     def _content(self, name: str) -> bytes:

@@ -156,14 +156,14 @@ def not_ai_energy_score(row: Row) -> list[str]:
     """Return the respects in which an experiment did not follow AI Energy Score's protocol."""
     device, path = row["device"] or "", _configured(row, "dataset", "path")
     checks = {
-        f"the run is {row['status']}": row["status"] != "completed",
+        f"the status of the run is {row['status']}": row["status"] != "completed",
         f"it ran on {device or 'an unknown device'}, not on an NVIDIA H100 with 80 GB": not _is_h100(device),
         f"the prompts are not the 1,000 of {PROMPTS}": path not in (PROMPTS, PROMPTS_BEFORE)
         or row["requests_planned"] != 1000,
         f"the batch size is {row['batch_size']}, not 1": row["batch_size"] != 1,
         f"the dtype is {row['dtype'] or 'unknown'}, not float16 or bfloat16": row["dtype"]
         not in ("float16", "bfloat16"),
-        f"the prompts ran {row['cycles_completed']} times, not 10": row["cycles_completed"] != 10,
+        f"the number of completed cycles is {row['cycles_completed']}, not 10": row["cycles_completed"] != 10,
         f"the energy of the GPUs is {_of_source(row['gpu_energy_source'])}": row["gpu_energy_source"] not in MEASURED,
     }
     found = [reason for reason, is_true in checks.items() if is_true]
@@ -250,7 +250,7 @@ def _parallelism(row: Row) -> dict[str, int | None]:
 
 
 def _unstable(duration_s: float | None, per_token_j: float | None) -> str:
-    """Return why the project would call a run unstable, in the project's words; empty if it would not."""
+    """Return why ML.ENERGY would call a run unstable, in ML.ENERGY's words; empty if it would not."""
     if duration_s is None or duration_s < SHORTEST_STEADY_S:
         return f"short_steady_state:{duration_s}"
     if per_token_j is None or not math.isfinite(per_token_j) or per_token_j <= 0:
@@ -265,7 +265,7 @@ def _board(device: str | None) -> str | None:
 def not_ml_energy(row: Row, unstable: str) -> list[str]:
     """Return the respects in which an experiment did not follow the protocol of ML.ENERGY's benchmark."""
     checks = {
-        f"the run is {row['status']}": row["status"] != "completed",
+        f"the status of the run is {row['status']}": row["status"] != "completed",
         f"it ran on {row['device'] or 'an unknown device'}, not on an NVIDIA H100 or B200": _board(row["device"])
         not in BOARDS,
         f"the dataset {row['dataset']} is not one of the benchmark's tasks": row["dataset"] not in TASKS,

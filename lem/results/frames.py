@@ -128,8 +128,8 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
     operations, but not in all of them.
 
     A column has no unit if its values cannot be the quantity: truth values, or whole numbers where the quantity has
-    fractions, as after `groupby(…).count()`. Otherwise, `lem` cannot notice that a column now holds another quantity
-    under its old name, such as a variance, or counts in a column of tokens; rename such a column.
+    fractions, as after `groupby(…).count()`. In other cases, `lem` cannot notice that a column now holds another
+    quantity under its old name, such as a variance, or counts in a column of tokens; rename such a column.
 
     Args:
         frame: a DataFrame, or a single column as a Series.

@@ -126,7 +126,7 @@ class Ledger:
         """Read a study's ledger; None if the study has none. Raises `ResultsError` if the ledger is damaged."""
         file = directory / FILE
         try:
-            head, *lines = file.read_text().splitlines()
+            head, *lines = file.read_text().splitlines() or [""]
             ledger = cls(directory.resolve(), from_json(Terms, json.dumps(json.loads(head)["terms"])))
             for number, line in enumerate(lines, start=1):
                 try:
@@ -138,8 +138,11 @@ class Ledger:
                 ledger._apply(event)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ResultsError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+        except OSError as error:
+            raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+            raise ResultsError(f"{file} is damaged and cannot be read: {what}.") from None
         return ledger
 
     def _apply(self, event: dict[str, Any]) -> None:

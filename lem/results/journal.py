@@ -152,7 +152,8 @@ def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tu
     if opened_s + duration_s <= carbon.until_unix_s:
         return replace(carbon, until_unix_s=None), ()
     text = (
-        "the carbon intensity changed during the window, and the process was killed before it could compute the mean."
+        "the carbon intensity changed during the window, and the process was killed before it could compute the mean "
+        "intensity."
     )
     return None, (warning("carbon_unknown", text),)
 
@@ -163,7 +164,7 @@ def _cut(metered: Checkpoint | None, behind_s: float | None) -> str:
         return f"{killed}."
     if behind_s is None:
         return f"{killed}, and the window's energy is unknown."
-    return f"{killed}; its energy was last read {behind_s:.3g} s before that request ended."
+    return f"{killed}; the window's energy was last read {behind_s:.3g} s before that request ended."
 
 
 class Journal:

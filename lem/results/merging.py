@@ -31,7 +31,7 @@ from lem.record import (
 )
 from lem.warning_codes import of_places, warning
 
-# If attempts differ in one of these, they ran on different hardware, so there is no single idle power for both.
+# If attempts differ in one of these, they ran on different hardware, so no single idle power holds for all of them.
 HARDWARE = ("processor", "device", "GPUs")
 IDLE = ("idle_before", "idle_loaded")
 # If the energy of more than this share of a window is unknown, the window's energy is null.
@@ -84,7 +84,7 @@ def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
 def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
-        energy = f", and their energy was last read {behind_s:.3g} s before that" if behind_s else ""
+        energy = f", {behind_s:.3g} s after their energy was last read" if behind_s else ""
         yield warning(
             "window_cut", f"the processes' windows were interrupted, and now all end at the same time{energy}."
         )
@@ -129,7 +129,7 @@ def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight, at least one request, after `by_s` more seconds in which no request finished."""
+    """Return the work in flight after `by_s` more seconds in which no request finished; assume at least one request."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known

@@ -34,7 +34,7 @@ class Block:
     positions: tuple[int, ...]
 
     def place(self, by: By) -> str:
-        """Return the board or the node on which the cycle ran, as `by` says."""
+        """Return the board or the node on which the cycle ran, depending on `by`."""
         return self.board if by == "board" else self.node
 
 

@@ -390,7 +390,7 @@ def _gap(noise: Noise) -> Advice:
             f"the second cell of a cycle differs from the first by {percent(noise.position.change, '+')}; {again}.",
         )
     if noise.neighbors.is_seen:
-        return Advice("gap", longer, f"each cell resembles the one before it (r = {noise.neighbors.r:.2f}); {again}.")
+        return Advice("gap", longer, f"successive cells are correlated (r = {noise.neighbors.r:.2f}); {again}.")
     unknown = noise.position.reason or noise.neighbors.reason
     keep = f"--config-gap {gap_s:g}, unchanged"
     if unknown is not None:

@@ -47,7 +47,8 @@ class Start(Struct, omit_defaults=True):
     """A planned start and its outcome.
 
     Times are ISO 8601 with the UTC offset of the schedule's time zone. `late_s` is how many seconds after the planned
-    time the run started. `error` is the reason why a run failed or was interrupted, or a start was skipped or missed.
+    time the run started. `error` is the reason why a run failed or was interrupted, or why a start was skipped or
+    missed.
     """
 
     number: int

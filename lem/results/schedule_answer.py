@@ -171,7 +171,7 @@ def _why_unknown(runs: Sequence[Run], arm: str, measure: str) -> str | None:
     if not values:
         return f"no run has a value for {measure}"
     if min(values) <= 0:
-        return "a value is 0, which has no logarithm"
+        return "a value is not positive, so it has no logarithm"
     if measure in ENERGIES and len(_kinds(rows)) > 1:
         return "the energy of the runs was obtained in different ways"
     return None
@@ -187,7 +187,7 @@ def _kinds(rows: Iterable[ExperimentRow]) -> set[tuple[bool, str | None, str | N
 def _doubts(
     store: Store, manifest: ScheduleManifest, runs: Sequence[Run], arms: Sequence[str]
 ) -> Iterator[CodedWarning]:
-    """Yield warnings that a reader of the answer must know about."""
+    """Yield warnings that readers of the answer need to know."""
     if text := lost(manifest.starts):
         yield warning("schedule_runs_missing", f"some runs have no result and are not included in any mean: {text}.")
     rows = [row for arm in arms for row in _of(runs, arm)]
@@ -228,7 +228,10 @@ def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
     """Warn about differences between the runs of one arm that keep them from being repeats of each other."""
     of = f"of {arm} " if arm else ""
     if len(_kinds(rows)) > 1:
-        ways = ", ".join(dict.fromkeys(f"{row.energy_components} ({row.energy_source})" for row in rows))
+        metered = (row for row in rows if row.energy_j is not None)
+        ways = ", ".join(
+            dict.fromkeys(f"{row.energy_components} ({row.energy_source}, scope {row.energy_scope})" for row in metered)
+        )
         yield warning("schedule_meters_differ", f"the energy {of}was obtained in different ways: {ways}.")
     if len({row.prompts_sha256 for row in rows}) > 1:
         yield warning("schedule_work_differs", f"the runs {of}did not all use the same prompts.")
@@ -236,7 +239,7 @@ def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
     if lengths and max(lengths) > (1 + LENGTHS_DIFFER) * min(lengths):
         text = (
             f"the runs {of}did not generate the same number of output tokens: from {min(lengths)} to {max(lengths)} "
-            "per run."
+            "per experiment."
         )
         yield warning("schedule_work_differs", text)
 

@@ -53,7 +53,7 @@ def sentences(answer: Answer) -> Iterator[str]:
     tests = sum(one.result is not None for found in primary for one in (found.by_time, found.by_weekday))
     if tests:
         adjusted = f"adjusted for {tests} tests by Holm's method and " if tests > 1 else ""
-        counted = "means are geometric, and the runs of a slot on one day count once"
+        counted = "means are geometric, and the runs of a slot on one day count as one value"
         yield f"The p-values are {adjusted}compared with {percent(LEVEL)}; {counted}."
 
 
@@ -104,7 +104,7 @@ def _show_runs(answer: Answer) -> None:
         table.add_row(*_cells(run.start), *values, show.cell(run.start.error or ""))
     show.print_table(table)
     if len(shown) < len(answer.runs):
-        print(f"The first {len(answer.runs) - len(shown)} runs are left out; --json lists all.")
+        print(f"Only the last {len(shown)} of {len(answer.runs)} runs are listed; --json lists all.")
 
 
 def _cells(start: Start) -> tuple[str, ...]:

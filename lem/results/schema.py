@@ -219,7 +219,9 @@ class ExperimentRow(Measures, frozen=True, gc=False, kw_only=True):
         str | None,
         "Source of the carbon intensity; for a trace, also whether its mean is weighted by energy or by time.",
     ]
-    carbon_trace_sha256: Annotated[str | None, "Digest of the file energy.carbon_trace; null without a trace."] = None
+    carbon_trace_sha256: Annotated[
+        str | None, "Digest of the file that energy.carbon_trace names; null without one."
+    ] = None
     peak_memory_bytes: Annotated[Bytes, "Peak memory, the maximum over all processes."]
     peak_memory_scope: Annotated[str | None, "What the peak covers, in words, such as 'process, since its start'."]
     flops: Annotated[float | None, quantities.FLOP, "Model FLOPs of the counted tokens."]

@@ -197,10 +197,8 @@ def _lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
     yield "Backend", " · ".join(filter(None, [row.backend, row.engine_version, row.device, row.dtype]))
     yield "Prompts", _prompts(row)
     if row.requests_failed:
-        yield (
-            "Failed",
-            f"{row.requests_failed} requests ({row.error_rate or 0.0:.2%}), not in any mean, total or rate below",
-        )
+        count = f"{row.requests_failed} request{'s' * (row.requests_failed != 1)} ({row.error_rate or 0.0:.2%})"
+        yield "Failed", f"{count}, excluded from tokens, latencies and throughput"
     yield "Batching", f"{row.batching_strategy}, up to {row.batch_size} · decoder {row.decoder}"
     yield "Tokens", f"{row.input_tokens} input, {row.output_tokens} output"
     yield from _time_lines(row)
@@ -390,7 +388,7 @@ def say_estimates(rows: Iterable[ExperimentRow]) -> None:
     if any(is_estimated(row.energy_source) for row in rows):
         print(f"{ESTIMATE} an estimate, not a measurement")
     if lacking := [row.experiment_id for row in rows if row.energy_without_gpu and row.energy_j is not None]:
-        print(f"energy excludes the GPU that ran the model: {', '.join(lacking)}")
+        print(f"the GPU that ran the model is missing from the energy of {', '.join(lacking)}")
 
 
 @dataclass(frozen=True)

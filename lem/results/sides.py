@@ -14,7 +14,7 @@ from lem.results.aggregate import catch_up, is_fresh, read
 from lem.results.comparison import Case, Comparison, Measured, Side, comparisons, config_of, metric_named
 from lem.results.directory import ExperimentDir
 from lem.results.schema import ExperimentRow
-from lem.results.store import ID, Store
+from lem.results.store import ID, Store, one_of
 from lem.results.tables import Tables
 from lem.spec.paths import expanded
 
@@ -86,16 +86,18 @@ def _of_experiment(store: Store, text: str) -> Side:
     try:
         directory = store.find(text)
     except ResultsError:
-        names = [name for name in Tables(store).locations() if text and name.startswith(text)]
-        if len(names) != 1:
+        ids = {*store.ids(), *Tables(store).locations()}
+        if not any(text and name.startswith(text) for name in ids):
             raise ResultsError(
                 f"There is no experiment, campaign or results directory '{text}' (results directory: {store.root}); "
                 "lem results list shows the ids."
             ) from None
-        directory = store.directory(names[0])
+        directory = store.directory(one_of(text, sorted(ids), store.root))
     found = _measured(store, directory)
     if found.row.status != "completed":
-        raise ResultsError(f"{found.row.experiment_id} is {found.row.status}; only completed runs can be compared.")
+        raise ResultsError(
+            f"{found.row.experiment_id} has the status {found.row.status}; only completed experiments can be compared."
+        )
     return Side(text, [Case(_key(found.row), found.row.experiment_id, [found])])
 
 

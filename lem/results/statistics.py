@@ -93,7 +93,7 @@ class Line:
 
 
 def line_through(places: Sequence[float], values: Sequence[float], means_taken: int = 1) -> Line | None:
-    """Fit a straight line; None if there are too few values for an error, or only one position.
+    """Fit a straight line; None if there are too few values to estimate an error, or if all positions are the same.
 
     Args:
         places: the position of each value.

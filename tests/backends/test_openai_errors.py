@@ -63,7 +63,7 @@ def test_failed_requests_are_rows_that_enter_no_number(tmp_path, allowed):
     (warned,) = [text for text in row["warnings"] if text.startswith("requests_failed")]
     assert "2 of 8 requests failed: HTTP 429: rate limited. (2 times)" in warned
     assert not any(text.startswith("identity_violated") for text in row["warnings"])
-    assert "2 requests (25.00%), not in any mean, total or rate below" in " ".join(done.out.split())
+    assert "2 requests (25.00%), excluded from tokens, latencies and throughput" in " ".join(done.out.split())
     record = raw_record(tmp_path / "results")
     assert (record["requests_completed"], record["requests_failed"], record["output_tokens"]) == (6, 2, 36)
     shown = json.loads(command("results", "show", row["experiment_id"], "--json", cwd=tmp_path).out)

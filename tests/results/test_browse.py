@@ -406,7 +406,7 @@ def test_the_headline_says_that_the_gpu_is_not_in_it(lem, store):
     assert "≈305 J" in line_of(shown, "Energy ")
     assert "(cpu+dram, estimate, machine, without the GPU)" in line_of(shown, "Energy ")
     listed = lem("results", "list")
-    assert f"energy excludes the GPU that ran the model: {directory.id}" in listed.out
+    assert f"the GPU that ran the model is missing from the energy of {directory.id}" in listed.out
     assert json.loads(lem("results", "show", directory.id, "--json").out)["energy_without_gpu"] is True
 
 

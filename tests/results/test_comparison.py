@@ -324,4 +324,4 @@ def test_an_unfinished_run_is_refused_and_left_out_of_a_directory(lem, tmp_path,
     assert "number of incomplete runs left out: 1." in lem("results", "compare", *both).err
     done = lem("results", "compare", directory.id, directory.id, "-o", both[1])
     assert done.code == 2
-    assert "only completed runs can be compared" in done.err
+    assert "only completed experiments can be compared" in done.err

@@ -114,7 +114,7 @@ def test_a_running_experiment_is_not_deleted(lem, store):
     for more in ([], ["--force"]):
         done = lem("results", "delete", *ids, "-y", *more)
         assert done.code == 2
-        assert "running experiments cannot be deleted" in done.err
+        assert "is running and cannot be deleted; stop it first." in done.err
     directory.write_state(before)
     assert_whole(store, ids)
 
@@ -124,7 +124,7 @@ def test_an_experiment_whose_processes_are_still_ending_is_not_deleted(lem, stor
     with store.directory(ids[0]).hold():
         done = lem("results", "delete", ids[0], "-y")
     assert done.code == 2
-    assert "running experiments cannot be deleted" in done.err
+    assert "is running and cannot be deleted; stop it first." in done.err
     assert_whole(store, ids)
 
 

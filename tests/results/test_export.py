@@ -334,7 +334,7 @@ def test_ai_energy_score_has_its_columns_and_says_why_it_is_not_comparable(lem, 
     assert float(row["tokens_per_joule"]) == pytest.approx(93 / 100)
     assert float(row["throughput_tokens_per_second"]) == pytest.approx(93 / 4)
     assert row["lem_comparable"] == "False"
-    assert "the prompts ran 1 times, not 10" in row["lem_not_comparable_because"]
+    assert "the number of completed cycles is 1, not 10" in row["lem_not_comparable_because"]
     assert row["reasoning_state"] == ""
 
 

@@ -106,7 +106,7 @@ def test_a_difference_between_day_and_night_is_found(three_days):
     assert first.startswith("Energy per output token varies with the time of day: ")
     assert "two-way analysis of variance with days as blocks, F(3, 6)" in first
     assert second == "Energy per output token by weekday: cannot tell (fewer than two weeks)."
-    counted = "means are geometric, and the runs of a slot on one day count once"
+    counted = "means are geometric, and the runs of a slot on one day count as one value"
     assert last == f"The p-values are compared with 4%; {counted}."
     assert codes(found) == {"schedule_runs_warn"}
 
