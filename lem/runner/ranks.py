@@ -78,7 +78,9 @@ def _gloo() -> Any:
 
 
 def named_by_launcher() -> Ranks:
-    """Return this process's rank, read from its launcher's environment variables; no other process is contacted.
+    """Return this process's rank and the number of processes, as its launcher's environment variables state them.
+
+    No other process is contacted.
 
     Raises:
         ConfigError: a variable is not a whole number.
