@@ -232,7 +232,8 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
-        text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
+        prompts = f"non-empty prompt{'s' if available != 1 else ''}"
+        text = f"{wanted} prompts were requested, but the dataset has only {available} {prompts}."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
         yield warning(

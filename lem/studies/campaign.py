@@ -743,7 +743,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResultsError(f"Another process is measuring campaign '{name}'.") from None
+            raise ResultsError(
+                f"Another process is measuring campaign '{name}'. Wait until that process has ended, or stop it first."
+            ) from None
         yield
 
 
@@ -878,7 +880,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the cell's cycle or, if grouped, arm; failed cells are retried at the end of each."""
+        """Return the number of the cell's cycle (if grouped, of its arm), after which failed cells are retried."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:

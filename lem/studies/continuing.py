@@ -212,7 +212,7 @@ def name_of(ledger: Ledger) -> str:
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return the options; those that the ledger records have the values with which the study was submitted."""
+    """Return the options, taking those that the ledger records from there, as they were when the study was submitted."""
     terms = ledger.terms
     return replace(
         options,
