@@ -212,7 +212,7 @@ def name_of(ledger: Ledger) -> str:
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return the options, taking those that the ledger records from there, as they were when the study was submitted."""
+    """Return the options; those that the ledger records get the values from the time of submission."""
     terms = ledger.terms
     return replace(
         options,
