@@ -47,7 +47,7 @@ class Store:
     """One results directory.
 
     Raises:
-        BadInput: its path begins with `~`, and the home directory of that user is unknown.
+        BadInput: its path begins with `~` or `~user`, and this home directory is unknown.
     """
 
     def __init__(self, root: str | Path) -> None:

@@ -98,7 +98,7 @@ def summary_of(ready: Ready) -> str:
     """Return a short description of a run that has passed preflight."""
     wanted, prompts = ready.experiment, ready.prompts
     dropped = f" (empty prompts dropped: {prompts.dropped_empty})" if prompts.dropped_empty else ""
-    source = f"{len(prompts.texts)} prompts of {wanted.dataset.name}{dropped}"
+    source = f"{len(prompts.texts)} prompt{'s' if len(prompts.texts) != 1 else ''} of {wanted.dataset.name}{dropped}"
     return f"{source} through {wanted.model} ({wanted.backend.name})"
 
 
