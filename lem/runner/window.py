@@ -344,7 +344,7 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronize the device, wait for the other processes, settle the meter, and begin metering as all begin.
+        """Synchronize the device, wait for the other processes, settle the meter, and begin metering when all begin.
 
         The meter settles while all processes stand still, so that they begin exactly when the meter is ready. If the
         meter settled before all processes had arrived, it would have to settle again inside the window.
