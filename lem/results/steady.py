@@ -35,8 +35,8 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
         batch_size: the number of the engine's slots.
         pattern: the traffic pattern.
         concurrency: the number of requests that each replica holds at a time, for the pattern `concurrency`.
-        by_client: whether the client counts the requests in flight, as it does for a server; requests in the server's
-            queue are then included, and `batch_size` is no limit.
+        by_client: true if a server runs the model. With the pattern `concurrency`, requests in the server's queue then
+            count as well, so `batch_size` is no limit.
     """
     if strategy != "continuous" or pattern not in ("closed", "concurrency"):
         return None

@@ -116,7 +116,8 @@ def level_for(analysis: Analysis, least: int, most: int) -> float:
     if not found:
         offered = ", ".join(f"{each.least} to {each.most}" for each in known if each.least >= FEWEST_ADAPTIVE_CYCLES)
         raise ConfigError(
-            f"No level is calibrated for {least} to {most} cycles; choose limits within one of these ranges: {offered}."
+            f"No nominal level is calibrated for {least} to {most} cycles; choose cycles and max_cycles within one of "
+            f"these ranges: {offered}."
         )
     return min(found)
 

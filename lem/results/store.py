@@ -47,7 +47,7 @@ class Store:
     """One results directory.
 
     Raises:
-        BadInput: its path begins with `~`, and the home directory of that user is unknown.
+        BadInput: its path begins with `~` or `~user`, and this home directory is unknown.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -109,7 +109,7 @@ class Store:
         (self.root / "unfinished" / experiment_id).unlink(missing_ok=True)
 
     def marked(self) -> list[str]:
-        """Return the ids of the experiments that are marked as unfinished, in any state, oldest first."""
+        """Return the ids of the experiments that are marked as unfinished, whatever their state, oldest first."""
         folder = self.root / "unfinished"
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(filter(ID.fullmatch, names), key=age)
@@ -164,7 +164,7 @@ def resume_command(store: Store, directory: ExperimentDir) -> str:
 
 
 def results_flag(store: Store) -> str:
-    """Return ` -o …`, the option that names the results directory in a command; empty for the default one."""
+    """Return ` -o …`, the option that names the results directory in a command; empty for the default directory."""
     return "" if store.root.resolve() == default_root().resolve() else f" -o {shlex.quote(str(store.root))}"
 
 

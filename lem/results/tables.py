@@ -83,9 +83,10 @@ class Tables:
         return found
 
     def lacking(self) -> dict[str, str | None]:
-        """Return the files whose counterpart in another table is missing or damaged, with a message about any damage.
+        """Return the files whose counterpart in another table is missing or damaged.
 
-        Files of single experiments are not checked for damage, because there may be thousands of them.
+        The value of each file is a message about the damage, or None if the counterpart is missing. Files of single
+        experiments are not checked for damage, because there may be thousands of them.
         """
         files = self.files()
         found: dict[str, str | None] = {}
@@ -229,8 +230,8 @@ class NewRows:
     """Rows waiting to be written, as Arrow tables, which take a tenth of the memory of the original data.
 
     Args:
-        locations: the locations of the experiments' previous rows, which are replaced; new experiments share a new
-            file.
+        locations: the locations of the experiments' previous rows, which the new rows replace; the rows of experiments
+            without a location go into one new file.
     """
 
     def __init__(self, locations: Mapping[str, RowLocation]) -> None:

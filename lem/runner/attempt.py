@@ -194,7 +194,7 @@ class Attempt:
         )
         errors = [request.generation.error for request in cycle.measured.requests]
         if errors and None not in errors:
-            raise RunError(f"All {len(errors)} requests failed; the last error was: {errors[-1]}")
+            raise RunError(f"No request succeeded ({len(errors)} failed); the last error was: {errors[-1]}")
 
     def _queue(self, left: Sequence[Encoded]) -> Queue | None:
         """Return how the remaining prompts arrive; None if all of them are available from the start.

@@ -59,7 +59,7 @@ class Finding:
     fact, for programs; their keys name the units.
 
     Raises:
-        KeyError: there is no such check.
+        KeyError: no check has this name.
     """
 
     check: str

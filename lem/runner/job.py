@@ -111,13 +111,13 @@ def run_ready(
 
     Args:
         ready: the result of preflight.
-        overrides: the command line's overrides, for the record.
-        config_file: the user's config file, for the record.
+        overrides: the command line's overrides, for the plan.
+        config_file: the user's config file, for the plan.
         write_tables: write the row to the tables, not only the raw records.
         shared_with: the maximum number of other experiments running on this machine at the same time.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
-        campaign: the experiment's place in a campaign, for the record.
-        schedule: the run of a schedule to which the experiment belongs, for the record.
+        campaign: the experiment's place in a campaign, for the plan.
+        schedule: the run of a schedule to which the experiment belongs, for the plan.
         claimed: called with the experiment's directory before the run starts, and therefore even if the run fails.
         report: receives the progress.
         launcher: runs the workers until they end.
@@ -149,9 +149,9 @@ def planned(
     schedule: ScheduleRun | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
 ) -> tuple[Store, ExperimentDir]:
-    """Claim an id and write the plan, or check the inputs of an unfinished run; nothing is run yet.
+    """Claim an id and write the plan, or check the inputs of an unfinished run; return where the files are.
 
-    The arguments are those of `run_ready`.
+    Nothing is run yet. The arguments are those of `run_ready`.
     """
     store = Store(ready.experiment.io.results_dir)
     directory = unfinished or store.claim()

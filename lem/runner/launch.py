@@ -161,7 +161,7 @@ class _Fifo:
                 report(event)
 
     def close(self) -> None:
-        """Close the pipe, unless its thread may still write: the number of a closed descriptor may be reused."""
+        """Close the pipe unless its thread may still write to it: the number of a closed descriptor may be reused."""
         if self._waiting is not None:
             self._waiting.join(LAUNCHER_GRACE_S)
         if self._waiting is None or not self._waiting.is_alive():
@@ -222,9 +222,9 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, message: str) -> None:
     """Write the records of killed workers; make sure that some record says why the attempt ended.
 
-    A killed worker that left a journal gets a record from it, with this status and message. If no record explains the
-    end of the attempt, one without measurements is added. `code` is the exit code of the worker, or of the launcher of
-    several workers, and `message` says why it ended.
+    The record of a killed worker that left a journal is made from the journal, with this status and message. If no
+    record explains the end of the attempt, one without measurements is added. `code` is the exit code of the worker, or
+    of the launcher of several workers, and `message` says why it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]

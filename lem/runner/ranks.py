@@ -78,7 +78,9 @@ def _gloo() -> Any:
 
 
 def named_by_launcher() -> Ranks:
-    """Return this process's rank, read from its launcher's environment variables; no other process is contacted.
+    """Return this process's rank and the number of processes, as its launcher's environment variables state them.
+
+    No other process is contacted.
 
     Raises:
         ConfigError: a variable is not a whole number.
@@ -107,10 +109,12 @@ def join(planned: int, *, share_a_model: bool = False) -> Ranks:
     """
     here = named_by_launcher()
     if here.size != planned:
+        fact = f"Processes planned: {planned}; started by the launcher: {here.size}."
+        if here.size > 1:
+            raise RunError(f"{fact} Set the launcher's number of processes to {planned}.")
         raise RunError(
-            f"The plan has {planned} processes, but the launcher started {here.size}. On a machine without GPUs, "
-            "accelerate launch starts only one process; use python -m torch.distributed.run --nproc_per_node "
-            f"{planned} instead."
+            f"{fact} On a machine without GPUs, accelerate launch starts only one process; use "
+            f"python -m torch.distributed.run --nproc_per_node {planned} instead."
         )
     if here.size == 1:
         return here

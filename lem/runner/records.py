@@ -226,13 +226,14 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     if plan.shared_with:
         others = f"{plan.shared_with} other experiment{'s' if plan.shared_with > 1 else ''}"
         text = (
-            f"up to {others} ran at the same time; apart from the energy of this experiment's own GPUs, all energy "
-            "values include theirs."
+            f"up to {others} ran at the same time; except for the energy of this experiment's own GPUs, all energy "
+            "values include the energy of other experiments."
         )
         yield warning("shared_hardware", text)
     wanted, available = plan.experiment.dataset.sample_size, plan.prompts.count
     if wanted is not None and available < wanted:
-        text = f"{wanted} prompts were requested, but the dataset has only {available} non-empty ones."
+        prompts = f"non-empty prompt{'s' if available != 1 else ''}"
+        text = f"{wanted} prompts were requested, but the dataset has only {available} {prompts}."
         yield warning("fewer_prompts", text)
     if measured.lost_s is not None and measured.ends_when_cut:
         yield warning(
@@ -246,7 +247,8 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
         yield warning("window_cut", f"the window ends with {end}.")
     truncated = sum(r.prompt.truncated for r in measured.requests)
     if truncated:
-        yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts were truncated.")
+        were = "was" if truncated == 1 else "were"
+        yield warning("input_truncated", f"{truncated} of {len(measured.requests)} prompts {were} truncated.")
 
 
 # ------------------------------------------------------------------ prefill

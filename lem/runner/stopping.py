@@ -125,7 +125,10 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
-    """Within the block, SIGTERM (from a scheduler) and SIGHUP (from a closed terminal) raise `error(signal's name)`."""
+    """Within the block, raise an error on SIGTERM (from a scheduler) and on SIGHUP (from a closed terminal).
+
+    `error` makes the error from the signal's name.
+    """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise error(signal.Signals(number).name)

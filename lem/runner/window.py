@@ -3,9 +3,9 @@
 A phase is a stretch of work with its own clock and energy, and phases do not overlap. The measured window contains
 only the generation for the planned prompts; idling, loading, tokenizing and warm-up happen outside it. Windows are
 timed with the backend's clock; at both edges the device is synchronized and the processes wait for each other. A window
-that is cut short normally ends with its last finished batch (the exception is in `_Window.cut`); work still in flight
-at that point is recorded, because the next attempt runs it again. Only this module combines a backend with a meter:
-neither knows the other, and this module knows no particular engine or sensor.
+that is cut short ends with its last finished batch, except in the case that `_Window.cut` describes. Work still in
+flight at that point is recorded, because the next attempt runs it again. Only this module combines a backend with a
+meter: neither knows the other, and this module knows no particular engine or sensor.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ class Bench:
         into.current = None
 
     def open_together(self) -> None:
-        """Synchronize the device, wait for the other processes, settle the meter, and begin metering when they begin.
+        """Synchronize the device, wait for the other processes, settle the meter, and begin metering when all begin.
 
         The meter settles while all processes stand still, so that they begin exactly when the meter is ready. If the
         meter settled before all processes had arrived, it would have to settle again inside the window.
@@ -543,9 +543,9 @@ class _Failures:
         raise RunError(f"{self._failed} of {self._requests} requests failed, more than allowed; the last was {reason}")
 
     def check_warmup(self) -> None:
-        """Raise RunError if any request of the warm-up failed or, if the engine tolerates failures, if all of them did.
+        """Raise RunError if a request of the warm-up failed.
 
-        If all requests failed, nothing was warmed up.
+        If the engine tolerates failures, RunError is raised only if all requests failed, so that nothing was warmed up.
         """
         if self._last is not None and (not self._tolerates_some or self._failed == self._ended):
             raise RunError(f"The engine did not finish prompt {self._last.index} of the warm-up: {self._last.error}")

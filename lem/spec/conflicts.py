@@ -90,7 +90,8 @@ def _parallelism(experiment: Experiment) -> Iterator[Objection]:
         fact = f"{strategy} with degree 1 splits nothing."
         yield without_effect("no_effect_strategy", "parallelism.strategy", fact)
     if runs_in_one_process(experiment) and processes > 1:
-        fact = f"{processes} processes are requested, but {strategy} runs in a single process here."
+        backend = experiment.backend.name
+        fact = f"{processes} processes are requested, but {strategy} with backend={backend} uses a single process."
         yield Objection("pipeline_processes", "num_processes", fact)
     elif not runs_in_one_process(experiment) and processes not in (1, degree):
         fact = f"{processes} processes are requested, but {strategy} with degree {degree} starts {degree}."

@@ -128,7 +128,7 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         "engine_arg_of_lem": (
             "lem itself sets this engine argument (or this field of a request); the message names the option from "
-            "which lem sets it, or the reason.",
+            "which lem sets it, or says why lem sets it.",
             "Leave this argument out.",
         ),
         "engine_arg_code": (

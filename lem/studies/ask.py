@@ -90,14 +90,15 @@ def progress_of(directory: ExperimentDir) -> str:
     finished = directory.finished()
     total = plan.prompts.count * plan.experiment.cycles
     cycles = f" in {plan.experiment.cycles} cycles" if plan.experiment.cycles > 1 else ""
-    return f"{sum(map(len, finished.values()))} of {total} prompts{cycles} are done"
+    done = sum(map(len, finished.values()))
+    return f"{done} of {total} prompts{cycles} {'is' if done == 1 else 'are'} done"
 
 
 def summary_of(ready: Ready) -> str:
     """Return a short description of a run that has passed preflight."""
     wanted, prompts = ready.experiment, ready.prompts
-    dropped = f" ({prompts.dropped_empty} empty ones dropped)" if prompts.dropped_empty else ""
-    source = f"{len(prompts.texts)} prompts of {wanted.dataset.name}{dropped}"
+    dropped = f" (empty prompts dropped: {prompts.dropped_empty})" if prompts.dropped_empty else ""
+    source = f"{len(prompts.texts)} prompt{'s' if len(prompts.texts) != 1 else ''} of {wanted.dataset.name}{dropped}"
     return f"{source} through {wanted.model} ({wanted.backend.name})"
 
 

@@ -81,7 +81,7 @@ def _as_jobs(
     fail_fast: bool,
     config_dir: Path | None,
 ) -> int:
-    """Run each file as a Slurm job."""
+    """Check the files and run their experiments in Slurm jobs; return the exit code."""
     assert options.launcher is not None
     if parallel > 1:
         raise ConfigError("--parallel: Slurm decides how many jobs run at a time; leave this option out.")

@@ -163,7 +163,7 @@ def measure(
     Args:
         campaign: the campaign's settings; its name has been checked.
         arms: the configurations to compare; the user has consented to everything that they run.
-        overrides: the overrides of all arms, for the records.
+        overrides: the overrides of all arms, to be stored with the campaign.
         options: how the command runs experiments.
         presentation: how the campaign is presented.
 
@@ -255,7 +255,7 @@ def resume(
     options: RunOptions,
     presentation: Presentation = Presentation(),
 ) -> int:
-    """Resume a campaign from its files, given its name or its directory.
+    """Resume a campaign from its files, given its name or its directory; return 0 or 1 as `main` does.
 
     Raises:
         ResultsError: the campaign does not exist.
@@ -323,10 +323,13 @@ def _arms(
         ConfigError: a file has problems, or there are fewer than two arms.
     """
     if len(found) < 2:
+        fact = f"campaign compares at least two configurations, not {len(found)}."
+        if place:
+            remedy = "List several config files, or the same file twice to measure the noise."
+            raise ConfigError(f"{place}arms: a {fact} {remedy}")
         raise ConfigError(
-            f"{f'{place}arms: a' if place else 'A'} campaign compares at least two configurations, not {len(found)}. "
-            "Give several config files, or the same file twice to measure the noise, or a campaign file, which lists "
-            "its arms."
+            f"A {fact} Give several config files, the same file twice to measure the noise, or a campaign file, which "
+            "lists its arms."
         )
     problems: list[str] = []
     arms: list[Arm] = []
@@ -476,7 +479,7 @@ def plan(
     if len(digests) > 1 and len(set(digests)) == 1:
         raise ConfigError(
             "resample_prompts: each cycle would have the same prompts, because every prompt of the dataset is used. "
-            "Reduce sample_size (-n)."
+            "Set sample_size (-n) to fewer prompts than the dataset has."
         )
     return Planned(
         definition=Definition(
@@ -740,7 +743,9 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResultsError(f"Another process is measuring campaign '{name}'.") from None
+            raise ResultsError(
+                f"Another process is measuring campaign '{name}'. Wait until that process has ended, or stop it first."
+            ) from None
         yield
 
 
@@ -875,7 +880,7 @@ class CampaignRunner(OneByOne):
         return [arm.name for i, arm in enumerate(self.planned.definition.arms) if self.failures[i] >= GIVE_UP]
 
     def _part(self, place: Place) -> int:
-        """Return the number of the cell's cycle or, if grouped, arm; failed cells are retried at the end of each."""
+        """Return the number of the cell's cycle (if grouped, of its arm), after which failed cells are retried."""
         return place.arm if self.planned.definition.campaign.structure == "grouped" else place.cycle
 
     def _attempt(self, number: int, experiment: Experiment) -> None:
@@ -930,7 +935,7 @@ class CampaignJobs(SlurmRunner):
         """Leave the cell to `submit_more`, which resumes its unfinished experiment."""
 
     def has_more(self) -> bool:
-        """Return whether cells are left to submit or to retry, now that no job is left."""
+        """Return whether `submit_more` would submit cells: further ones or, after these, failed ones to retry."""
         return bool(self._next())
 
     def _next(self) -> list[int]:
@@ -969,7 +974,7 @@ class CampaignJobs(SlurmRunner):
             self.waiting.clear()
 
     def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
-        """Return the options of a job; the remaining cells of a cycle are sent to the node that ran the others."""
+        """Return the options of a job; the remaining cells of a cycle go to the node that ran its other cells."""
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}

@@ -81,7 +81,7 @@ def run_as_jobs(
 
 
 def _submitted_before(cells: Sequence[Cell]) -> Path | None:
-    """Return the directory of the newest study that has the same cells and has not shown its outcome, or None."""
+    """Return the directory of the newest study with the same cells whose outcome has not been shown, or None."""
     wanted = cells_sha256(cell.fingerprint for cell in cells)
     roots = dict.fromkeys(experiment_of(cell).io.results_dir for cell in cells)
     found = [ledger for root in roots for ledger in awaited(Store(root))]
@@ -212,7 +212,7 @@ def name_of(ledger: Ledger) -> str:
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return the options; those that the ledger records have the values with which the study was submitted."""
+    """Return the options; those that the ledger records get the values from the time of submission."""
     terms = ledger.terms
     return replace(
         options,

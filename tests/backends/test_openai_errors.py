@@ -95,7 +95,7 @@ def test_an_experiment_in_which_all_failed_is_failed(tmp_path):
         row, rows = tables(tmp_path / "results")
         assert (row["status"], row["requests_completed"], row["requests_failed"]) == ("failed", 0, 8)
         assert (row["error_rate"], row["latency_mean_s"], row["output_tokens_per_s"]) == (1.0, None, None)
-        assert row["error"] == "All 8 requests failed; the last error was: HTTP 429: rate limited."
+        assert row["error"] == "No request succeeded (8 failed); the last error was: HTTP 429: rate limited."
         assert len(rows) == 8
         again = command("experiment", "-y", "--resume", row["experiment_id"], cwd=tmp_path)
         assert again.code == 2

@@ -72,7 +72,8 @@ def test_limits_that_may_be_given_have_a_level_and_others_are_refused_with_a_lis
         assert level_for(analysis, 5, 30) == level_for(analysis, 5, 29) > level_for(analysis, 8, 30)
         assert level_for(analysis, FEWEST_ADAPTIVE_CYCLES, MOST_ADAPTIVE_CYCLES) > 0.95
     with pytest.raises(
-        ConfigError, match=r"5 to 101 cycles; choose limits within one of these ranges: 5 to 10, 5 to 20, 5 to 30"
+        ConfigError,
+        match=r"5 to 101 cycles; choose cycles and max_cycles within one of these ranges: 5 to 10, 5 to 20, 5 to 30",
     ):
         level_for("position", 5, 101)
 
