@@ -201,7 +201,7 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return the reasons why a point cannot be run: problems with its values or, if none, blocking objections."""
+    """Return why a point cannot be run: problems with its values or, if there are none, blocking objections."""
     sources = _sources(base, point)
     values, unresolved = resolved(sources.values())
     experiment, found = examine(values)
@@ -328,7 +328,7 @@ def write(
 
 
 def _parent(base: Path, folder: Path) -> str:
-    """Return the name by which files in the folder refer to the base, without its suffix if that is unambiguous."""
+    """Return the name by which files in the folder refer to the base, without its suffix unless that is needed."""
     full = os.path.relpath(base, folder.resolve())
     stem = base.with_suffix("")
     candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in SUFFIXES)]
@@ -466,7 +466,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield each reason why points are invalid, with the number of points affected and the values of the first."""
+    """Yield each reason why points are invalid, with the number of points affected and the first point's values."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

@@ -209,7 +209,9 @@ def read_manifest(directory: Path, head: str, *, fail_fast: bool = False) -> Man
     """
     try:
         states = [_read_state(entry) for entry in json.loads((directory / FILE).read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise ResultsError(f"{directory / FILE} is damaged: an entry has no {error}.") from None
+    except (OSError, ValueError, TypeError) as error:
         raise ResultsError(f"{directory / FILE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     manifest = Manifest(directory, [state.cell for state in states], head, fail_fast)
     manifest.states = states
