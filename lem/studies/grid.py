@@ -365,8 +365,8 @@ def _listed_files(index: Path) -> set[str]:
     try:
         content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{index}: cannot read the index ({type(error).__name__}); delete it.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        raise ConfigError(f"{index}: the index cannot be read; delete it.") from None
     return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != INDEX}
 
 

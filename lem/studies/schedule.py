@@ -253,7 +253,8 @@ def _kept(folder: Path) -> What:
     try:
         return from_json(What, file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{file}: cannot be used ({error}). Restore the file, or use another --name.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"{file}: cannot be used ({reason}). Restore the file, or use another --name.") from None
 
 
 def _check_same(manifest: ScheduleManifest, folder: Path, what: What, settings: Schedule) -> None:

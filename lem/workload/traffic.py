@@ -83,7 +83,9 @@ def read_trace(path: Path, count: int) -> list[float]:
         raise BadInput(f"The traffic trace {path} does not exist.") from None
     except KeyError:
         raise BadInput(f"The traffic trace {path} has no column t_s.") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except OSError as error:
+        raise BadInput(f"The traffic trace {path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"The traffic trace {path} cannot be read: {' '.join(str(error).split())}.") from None
     if len(times) < count:
         raise BadInput(
