@@ -85,7 +85,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "few_ticks": WarningKind(
         f"The energy counter advanced fewer than {FEW_TICKS} times in the window.",
-        "Run longer, so that the error at the edges of the window becomes negligible.",
+        "Run more prompts, or generate longer outputs, so that the error at the window's edges becomes negligible.",
     ),
     "counter_trace_mismatch": WarningKind(
         f"The energy counter and the integral of the power trace differ by more than {TRACE_TOLERANCE:.0%} plus an "
@@ -125,8 +125,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "compiled_in_window": WarningKind(
         "Code was compiled inside the measured window, so the window includes the time and energy of compiling.",
-        "Warm up on more prompts (warmup.prompts), so that every prompt length is compiled before the window opens, or "
-        "turn compilation off.",
+        "Warm up on more prompts (warmup.prompts), so that the code for every prompt length is compiled before the "
+        "window opens, or turn compilation off.",
     ),
     "not_cooled_down": WarningKind(
         "A GPU was still warmer than cooldown.to_c when the run started.",
@@ -231,7 +231,7 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "decode_negative": WarningKind(
         "Decode energy (the window's energy minus the prefill energy) is negative.",
-        "Run longer: the window is too short for the power trace.",
+        "Run more prompts, or generate longer outputs: the window is too short for the power trace.",
     ),
     "identity_violated": WarningKind(
         "Numbers that must agree do not. For example, J = W·t is violated, or a token count differs from the sum over "
@@ -557,7 +557,8 @@ def _of_window(duration_s: float, readings: Sequence[EnergyReading]) -> Iterator
         yield warning("short_window", f"the window is {duration_s:.3g} s long, less than {SHORT_WINDOW_S:g} s.")
     ticks = [duration_s / r.resolution_s for r in readings if r.source == "counter" and r.resolution_s]
     if ticks and min(ticks) < FEW_TICKS:
-        text = f"the energy counter advanced about {min(ticks):.0f} times, fewer than {FEW_TICKS}."
+        count = round(min(ticks))
+        text = f"the energy counter advanced about {count} time{'' if count == 1 else 's'}, fewer than {FEW_TICKS}."
         yield warning("few_ticks", text)
     for r in readings:
         if r.source != "counter" or not r.energy_j or r.trace_energy_j is None or duration_s < TRACE_LEAST_S:
@@ -748,10 +749,8 @@ def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
 def _of_warmup(record: ProcessRecord) -> Iterator[CodedWarning]:
     if record.warmup is not None and record.warmup.ended in ("max_prompts", "max_s"):
         cv = "" if record.warmup.cv is None else f", with a coefficient of variation of {record.warmup.cv:.3f}"
-        yield warning(
-            "warmup_not_steady",
-            f"the warm-up reached warmup.{record.warmup.ended} after {record.warmup.prompts} prompts{cv}.",
-        )
+        prompts = f"{record.warmup.prompts} prompt{'' if record.warmup.prompts == 1 else 's'}"
+        yield warning("warmup_not_steady", f"the warm-up reached warmup.{record.warmup.ended} after {prompts}{cv}.")
 
 
 # ------------------------------------------------------------------ of a row
@@ -802,7 +801,7 @@ def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Itera
 def of_experiment(cycles_completed: int, resumed: int, kinds: Sequence[str] = ()) -> Iterator[CodedWarning]:
     """Yield the warnings about an experiment as a whole; `kinds` lists the distinct kinds of energy in its cycles."""
     if len(kinds) > 1:
-        text = f"the energy of the cycles is {' in some and '.join(kinds)} in others, so its mean is null."
+        text = f"the cycles differ in their kind of energy ({'; '.join(kinds)}), so the mean energy is null."
         yield warning("energy_mixed", text)
     if cycles_completed < LEAST_CYCLES:
         cycles = f"{cycles_completed} cycle{'' if cycles_completed == 1 else 's'}"
@@ -865,7 +864,7 @@ def _of_samples(counts: Sequence[tuple[str, int]]) -> Sequence[CodedWarning]:
     for name, count in counts:
         of_count.setdefault(count, []).append(name)
     parts = [
-        f"{', '.join(stems)}: {count} value{'s' if count > 1 else ''}, but {lacking}"
+        f"{', '.join(stems)}: {count} value{'' if count == 1 else 's'}, but {lacking}"
         for count, stems in of_count.items()
         if (lacking := _percentiles_lacking(count))
     ]
@@ -913,7 +912,8 @@ def of_timed_tokens(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]
         first = wrong[0]
         times = len(first.itl_s or ()) + 1
         text = f"request {first.request} has {first.output_tokens} output tokens but {times} token times"
-        more = f"; {len(wrong) - 1} more disagree as well" if len(wrong) > 1 else ""
+        others = f"{len(wrong) - 1} other request{'s' if len(wrong) > 2 else ''}"
+        more = f"; the numbers also differ in {others}" if len(wrong) > 1 else ""
         yield warning("tokens_disagree", f"{text}{more}.")
 
 

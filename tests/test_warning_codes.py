@@ -385,7 +385,10 @@ class TestTokensCountedTwice:
         assert list(warning_codes.of_timed_tokens(timed)) == []
         timed[1:] = [replace(r, itl_s=[0.1] * 8) for r in timed[1:]]
         (found,) = warning_codes.of_timed_tokens(timed)
-        assert found.text == "request 1 has 10 output tokens but 9 token times; 1 more disagree as well."
+        assert (
+            found.text
+            == "request 1 has 10 output tokens but 9 token times; the numbers also differ in 1 other request."
+        )
 
 
 class TestTimes:

@@ -71,7 +71,7 @@ class Clock:
         return datetime.now(UTC)
 
     def sleep(self, seconds: float) -> int | None:
-        """Sleep until the time is over or a signal arrives; return the signal's number, or None if none arrived."""
+        """Sleep for the given time or until a signal arrives; return the signal's number, or None if none arrived."""
         found = signal.sigtimedwait(self._signals, seconds)
         return found.si_signo if found else None
 
@@ -150,7 +150,7 @@ class Daemon:
         """Work through all starts that are left; return the exit code.
 
         Returns:
-            130 if a signal ended the schedule early; otherwise 0, or 1 if a run failed or none was done.
+            130 if a signal ended the schedule early, 1 if a run failed or none was done, and otherwise 0.
         """
         self._catch_up()
         while self._step():
@@ -341,7 +341,7 @@ def _coarse(seconds: float) -> str:
 
 
 def exit_code(manifest: ScheduleManifest) -> int:
-    """Return the exit code of a schedule that is over: 0, or 1 if a run failed or none was done."""
+    """Return the exit code of a schedule that is over: 1 if a run failed or none was done, otherwise 0."""
     return int(manifest.has_failed or not any(start.status == "done" for start in manifest.starts))
 
 

@@ -209,7 +209,7 @@ class Outcomes:
 
 
 class StudyBars:
-    """A bar for the study and, below it, the bars of the current run or, if several run at once, one bar for each."""
+    """A bar for the study; below it, the bars of the current run, or one bar for each run if several go on at once."""
 
     def __init__(self, progress: Any, outcomes: Outcomes, at_once: int) -> None:
         self._progress, self._outcomes, self._at_once = progress, outcomes, at_once

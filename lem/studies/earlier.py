@@ -26,13 +26,13 @@ def earlier_rows(store: Store, columns: Sequence[str] = ()) -> list[ExperimentRo
 
 
 def rows_like(experiment: Experiment, rows: Sequence[ExperimentRow]) -> list[ExperimentRow]:
-    """Return the rows of experiments with the same configuration; the results directory may differ."""
+    """Return the rows with the same configuration as `experiment`; the results directory may differ."""
     wanted = json.loads(json.dumps({key: value for key, value in to_plain(experiment).items() if key != "io"}))
     return [row for row in rows if _values(row.config_json) == wanted]
 
 
 def mean_time_s(experiment: Experiment, rows: Sequence[ExperimentRow]) -> float | None:
-    """Return the mean time, in seconds, of earlier runs of an experiment; None without rows.
+    """Return the time of a run, in seconds, averaged over the earlier runs; None if there are none.
 
     The time includes the idle phases, loading, and the warm-up and the window of each cycle, but not the start of the
     processes.

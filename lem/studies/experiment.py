@@ -33,7 +33,7 @@ from lem.studies.consent import Consents
 def main(
     config_file: Path | None, overrides: Sequence[str], options: RunOptions, *, config_dir: Path | None = None
 ) -> int:
-    """Run one experiment; return the exit code, which is 0, or 1 if the experiment did not complete.
+    """Run one experiment; return the exit code: 1 if the experiment did not complete, otherwise 0.
 
     Raises:
         BadInput: raised before anything runs.

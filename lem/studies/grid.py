@@ -201,7 +201,7 @@ def _overlaps(axes: Sequence[Axis]) -> Iterator[str]:
 
 
 def judge(base: UserFile, point: dict[str, Any], machine: Host, *, any_machine: bool = False) -> tuple[str, ...]:
-    """Return the reasons why a point cannot be run: problems with its values or, if none, blocking objections."""
+    """Return why a point cannot be run: problems with its values or, if there are none, blocking objections."""
     sources = _sources(base, point)
     values, unresolved = resolved(sources.values())
     experiment, found = examine(values)
@@ -328,7 +328,7 @@ def write(
 
 
 def _parent(base: Path, folder: Path) -> str:
-    """Return the name by which files in the folder refer to the base, without its suffix if that is unambiguous."""
+    """Return the name by which files in the folder refer to the base, without its suffix unless that is needed."""
     full = os.path.relpath(base, folder.resolve())
     stem = base.with_suffix("")
     candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in SUFFIXES)]
@@ -365,8 +365,8 @@ def _listed_files(index: Path) -> set[str]:
     try:
         content = yaml.load(index.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         names = {str(entry["file"]) for entry in content["files"]}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ConfigError(f"{index}: cannot read the index ({type(error).__name__}); delete it.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError):
+        raise ConfigError(f"{index}: the index cannot be read; delete it.") from None
     return {name for name in names if Path(name).name == name and name.endswith(SUFFIXES) and name != INDEX}
 
 
@@ -466,7 +466,7 @@ def _enumerated(values: Sequence[Any]) -> str:
 
 
 def reasons(points: Iterable[Point], limit: int = 10) -> Iterator[str]:
-    """Yield each reason why points are invalid, with the number of points affected and the values of the first."""
+    """Yield each reason why points are invalid, with the number of points affected and the first point's values."""
     found: dict[str, list[Point]] = {}
     for point in points:
         for problem in point.problems:

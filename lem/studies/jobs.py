@@ -74,10 +74,10 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
 
 
 def look_at_all(store: Store) -> dict[Path, InJob]:
-    """Collect the jobs that have ended, but submit none; return what Slurm reports about the other experiments.
+    """Collect the jobs that have ended, without submitting any; return what Slurm says about the other jobs.
 
-    The result is keyed by the directories of these experiments. A study that cannot be read is reported in a warning,
-    so that it does not hide the other studies.
+    The result is keyed by the directories of these jobs' experiments. A study that cannot be read is reported in a
+    warning, so that it does not hide the other studies.
     """
     found: dict[Path, InJob] = {}
     for ledger in awaited(store):
@@ -97,7 +97,10 @@ def _study_at(directory: Path) -> Submitted:
 
 
 def _found(store: Store, text: str) -> Submitted:
-    """Find a study by its directory, its name or the beginning of its name; raises `ResultsError` if that fails."""
+    """Find a study by its directory, its name or the beginning of its name.
+
+    Raises `ResultsError` if there is no such study, or more than one.
+    """
     if not text:
         raise ResultsError("The name of the study is empty; lem jobs lists the studies.")
     if (Path(text) / ledgers.FILE).is_file():

@@ -232,7 +232,7 @@ def _with(campaign: Campaign, experiment: Experiment) -> Experiment:
 def _in_one_place(arms: Sequence[Arm], results_dir: str | Path | None) -> Iterator[Arm]:
     """Yield the arms, all with the given results directory or, if none is given, with the one that they share.
 
-    This directory also holds the campaign's files. Raises `ConfigError` if none is given and the arms have several.
+    This directory also holds the campaign's files. Raises `ConfigError` if none is given and they share none.
     """
     places = dict.fromkeys(arm.experiment.io.results_dir for arm in arms)
     if results_dir is None and len(places) > 1:

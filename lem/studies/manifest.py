@@ -133,7 +133,7 @@ class Manifest:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Inside this block, save changes only now and then, and at the end save all; raises `DiskFull` if that fails.
+        """Save changes only now and then inside this block, and the rest at its end; raises `DiskFull` if that fails.
 
         The file is always written as a whole, so saving each change of ten thousand cells would take hours.
         """
@@ -209,7 +209,11 @@ def read_manifest(directory: Path, head: str, *, fail_fast: bool = False) -> Man
     """
     try:
         states = [_read_state(entry) for entry in json.loads((directory / FILE).read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise ResultsError(f"{directory / FILE} is damaged: an entry has no {error}.") from None
+    except OSError as error:
+        raise ResultsError(f"{directory / FILE} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, TypeError) as error:
         raise ResultsError(f"{directory / FILE} cannot be read: {' '.join(str(error).split())[:200]}.") from None
     manifest = Manifest(directory, [state.cell for state in states], head, fail_fast)
     manifest.states = states

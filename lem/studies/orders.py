@@ -33,7 +33,7 @@ def order(structure: Structure, arms: int, cycles: int, seed: int) -> list[Place
     Args:
         structure: `shuffled`: a new random order in each cycle; `latin`: rows of Williams squares in random order;
             `interleaved`: the same order in each cycle; `grouped`: all cycles of one arm, then all of the next. With
-            `shuffled`, no two arms keep their order in three successive cycles, because a drift would then look like a
+            `shuffled`, no two arms keep their order in three successive cycles: if they did, a drift would look like a
             difference between them.
         arms: the number of arms, at least one.
         cycles: the number of cycles, at least one.

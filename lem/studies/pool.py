@@ -127,7 +127,9 @@ class Pool(Runner):
             with needs_space(self.manifest.directory):
                 self._start(number, experiment)
         except OSError as error:
-            self.manifest.change(number, status="failed", error=f"the process could not be started: {error}.")
+            self.manifest.change(
+                number, status="failed", error=f"the process could not be started: {error.strerror or error}."
+            )
 
     def finish(self) -> None:
         """Wait for all children to end."""
@@ -192,8 +194,8 @@ class Pool(Runner):
 
         Raises:
             queue.Empty: no child has ended in time.
-            DiskFull: the disk was full for the child, or for saving its outcome; not raised if `stopped` says that all
-                children are being stopped.
+            DiskFull: there was no space for the child's files, or for saving its outcome; not raised if `stopped` says
+                that all children are being stopped.
         """
         child = self.ended.get(timeout=timeout_s)
         self.running.remove(child)

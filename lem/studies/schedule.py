@@ -215,7 +215,10 @@ def _time_of_campaign_s(planned: campaigns.Planned, of_arms: Sequence[float | No
 
 # ------------------------------------------------------------------ the schedule
 def _name(request: Request) -> str:
-    """Return the schedule's name, by default that of its config file; raises `ConfigError` if it cannot be used."""
+    """Return the schedule's name; raises `ConfigError` if it cannot be used.
+
+    By default, it is derived from the config file's name or, without a config file, from `origin`.
+    """
     if request.name is None:
         origin = request.config_file.stem if request.config_file else request.origin
         found = re.sub(r"[^A-Za-z0-9._-]+", "-", origin).lstrip("._-")[:100] or "schedule"
@@ -250,7 +253,8 @@ def _kept(folder: Path) -> What:
     try:
         return from_json(What, file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{file}: cannot be used ({error}). Restore the file, or use another --name.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"{file}: cannot be used ({reason}). Restore the file, or use another --name.") from None
 
 
 def _check_same(manifest: ScheduleManifest, folder: Path, what: What, settings: Schedule) -> None:
@@ -280,7 +284,7 @@ def _about_time(manifest: ScheduleManifest, each_s: float | None) -> Iterable[st
 
 
 def _preview(manifest: ScheduleManifest, each_s: float | None) -> None:
-    """Print the table of starts: with the expected time of a run or, if the schedule has begun, with the outcomes."""
+    """Print the table of starts with the outcomes so far, then the expected time of a run if it is known."""
     show.say(f"Schedule {manifest.name}: {_words(manifest)}")
     width = len(str(len(manifest.starts)))
     for start in manifest.starts:

@@ -249,7 +249,7 @@ class SlurmRunner(Runner):
             self.submit_more()
 
     def look_once(self, *, submits: bool) -> None:
-        """Look at the jobs; repeat this until it is clear what became of jobs that are gone or lack files."""
+        """Look at the jobs, again and again until it is clear what became of each job that is gone or lacks files."""
         self.looks_once = True
         self.look(submits=submits)
         while any(job.gone_since_s is not None or self._has_missing_files(job) for job in self.jobs):
@@ -327,7 +327,7 @@ class SlurmRunner(Runner):
 
     # -------------------------------------------------------------- continuing after an earlier command
     def restore_jobs(self, cells: Mapping[str, list[int]]) -> None:
-        """Continue with jobs that have been submitted; `cells` gives, by job, the cells that have not ended."""
+        """Continue with jobs that have been submitted; `cells` gives the unfinished cells of each job id."""
         assert self.ledger is not None
         self.jobs = [Job(job_id, all_cells) for job_id, all_cells in self.ledger.accepted if job_id in cells]
         for job in self.jobs:
@@ -548,7 +548,7 @@ class SlurmRunner(Runner):
         self.to_sync.clear()
 
     def _submit_deferred(self) -> None:
-        """Submit one deferred job for each job that has ended since the last call; all, if no submitted job is open."""
+        """Submit deferred jobs: one per job that has ended since the last call, or all if no submitted job is open."""
         count = self.ended_since if self.jobs else len(self.deferred)
         some, self.deferred = self.deferred[:count], self.deferred[count:]
         self.ended_since = 0
@@ -695,9 +695,10 @@ class SlurmRunner(Runner):
             is_again = not reason.startswith("CANCELLED")
             again = self._to_submit_again(job, is_adopted=job.id in adopted) if is_again else []
             if again:
+                which = "experiment" if len(again) == 1 else _count(len(again), "experiment")
                 print_warnings(
-                    f"Slurm job {job.id}: {reason.rstrip('.')}. The {_count(len(again), 'experiment')} that it had not "
-                    "begun will be submitted again."
+                    f"Slurm job {job.id}: {reason.rstrip('.')}. The {which} that it had not begun will be submitted "
+                    "again."
                 )
                 self.deferred.append(again)
                 for number in again:

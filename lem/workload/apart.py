@@ -46,9 +46,9 @@ def call(library: str, function: Callable[P, T], *arguments: P.args, **named: P.
 def call_without(
     hidden: Sequence[str], library: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs
 ) -> T:
-    """Call a function like `call`, in a process in which the hidden libraries appear not to be installed.
+    """Call a function as `call` does; in the separate process, the hidden libraries appear not to be installed.
 
-    A library that imports another library only if it is installed, as transformers does with torch, then loads in a
+    A library that imports another one only if that one is installed, as transformers imports torch, then loads in a
     fraction of the time.
     """
     if library in sys.modules:

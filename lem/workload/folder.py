@@ -58,7 +58,7 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 
 
 def needs_library(folder: Path, dataset: Dataset) -> bool:
-    """Return whether the library has to read a directory: a configuration is requested, or the card lists some.
+    """Return whether the library has to read a directory: a configuration is requested, or the card lists one or more.
 
     The library is never needed for a dataset that it has saved itself, or if `dataset.files` selects the files.
 
@@ -96,7 +96,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     except (ValueError, NotImplementedError):  # the pattern is empty or absolute
         found = []
     if not found:
-        raise DatasetError(f"The directory {folder} has no file {pattern}.")
+        raise DatasetError(f"The directory {folder} contains no file that matches {pattern}.")
     return found
 
 

@@ -81,7 +81,7 @@ def quiet(datasets: Any) -> None:
 
 
 def _sentence(path: str, split: str, error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300].rstrip(".") + "."
     if "split" in text.lower() and split in text:
         return f"Dataset {path}: {text} Choose one with --split."
     if isinstance(error, ValueError) and "config" in text.lower():

@@ -95,7 +95,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model directory: it has no config.json.") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.") from None
+        raise ModelError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} is not a model's configuration: it contains no JSON object.")
     for part in (content, *(content[name] for name in LANGUAGE_PARTS if isinstance(content.get(name), dict))):
@@ -164,6 +164,6 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         if is_unreachable(error):
             reason = "is not cached on this machine, and the hub cannot be reached."
         else:
-            reason = f"cannot be read from the hub: {' '.join(str(error).split())[:200]}"
+            reason = f"cannot be read from the hub: {' '.join(str(error).split())[:200].rstrip('.')}."
         raise ModelError(f"The model {name} {reason} {OFFLINE_HINT}") from None
     return _read_config(Path(file).parent)

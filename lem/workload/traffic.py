@@ -83,11 +83,13 @@ def read_trace(path: Path, count: int) -> list[float]:
         raise BadInput(f"The traffic trace {path} does not exist.") from None
     except KeyError:
         raise BadInput(f"The traffic trace {path} has no column t_s.") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except OSError as error:
+        raise BadInput(f"The traffic trace {path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"The traffic trace {path} cannot be read: {' '.join(str(error).split())}.") from None
     if len(times) < count:
         raise BadInput(
-            f"The traffic trace {path} has {len(times)} arrivals, fewer than the {count} requests of the run."
+            f"The traffic trace {path} has fewer arrivals ({len(times)}) than the run has requests ({count})."
         )
     return [t - times[0] for t in times[:count]]  # the first arrives when the window opens
 
@@ -159,7 +161,7 @@ class Arrivals(Generic[T]):
         return bool(self._left)
 
     def next_ns(self) -> int | None:
-        """Return when the next request arrives; None if no request is left, or if it waits for another to finish."""
+        """Return when the next request arrives; None if none is left, or if another must finish first."""
         if not self._left:
             return None
         if self._times_ns is not None:
@@ -178,7 +180,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, others then take their places."""
+        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, as many others then arrive."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 
@@ -224,7 +226,7 @@ def as_places_become_free(
         advance: a function that makes the engine take a step, and returns the outputs finished in that step.
 
     Yields:
-        The outputs that finish in the same step.
+        The outputs finished in a step, unless there are none.
     """
     while arrivals or running():
         for each in arrivals.take(arrivals.clock.now_ns(), at_most - running()):

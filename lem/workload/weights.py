@@ -79,7 +79,9 @@ def flaws(folder: Path) -> Iterator[Flaw]:
     files = weight_files(folder)
     if missing := [file.name for file in files if not file.is_file()]:
         named = f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
-        yield Flaw("missing", f"{len(missing)} of the {len(files)} files named in {_name(index)} are missing: {named}.")
+        are = "is" if len(missing) == 1 else "are"
+        fact = f"{len(missing)} of the {len(files)} files named in {_name(index)} {are} missing: {named}."
+        yield Flaw("missing", fact)
     for file in files:
         if file.is_file() and (flaw := _pointer(file) or _damage(file)):
             yield flaw

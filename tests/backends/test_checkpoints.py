@@ -523,7 +523,7 @@ def test_missing_shard_of_an_index_is_refused_before_loading(sharded):
     (objection,) = found(sharded)
     assert objection.code == "weights_incomplete"
     assert objection.fact.startswith(f"1 of the {len(shards)} files named in ")
-    assert objection.fact.endswith(f" are missing: {shards[1].name}.")
+    assert objection.fact.endswith(f" is missing: {shards[1].name}.")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])

@@ -61,7 +61,7 @@ def test_options_model_prompts_and_files_are_reported_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
-    [(None, "does not exist"), ("at\n1\n", "has no column t_s"), ("t_s\n1\n", "has 1 arrivals, fewer")],
+    [(None, "does not exist"), ("at\n1\n", "has no column t_s"), ("t_s\n1\n", "has fewer arrivals (1)")],
 )
 def test_a_bad_trace_of_arrivals_is_reported_once(tmp_path, rows, reason):
     trace = tmp_path / "trace.csv"
@@ -86,7 +86,8 @@ def test_force_leaves_only_what_is_impossible():
 
 
 @pytest.mark.parametrize(
-    ("times", "why"), [("0\nnan", "line 3: nan"), ("0\n1e300", "line 3: 1e+300 s"), ("0", "fewer than the 2 requests")]
+    ("times", "why"),
+    [("0\nnan", "line 3: nan"), ("0\n1e300", "line 3: 1e+300 s"), ("0", "than the run has requests (2)")],
 )
 def test_a_trace_that_cannot_be_run_is_refused_once_with_its_rule(tmp_path, times, why):
     file = tmp_path / "trace.csv"
