@@ -311,7 +311,7 @@ class ExperimentDir:
         try:
             names = sorted(os.listdir(self._folder))
         except OSError as error:
-            raise ResultsError(f"{self.path} cannot be read: {error.strerror}.") from None
+            raise ResultsError(f"{self.path} cannot be read: {error.strerror or error}.") from None
         found: dict[tuple[int, int, int], Part] = {}
         known: dict[tuple[str, ...], dict[int, ProcessRecord]] = {}
         for match in filter(None, map(RECORD.fullmatch, names)):
@@ -384,7 +384,7 @@ class ExperimentDir:
         try:
             return read(self._content(name))
         except OSError as error:
-            raise ResultsError(f"{self.path / name} cannot be read: {error.strerror}.") from None
+            raise ResultsError(f"{self.path / name} cannot be read: {error.strerror or error}.") from None
         except (ValueError, msgspec.MsgspecError) as error:
             raise ResultsError(f"{self.path / name} cannot be read: {' '.join(str(error).split())[:200]}.") from None
 

@@ -139,7 +139,7 @@ class Ledger:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
+            raise ResultsError(f"{file} cannot be read: {error.strerror or error}.") from None
         except (ValueError, KeyError, TypeError, IndexError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
             raise ResultsError(f"{file} is damaged and cannot be read: {what}.") from None

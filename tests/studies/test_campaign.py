@@ -681,6 +681,15 @@ def test_a_file_in_another_directory_names_its_arms_beside_it(lem, arms, file, m
     assert (shown["arms"][0], shown["arms"][1]["config"]) == ("../quick.yaml", "../slow.yaml")
 
 
+def test_a_campaign_file_inherits_from_at_most_a_hundred_files(lem, arms):
+    for number in range(101):
+        (arms / f"c{number}.yaml").write_text(f"defaults: [c{number + 1}]\narms: [quick.yaml, slow.yaml]\n")
+    (arms / "c101.yaml").write_text("cycles: 2\n")
+    refused = lem("campaign", "c0.yaml", *QUICK)
+    assert (refused.code, refused.out) == (2, "")
+    assert "c0.yaml: defaults: the file inherits from more than 100 files." in refused.err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
