@@ -1,4 +1,4 @@
-"""The inference backends: one module per backend, all with the same interface. The `backend` group selects a backend.
+"""The inference backends. Each has a main module, with a class; all classes have the same interface.
 
 To add a backend, write a module here that passes the contract suite, define its options in `lem.spec.engines`, add its
 YAML to `conf/backend/`, and add a line to the table in `backend_class`.

@@ -35,7 +35,7 @@ class Checkpoint:
     """A model without its weights.
 
     `hollow` is the transformers model on the device `meta`, where tensors have shapes but no values. It is None if
-    transformers does not know the model.
+    transformers does not know the model, or if the engine uses a config of its own.
     """
 
     model: Model

@@ -265,7 +265,9 @@ class Client:
                 return answer
 
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
-        """Read a response to its end, or until `reply` has enough; each event with output extends the time limit."""
+        """Read a response to its end or, if it is an error, until enough of its text has arrived.
+
+        Each event with output extends the time limit."""
         network, events, is_ending = response.extensions["network_stream"], 0, False
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)

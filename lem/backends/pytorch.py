@@ -423,7 +423,10 @@ def _placement(
     config = transformers.AutoConfig.from_pretrained(found.path, **source_of(found, experiment))
     if strategy == "tensor_parallel":
         if devices[0].type == "cpu" and torch.cuda.is_available():
-            raise RunError("tensor_parallel uses GPUs if any are visible; hide them with CUDA_VISIBLE_DEVICES=''.")
+            raise RunError(
+                "the device is the CPU, but tensor_parallel uses GPUs if any are visible; hide them with "
+                "CUDA_VISIBLE_DEVICES=''."
+            )
         return {"distributed_config": split_over_ranks(config, experiment.parallelism.degree)}
     with torch.device("meta"):
         trusted = experiment.trust_remote_code

@@ -124,7 +124,8 @@ class Continuous(Session[_Request]):
         if is_too_old():
             raise RunError(f"Continuous batching needs transformers {'.'.join(map(str, OLDEST))} or newer.")
         if not getattr(type(model), "_supports_attention_backend", False):
-            raise RunError(f"transformers cannot replace the attention of {type(model).__name__}; use static batching.")
+            name = type(model).__name__
+            raise RunError(f"transformers cannot replace the attention implementation of {name}; use static batching.")
 
     # -------------------------------------------------------------- the engine
     def make_room(self, prompts: Sequence[Encoded]) -> None:

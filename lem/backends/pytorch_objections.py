@@ -222,7 +222,7 @@ def _model(experiment: Experiment, model: Model, host: Host, used: Sequence[Gpu]
     yield from checkpoint_objections.weights_of(experiment, model)
     reads_both_ways = transformers_source.READS_BOTH_WAYS in (transformers_source.modeling(str(kind)) or "")
     if reads_both_ways and not model.config.get("is_decoder"):
-        yield Objection("not_a_decoder", "model", f"a {kind} model reads text in both directions.")
+        yield Objection("not_a_decoder", "model", f"models of type {kind} read text in both directions.")
 
 
 def _unsupported(model: Model, kind: str) -> Iterator[Objection]:

@@ -55,7 +55,10 @@ ConfigDir = Annotated[
 
 
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
-    """Run a command and return its exit code; print lem's own errors after formatting each line with `shown`."""
+    """Run a command and return its exit code; print lem's own errors.
+
+    Each line of an error is formatted with `shown`, except for an interruption.
+    """
     try:
         return run()
     except Interrupted as stop:

@@ -65,7 +65,7 @@ def loads_code(name: str) -> bool:
 
 
 def load_dotenv() -> None:
-    """Set the variables in the nearest `.env`, except those already set; warn about each variable that is ignored."""
+    """Set the variables in the nearest `.env`, except those already set; warn about each one that is refused."""
     import dotenv
 
     file = dotenv.find_dotenv(usecwd=True)

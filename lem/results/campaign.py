@@ -645,8 +645,8 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
 def _places_differ(campaign: Campaign, rows: Sequence[ExperimentRow]) -> Iterator[CodedWarning]:
     """Warn if cells ran on different machines or devices, unless that is intended.
 
-    On a cluster, each cycle is a job and may run on another node. With `across_nodes`, it may also run on another
-    device.
+    On a cluster, each cycle is a job, and cycles may run on different nodes. With `across_nodes`, the nodes may have
+    different devices.
     """
     has_jobs = campaign.structure != "grouped" and all(row.slurm_node for row in rows)
     places = {"the machine": "hostname", "the device": "device"}

@@ -469,7 +469,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy the files of `source` that `archive.files_in` yields to the existing directory `target`.
+    """Copy to the existing directory `target` the files of `source` that `archive.files_in` yields.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.

@@ -138,7 +138,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return a text on one line, with the characters escaped that Markdown or HTML would interpret."""
+    """Return the text on one line, escaping the characters that Markdown or HTML would interpret."""
     from html import escape
 
     line = " ".join(text.split())

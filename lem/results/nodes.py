@@ -189,7 +189,9 @@ def _interaction(pairs: Sequence[Block], arm: int, baseline: int, analysis: Anal
 
 @dataclass(frozen=True)
 class _Fit:
-    """A least-squares fit of log ratios: each group's mean at equal positions, and the residual sum of squares."""
+    """A least-squares fit of log ratios: the mean of each node or board, and the residual sum of squares.
+
+    With a term for the position, the means are those of cells at the same position."""
 
     means: list[float]
     errors: list[float]

@@ -99,7 +99,7 @@ class ScheduleManifest(Struct):
         return any(start.status == "failed" for start in self.starts)
 
     def place(self, start: Start) -> ScheduleRun:
-        """Return a run's place in this schedule, as the run's records contain it."""
+        """Return a run's place in this schedule, as it is stored in the run's records."""
         assert start.started_at is not None
         return ScheduleRun(self.name, start.number, start.planned_at, start.started_at, self.time_zone)
 

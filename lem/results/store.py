@@ -5,7 +5,7 @@
                                   journal_<rank>_a<attempt>.jsonl: request rows, appended after each batch
                                   process_<rank>_c<cycle>_a<attempt>.json: a process's record of a cycle
                                   power_<rank>_c<cycle>_a<attempt>.parquet, worker_0.log (the output of all workers)
-    <results>/jobs/               marks of studies with jobs on a Slurm cluster, see lem.results.jobs
+    <results>/jobs/               a mark for each study with jobs on a Slurm cluster; see lem.results.jobs
     <results>/unfinished/<id>     the fingerprint of an experiment that is not completed, or still lacks its rows
     <results>/experiments/        a table with a row for each experiment
     <results>/cycles/             a row for each cycle

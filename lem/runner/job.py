@@ -202,7 +202,7 @@ def resume(
         raise ResultsError(f"{directory.id} is complete; there is nothing left to run.")
     if directory.is_fruitless() and not directory.plan().unfinished_cycles(directory.finished()):
         raise ResultsError(
-            f"All requests of at least one cycle of {directory.id} have failed, and resuming does not repeat failed "
+            f"In at least one cycle of {directory.id}, every request failed, and resuming does not repeat failed "
             "requests. Use --fresh to run the experiment again."
         )
     directory.check_inputs()  # the files may have been damaged in the meantime

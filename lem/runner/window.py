@@ -570,7 +570,7 @@ def _end_of_warmup(warmup: Warmup, cv: float | None, done: int, spent_s: float) 
 
 # ------------------------------------------------------------------ processor time
 class _CpuClock:
-    """Measures how many cores are busy on average: with all processes, and with this one, its children and servers."""
+    """Measures the average number of busy cores: of the machine, and of this process with its children and servers."""
 
     def find_processes(self, server_pids: Sequence[int]) -> None:
         """Find the processes to measure.

@@ -45,7 +45,7 @@ def main(
     """Run the config files that match the patterns; return 0, or 1 if any experiment did not complete.
 
     Raises:
-        BadInput: raised before anything runs, listing all problems of all files.
+        BadInput: raised before anything runs, listing all problems in all files.
         Interrupted: raised after the table is printed; finished requests are kept.
     """
     files = find(patterns)

@@ -254,7 +254,7 @@ def _kept(folder: Path) -> What:
         return from_json(What, file.read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"{file}: cannot be used ({reason}). Restore the file, or use another --name.") from None
+        raise ResultsError(f"{file} cannot be used ({reason}). Restore the file, or use another --name.") from None
 
 
 def _check_same(manifest: ScheduleManifest, folder: Path, what: What, settings: Schedule) -> None:

@@ -455,7 +455,7 @@ def test_model_whose_attention_cannot_be_exchanged_is_refused(folders, monkeypat
     from transformers import GPT2LMHeadModel
 
     monkeypatch.setattr(GPT2LMHeadModel, "_supports_attention_backend", False)
-    with pytest.raises(RunError, match=r"cannot replace the attention of .*; use static batching"):
+    with pytest.raises(RunError, match=r"cannot replace the attention implementation of .*; use static batching"):
         load(experiment(folders["gpt2"], batching=CONTINUOUS))
 
 

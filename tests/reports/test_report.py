@@ -214,7 +214,7 @@ def test_of_many_traces_the_page_says_which_are_drawn(lem, tmp_path):
     assert {store.ids()[0], store.ids()[-1]} <= set(names)
     assert chart.note.startswith(
         "Of 40 experiments with a trace, 16 are drawn: those with the lowest and the highest average power, and others "
-        "evenly between. To choose others, name up to 16 experiments: lem results report ID ID …."
+        "at even steps in between. To choose others, name up to 16 experiments: lem results report ID ID …."
     )
     assert lem("results", "report", "-o", "page.html").code == 0
     assert "Of 40 experiments with a trace, 16 are drawn" in (tmp_path / "page.html").read_text()
