@@ -490,7 +490,8 @@ WARNINGS: dict[str, WarningKind] = {
         "Keep the file up to date while you measure; each run reads it anew.",
     ),
     "schedule_runs_missing": WarningKind(
-        "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
+        "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these "
+        "runs, except for the completed cells of campaigns. "
         "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
         "others.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the previous run is still "

@@ -174,9 +174,7 @@ def _intensity(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(
-            f"'{text}' is not a number. Give g/kWh, with a point (not a comma) for decimals."
-        ) from None
+        raise ValueError(f"'{text}' is not a number. Give g/kWh, with a point (not a comma) for decimals.") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{text} g/kWh is not an intensity. Give a number of at least 0.")
     return value

@@ -37,6 +37,8 @@ OF_ENVIRONMENTS = {
     "processor": "cpu_model", "GPUs": "gpus", "driver": "driver_version", "CUDA": "cuda_version", "system": "os",
 }  # fmt: skip
 
+# The states of runs that have no complete result, and will have none unless the schedule is resumed.
+LOST = ("failed", "skipped", "missed", "interrupted")
 # The completed experiments of a run, by the names of the arms; a campaign has one for each of its cycles. A run of a
 # plain experiment has one arm, named "".
 ByArm = Mapping[str, Sequence[ExperimentRow]]
@@ -110,10 +112,13 @@ def _runs(store: Store, manifest: ScheduleManifest) -> list[Run]:
     rows = _rows(store, manifest)
     found: dict[int, dict[tuple[str, int | None], ExperimentRow]] = {start.number: {} for start in manifest.starts}
     planned = {start.number: start.planned_at for start in manifest.starts}
+    gone = {start.number for start in manifest.starts if start.status in LOST}
     for row in sorted(rows, key=lambda row: row.experiment_id):
         # The planned time distinguishes this schedule from an earlier one of the same name whose files were removed.
         is_own = row.schedule_run in found and planned[row.schedule_run] == row.schedule_planned_at
-        if row.schedule_run is not None and is_own and row.status == "completed":
+        # An experiment that was completed later, by hand, was not measured at the time of its run.
+        is_late = row.schedule_run in gone and row.campaign_arm is None
+        if row.schedule_run is not None and is_own and row.status == "completed" and not is_late:
             found[row.schedule_run][row.campaign_arm or "", row.campaign_cycle] = (
                 row  # the last one, if a cell was repeated
             )
@@ -188,8 +193,10 @@ def _doubts(
     store: Store, manifest: ScheduleManifest, runs: Sequence[Run], arms: Sequence[str]
 ) -> Iterator[CodedWarning]:
     """Yield warnings that readers of the answer need to know."""
+    is_campaign = manifest.config.kind == "campaign"
     if text := lost(manifest.starts):
-        yield warning("schedule_runs_missing", f"some runs have no result and are not included in any mean: {text}.")
+        those = "the means include only their completed cells" if is_campaign else "no mean includes them"
+        yield warning("schedule_runs_missing", f"some runs have no complete result: {text}; {those}.")
     rows = [row for arm in arms for row in _of(runs, arm)]
     yield from _changes(store, runs)
     for arm in arms:
@@ -206,7 +213,7 @@ def _doubts(
 def lost(starts: Sequence[Start]) -> str:
     """Return the numbers of the runs that failed, were skipped, missed or interrupted, as text; empty if none."""
     parts = []
-    for status in ("failed", "skipped", "missed", "interrupted"):
+    for status in LOST:
         numbers = [start.number for start in starts if start.status == status]
         if numbers:
             parts.append(f"{status}: {spans(numbers)}")

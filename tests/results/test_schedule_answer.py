@@ -141,8 +141,29 @@ def test_failed_skipped_and_missed_runs_are_named_and_not_averaged(three_days):
     found = written(store, of)
     assert sum(level.runs for level in primary(found).by_time.levels) == 8
     (note,) = [note for note in found.warnings if note.code == "schedule_runs_missing"]
-    assert note.text == "some runs have no result and are not included in any mean: failed: 5; skipped: 6; missed: 7–8."
+    assert note.text == "some runs have no complete result: failed: 5; skipped: 6; missed: 7–8; no mean includes them."
     assert [run.start.number for run in found.runs if not run.rows] == [5, 6, 7, 8]
+
+
+def test_an_experiment_that_was_completed_after_its_run_is_not_averaged(three_days):
+    store, of = three_days
+    of.starts[4] = structs.replace(of.starts[4], status="interrupted")
+    found = written(store, of)
+    assert sum(level.runs for level in primary(found).by_time.levels) == 11
+    assert not found.runs[4].rows
+
+
+def test_of_a_campaign_the_completed_cells_of_a_failed_run_are_averaged(tmp_path):
+    store, of = Store(tmp_path / "results"), manifest([start(1), start(5, "failed")])
+    of.config = structs.replace(of.config, kind="campaign")
+    for each in of.starts:
+        measure(store, of, each, 60.0, arm="a")
+        if each.status == "done":  # in the failed run, only arm a was completed
+            measure(store, of, each, 60.0, arm="b")
+    found = written(store, of)
+    assert [sum(level.runs for level in primary(found, arm).by_time.levels) for arm in ("a", "b")] == [2, 1]
+    (note,) = [note for note in found.warnings if note.code == "schedule_runs_missing"]
+    assert note.text == "some runs have no complete result: failed: 5; the means include only their completed cells."
 
 
 def test_null_is_never_averaged(three_days):
