@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, but at most its duration: the rest of a longer delay is not made up for."""
+        """Record how late the work ended, but at most the time since it began; no further delay is made up for."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 

@@ -174,7 +174,8 @@ def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
     """Return the FLOPs per token for experts to which the token is not routed; some models run all experts.
 
     Raises:
-        UnknownArchitecture: the cost is neither that of the chosen experts nor that of all experts.
+        UnknownArchitecture: it is unknown how many experts are chosen, or the cost is neither the cost of the chosen
+            experts nor the cost of all experts.
     """
     tensors = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
@@ -297,7 +298,8 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     """Return how many positions back a layer attends (None means no limit), and whether it attends in chunks.
 
     Raises:
-        UnknownArchitecture: the config does not specify this in a known form.
+        UnknownArchitecture: the config does not specify the layer's reach in a known form, or the layer attends only to
+            selected positions or keeps a state.
     """
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     of_layers = getattr(config, "per_layer_config", None)
