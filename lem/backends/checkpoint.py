@@ -188,7 +188,7 @@ def without_torch(*, trusted: bool) -> tuple[str, ...]:
     """Return the libraries to hide from transformers in a process that loads only a tokenizer.
 
     transformers imports torch if torch is installed, which takes seconds. The tokenizers of transformers do not need
-    torch, but a model's own code, which runs only if it is `trusted`, may need it.
+    torch, but a model's own code, which runs only if it is `trusted`, may need torch.
     """
     return () if trusted else ("torch",)
 

@@ -114,7 +114,7 @@ class Simulated(Backend):
             start_ns = self.clock.now_ns()
 
     def _run(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
-        """Sleep through prefill and decode, and return when each ended and, if streaming, when each step ended."""
+        """Sleep through prefill and decode; return the end of prefill, of each step (if streaming) and of decode."""
         self._work.begin(start_ns)
         prefill_end_ns = self._work.do(self._pace.prefill_s(members))
         step_s = self._pace.step_s(members)

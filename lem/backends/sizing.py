@@ -5,8 +5,8 @@ counts the matrix products of a few short forward passes. In each layer, the cos
 tokens belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model
 family (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) thus come from
 transformers' own code, and a model's image part is never run. How far back a layer attends (for example, within a
-sliding window) is read from the config. If the costs of the passes do not follow this pattern, the sizes are unknown,
-and the exception gives the reason.
+sliding window) is read from the config. If the costs do not grow linearly or quadratically as
+described here, the sizes are unknown, and the exception gives the reason.
 
 The module also measures the size of a cache by adding up its tensors. It knows nothing about engines.
 """

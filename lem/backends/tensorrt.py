@@ -413,7 +413,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the request's tokens with their times; an end token that the engine withholds gets the end time."""
+        """Return the tokens with their times; an end token that the engine withholds gets the request's end time."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)
