@@ -188,7 +188,7 @@ def without_torch(*, trusted: bool) -> tuple[str, ...]:
     """Return the libraries to hide from transformers in a process that loads only a tokenizer.
 
     transformers imports torch if torch is installed, which takes seconds. The tokenizers of transformers do not need
-    torch, but a model's own code, which runs only if it is `trusted`, may need it.
+    torch, but a model's own code, which runs only if it is `trusted`, may need torch.
     """
     return () if trusted else ("torch",)
 
@@ -209,7 +209,7 @@ def as_sent(experiment: Experiment, model: Model, texts: Sequence[str]) -> list[
     No weights are loaded. If transformers is needed, for the tokenizer or a chat template, it runs in its own process.
 
     Raises:
-        RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template drops a prompt.
+        RunError: the tokenizer cannot be loaded, a prompt has no tokens, or the chat template fails or drops a prompt.
     """
     is_plain = not (experiment.chat_template or experiment.trust_remote_code)
     if is_plain and (tokenizer := plain_tokenizer.load(model)) is not None:

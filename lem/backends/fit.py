@@ -1,10 +1,10 @@
 """Checks that a checkpoint has the tensors that transformers needs for its model.
 
-If a checkpoint lacks weights, transformers initializes them at random. Before the run, this module therefore gives
-transformers' loader tensors that have the names and shapes in the files' headers but no values. The loader reports
-which tensors are missing, unused or of the wrong shape for its model, just as it does when it loads the real weights.
-Importing transformers takes seconds, so this check runs in a process of its own, and is skipped for checkpoints that
-are evidently complete.
+If a checkpoint lacks weights, transformers initializes them at random. This module recognizes incomplete checkpoints
+before the run. It passes tensors without values to transformers' loader; their names and shapes come from the headers
+of the files. The loader reports which tensors are missing, unused or of the wrong shape for the model, as it does when
+it loads real weights. Importing transformers takes seconds, so this check runs in a process of its own, and is skipped
+for checkpoints that are evidently complete.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def reported(loading_info: Mapping[str, Iterable[Any]]) -> Fit:
 
 
 def foreseen(model: Model, experiment: Experiment) -> Fit | None:
-    """Return the `Fit` that the loader will report; None if that cannot be determined from the available files.
+    """Return the `Fit` that the loader will report; None if the report cannot be predicted from the available files.
 
-    It cannot be determined for quantized checkpoints, whose tensors have different names, or for models that come with
-    their own code.
+    For example, it cannot be predicted for quantized checkpoints, whose tensors have different names, or if code that
+    comes with the model may run.
     """
     folder, known = model.folder, transformers_source.language_models()
     kind = model.config.get("model_type")

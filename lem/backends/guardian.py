@@ -5,7 +5,8 @@ family consists of the command's own process and all of its descendants, includi
 includes orphans, because the kernel makes the guardian their parent. The guardian ends the family in three cases: the
 guardian's own stdin is closed (because the process at the other end closed the pipe or died), the guardian receives a
 termination signal, or the command's own process ends. In the third case, the guardian exits with the command's exit
-code, otherwise with 0. This module knows nothing about servers.
+code; in the other two, with 0. If the command cannot be started, it exits with 127. This module knows nothing about
+servers.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def positions_of(model: Model) -> int | None:
 
 
 def checkpoint_dtype(experiment: Experiment, model: Model | None) -> str | None:
-    """Return the dtype used on a GPU: the requested one or, for `auto`, that in the model's config; None if unknown."""
+    """Return the dtype used on a GPU: the requested dtype or, for `auto`, the config's dtype; None if unknown."""
     if experiment.fp_precision != "auto":
         return experiment.fp_precision
     config = {} if model is None else model.config
@@ -124,7 +124,7 @@ def unused_gpus(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Objecti
 
 # ------------------------------------------------------------------ an engine's own options
 def without_method(speculation: Any, method: str) -> Iterator[Objection]:
-    """Object to speculative decoding options if the option that chooses the method is not set."""
+    """Object to every speculative decoding option that is set; called if the option named `method` is not set."""
     for name in changed(speculation, *(field.name for field in fields(speculation))):
         fact = f"backend.speculative.{method} is not set."
         yield without_effect("no_effect_speculation", f"backend.speculative.{name}", fact)

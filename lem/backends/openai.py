@@ -75,7 +75,7 @@ class Openai(Backend):
         return self._gpus
 
     def _of_the_server(self, visible: Sequence[Gpu]) -> tuple[Sequence[Gpu], str | None]:
-        """Return the GPUs to meter for a running server, and a warning if these may not be the ones that it uses.
+        """Return the GPUs to meter for a running server, and a warning if the server may use different GPUs.
 
         If the user has named GPUs, exactly those are metered. Otherwise, lem meters the GPUs on which the driver lists
         processes of the server, even if CUDA_VISIBLE_DEVICES hides these GPUs from lem. If the driver lists no process
@@ -107,7 +107,7 @@ class Openai(Backend):
         return visible, f"it is unknown which GPUs the server runs on: {why}; {of_all}."
 
     def tolerated_failures(self, requests: int) -> int:
-        """Return how many requests may fail: `backend.max_errors`, or that share of all requests if it is below 1."""
+        """Return how many requests may fail; a `backend.max_errors` below 1 is a share of all requests."""
         most = self._options.max_errors
         return int(most * requests if most < 1 else most)
 
@@ -194,7 +194,7 @@ class Openai(Backend):
         return [] if self.runs_elsewhere() or port is None else listening_at(port)
 
     def peak_memory(self) -> Memory:
-        """Return the peak main memory of the server's processes; if it runs on GPUs, the peak is unknown (None)."""
+        """Return the peak main memory of the server's processes; None if the server uses GPUs or runs elsewhere."""
         processes = self._processes()
         if self._gpus:
             return Memory(None, "a server does not report its GPU memory")

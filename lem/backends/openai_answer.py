@@ -42,7 +42,7 @@ HTML = re.compile(r"\s*<(!doctype|html|head|body)\b", re.IGNORECASE)
 
 
 class ServerGone(RunError):
-    """Nothing is listening at the server's address, or the connection was lost."""
+    """No complete answer arrived: the server was unreachable or silent, or its response ended early."""
 
 
 class Refused(RunError):
@@ -237,7 +237,7 @@ class Reply:
 
         Raises:
             ServerGone: the response ended too early.
-            Refused: the server sent an error, or did not report the number of tokens.
+            Refused: the server sent an error or an invalid answer, for example one without the number of tokens.
         """
         if self._content is None and self._transcript is None:
             self._tell_apart(0, self._at_ns, at_end=True)
@@ -493,9 +493,9 @@ class Transcript:
         self.events += has_news
 
     def _tokens(self, ids: Sequence[int] | None, text: str, usage: Usage) -> int | None:
-        """Return how many tokens an event has, from their ids or else from the rise in usage; None if it has neither.
+        """Return how many tokens an event has: the number of its ids or, without ids, the rise in the reported usage.
 
-        A usage of 0 after some output is ignored.
+        The result is None if the event has neither ids nor usage. A usage of 0 after some output is ignored.
         """
         if ids is not None:
             self._has_ids = True
@@ -521,7 +521,7 @@ class Transcript:
 
         Raises:
             ServerGone: the stream ended too early.
-            Refused: the server did not report the number of tokens.
+            Refused: the server did not report the number of tokens, or reported a number that cannot be right.
         """
         self._take_events(self._events.close(self._read, self._at_ns))
         ids = self._token_ids if self._has_ids and not self._lacks_ids else None
@@ -551,8 +551,8 @@ class Transcript:
     def _check_count(self, output_tokens: int | None) -> None:
         """Raise `Refused` if the count is too low for the number of events with text.
 
-        Some servers report the count of each event instead of the total. Each event with text has at least one token,
-        except that the last may hold text that the server had held back.
+        Some servers report the count of each event instead of the total. Each event with text has at least one token.
+        The last event is an exception: it may contain only text that the server had held back.
         """
         with_text = sum(part.has_text for part in self._parts)
         if output_tokens is not None and not self._has_ids and not self._by_text and with_text > output_tokens + 1:

@@ -123,7 +123,7 @@ class Client:
         """Send a request other than a completion, such as one for the list of models; return the status and the text.
 
         Raises:
-            ServerGone: nothing is listening, or the response does not arrive in time.
+            ServerGone: nothing is listening, the connection is lost, or the response does not arrive in time.
         """
         return self._wait(self._fetch(method, path, timeout_s))
 
@@ -267,7 +267,8 @@ class Client:
     async def _read(self, response: Any, reply: Reply, limit: asyncio.Timeout) -> None:
         """Read a response to its end or, if it is an error, until enough of its text has arrived.
 
-        Each event with output extends the time limit."""
+        Each event with output extends the time limit.
+        """
         network, events, is_ending = response.extensions["network_stream"], 0, False
         async for received in response.aiter_stream():
             reply.take(received, network.reads, network.read_at_ns)

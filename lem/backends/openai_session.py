@@ -396,10 +396,11 @@ def _ask_aside(client: Client, path: str, method: str = "GET") -> tuple[int, str
 class OpenaiSession:
     """The requests of one window: all requests since `Backend.forget`.
 
-    `is_broken` is True if the server did not answer the last request or gave an invalid answer; lem then does not query
-    the server's counters. `output_tokens` is the number of tokens in the answers so far, `failed` is the number of
-    failed requests, and `retries` is how often requests were sent again. `tokens_are_timed` says whether the times of
-    tokens are exact. `ignores_stream` says whether an answer came in one piece although streaming was requested.
+    `is_broken` is True if the server did not answer the last request or gave an invalid answer. In that case, lem does
+    not query the server's counters. `output_tokens` is the number of tokens in the answers so far, `failed` is the
+    number of failed requests, and `retries` is how often requests were sent again. `tokens_are_timed` says whether the
+    times of tokens are exact. `ignores_stream` says whether an answer came in one piece although streaming was
+    requested.
     """
 
     def __init__(self, experiment: Experiment, loaded: Loaded) -> None:

@@ -17,9 +17,9 @@ from lem.machine.gpu import visible
 def spread(model: Any, devices: int) -> dict[str, int]:
     """Return the device (numbered from 0) for each part of a model, dividing the weights about equally.
 
-    The parts are placed in order, each on the device whose share contains the middle of the part's weights. Modules
-    that the model declares unsplittable stay whole. A part that shares the weights of another part (such as a tied
-    output projection) goes to the same device.
+    The weights, in order, are divided into one equal share per device. A part goes to the device whose share contains
+    the middle of the part. Modules that the model declares unsplittable stay whole. Parts that share weights (such as
+    the embeddings and a tied output projection) go to the same device.
 
     Raises:
         RunError: the model does not declare its unsplittable modules, or its parts are too few or too unequal in size.

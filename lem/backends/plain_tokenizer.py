@@ -1,8 +1,8 @@
 """Loads a tokenizer from tokenizer.json without transformers, which takes seconds to import.
 
-This is done only if transformers, too, would use tokenizer.json unchanged, that is, if the model's other files name
-neither a special tokenizer class nor any token that tokenizer.json lacks. If any file, option or model type might
-change the tokenizer, `load` returns None. A test compares these tokenizers with those of transformers.
+This module is used only if transformers, too, would use tokenizer.json unchanged. The model's other files must name
+neither a special tokenizer class nor any token that tokenizer.json lacks. If any file or the model's type might change
+the tokenizer, `load` returns None. A test compares these tokenizers with the tokenizers of transformers.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ class Pytorch(Backend):
         )
 
     def architecture(self) -> Architecture:
-        """Return the sizes of the loaded model, including those of the adapter."""
+        """Return the sizes of the loaded model, including its adapter."""
         return architecture_of(needed(self._loaded).model)
 
     def warnings(self) -> list[CodedWarning]:
@@ -271,7 +271,7 @@ class Loaded:
 
     `devices` are the devices of this process; the first takes the inputs. `inner` is the transformers model inside
     `model` if an adapter wraps it, otherwise `model` itself. `generation_config` sets every option, so that the
-    defaults that ship with the model are never used. `pad_token` pads shorter prompts and is masked. `fit` is the
+    defaults that ship with the model are never used. `pad_token` is the token that pads shorter prompts. `fit` is the
     loader's report on the weights.
     """
 

@@ -1,4 +1,4 @@
-"""Counts requests of the pytorch backend whose logits are infinite or NaN, so that their tokens are meaningless."""
+"""Counts requests of the pytorch backend whose logits are infinite or NaN, which makes their tokens meaningless."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Objections to an experiment on the pytorch backend, found before anything heavy is loaded.
 
-The checks look at the options, the host, the model's config.json and the headers of its files; they load no weights.
+The checks look at the options, the host, the model's config.json and the headers of the weight files. They load no
+weights.
 Importing transformers takes seconds, so checks that need it run in a process of their own.
 """
 
@@ -92,7 +93,7 @@ def _parallelism(experiment: Experiment, gpus: Sequence[Gpu]) -> Iterator[Object
 def _tensor_parallel(
     experiment: Experiment, options: PytorchBackend, model: Model | None, host: Host
 ) -> Iterator[Objection]:
-    """Object if transformers cannot split the model over the processes, judging by its config and the visible GPUs."""
+    """Object if transformers, given the model's config and the visible GPUs, cannot split the model as requested."""
     parallelism = experiment.parallelism
     if parallelism.strategy != "tensor_parallel" or parallelism.degree == 1:
         return

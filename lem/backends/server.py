@@ -130,7 +130,7 @@ def answers(host: str, port: int, timeout_s: float) -> bool:
 
 
 def environment(shown_gpus: str | None) -> dict[str, str]:
-    """Return the environment for a server: that of this process, without the variables that launchers set.
+    """Return the environment variables for a server: this process's own, without those that launchers set.
 
     If `shown_gpus` is None, the server sees the same GPUs as lem. Otherwise, it sees only the GPUs in `shown_gpus`.
     """

@@ -58,7 +58,7 @@ R = TypeVar("R", bound=Request)
 class Session(ABC, Generic[R]):
     """The unfinished requests of one engine, by key; after an error in the engine, a session cannot be used again.
 
-    A backend creates a session for the first prompts after `Backend.forget`; until then, it has no session.
+    A `SessionBackend` creates a new session for the first prompts after `forget`. Other backends keep one session.
     """
 
     def __init__(self, experiment: Experiment, clock: Clock = REAL) -> None:
@@ -77,7 +77,7 @@ class Session(ABC, Generic[R]):
         """Let the engine work, and return the outputs of the requests that have finished, by key.
 
         These requests are removed from `running`. The result may be empty. `next_ns` is the arrival time of the next
-        prompt, or None if it is unknown; if the engine can be interrupted, the method returns by then.
+        prompt, or None if it is unknown. If the engine can be interrupted, the method returns by that time.
         """
 
     @abstractmethod

@@ -114,7 +114,7 @@ class Simulated(Backend):
             start_ns = self.clock.now_ns()
 
     def _run(self, start_ns: int, members: Sequence[Encoded], steps: int) -> tuple[int, list[Chunk], int]:
-        """Sleep through prefill and decode, and return when each ended and, if streaming, when each step ended."""
+        """Sleep through prefill and decode; return the end of prefill, of each step (if streaming) and of decode."""
         self._work.begin(start_ns)
         prefill_end_ns = self._work.do(self._pace.prefill_s(members))
         step_s = self._pace.step_s(members)
@@ -242,7 +242,7 @@ class _Work:
         return self._clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
-        """Record how late the work ended, but at most its duration: the rest of a longer delay is not made up for."""
+        """Record how late the work ended, but at most the time since it began; no further delay is made up for."""
         self._late_ns = min(end_ns - self._due_ns, end_ns - self._begun_ns)
 
 

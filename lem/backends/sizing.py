@@ -5,8 +5,8 @@ counts the matrix products of a few short forward passes. In each layer, the cos
 tokens belongs to the body, and the cost that grows quadratically belongs to attention. The peculiarities of a model
 family (low-rank projections, heads of several sizes, layers that share keys and values, shared experts) thus come from
 transformers' own code, and a model's image part is never run. How far back a layer attends (for example, within a
-sliding window) is read from the config. If the costs of the passes do not follow this pattern, the sizes are unknown,
-and the exception gives the reason.
+sliding window) is read from the config. If the costs do not grow linearly or quadratically as
+described here, the sizes are unknown, and the exception gives the reason.
 
 The module also measures the size of a cache by adding up its tensors. It knows nothing about engines.
 """
@@ -174,7 +174,8 @@ def _wasted(module: Any, cost: Fraction, config: Any) -> Fraction:
     """Return the FLOPs per token for experts to which the token is not routed; some models run all experts.
 
     Raises:
-        UnknownArchitecture: the cost is neither that of the chosen experts nor that of all experts.
+        UnknownArchitecture: it is unknown how many experts are chosen, or the cost is neither the cost of the chosen
+            experts nor the cost of all experts.
     """
     tensors = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     total, active = _named(config, EXPERTS), _named(config, EXPERTS_PER_TOKEN)
@@ -297,7 +298,8 @@ def _reach(config: Any, layer: int) -> tuple[int | None, bool]:
     """Return how many positions back a layer attends (None means no limit), and whether it attends in chunks.
 
     Raises:
-        UnknownArchitecture: the config does not specify this in a known form.
+        UnknownArchitecture: the config does not specify the layer's reach in a known form, or the layer attends only to
+            selected positions or keeps a state.
     """
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     of_layers = getattr(config, "per_layer_config", None)

@@ -2,8 +2,8 @@
 
 Prompts and outputs are passed as token ids, so that the tokenizer and the end tokens are the same for every backend.
 The engine itself reports when it began a request and when it had the first token, and the numbers of cache hits and
-accepted drafts. A figure that it does not report is None, except that the beginning of a request is then estimated.
-This process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
+accepted drafts. A figure that the engine does not report is None, except the beginning of a request, which is then
+estimated. This process creates no CUDA context. TensorRT-LLM is imported only when the engine starts.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
 
     # -------------------------------------------------------------- running
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenize each text separately; if the engine cannot split prompts, reject any that is too long for a step."""
+        """Tokenize each text separately. If the engine cannot split prompts, reject prompts too long for one step."""
         encoded, args = super().encode(texts), needed(self._loaded).engine.args
         longest = max(encoded, key=lambda p: len(p.token_ids), default=None)
         step = getattr(args, "max_num_tokens", None)
@@ -132,7 +132,7 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
         return encoded
 
     def forget(self) -> None:
-        """Reset the counters and, if the engine supports salts, use a new one, so that no cached prefix is reused."""
+        """Reset the counters. If the engine supports cache salts, use a new one, so that no cached prefix is reused."""
         self._windows += 1
         self._session = None
 
@@ -148,8 +148,8 @@ class Tensorrt(SessionBackend["TensorrtSession"]):
     def peak_memory(self) -> Memory:
         """Return the GPU memory in use, as reported by the driver; without GPUs, the peak memory of the processes.
 
-        The peak cannot be queried, because the engine's allocator is in other processes. The memory in use is close to
-        the peak, because the cache is allocated when the model is loaded.
+        The peak of the GPU memory cannot be queried, because the engine's allocator is in other processes. The memory
+        in use is close to the peak, because the cache is allocated when the model is loaded.
         """
         if self._own_gpus:
             scope = (
@@ -413,7 +413,7 @@ class TensorrtSession(Session[Followed]):
         )
 
     def _chunks(self, request: Followed, count: int) -> tuple[Chunk, ...]:
-        """Return the request's tokens with their times; an end token that the engine withholds gets the end time."""
+        """Return the tokens with their times; an end token that the engine withholds gets the request's end time."""
         if not self.streams:
             return ()
         kept_back = count - len(request.token_ids)

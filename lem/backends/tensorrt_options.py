@@ -176,7 +176,7 @@ def speculative_class(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] |
 
 
 def _known_as(field: str, known: Mapping[str, Any]) -> str:
-    """Return a field's name in the installed version, which may be an earlier name."""
+    """Return the name that a field has in the installed version; earlier versions name some fields differently."""
     former = FORMER_NAMES.get(field, field)
     return former if former in known and field not in known else field
 
@@ -185,8 +185,8 @@ def sampling_parameters(experiment: Experiment, index: int, end_tokens: frozense
     """Return the arguments of TensorRT-LLM's SamplingParams for the prompt with the given index.
 
     The engine accepts a single end token, which it suppresses until `min_tokens` is reached; any other end tokens are
-    passed as stop words. A request without any of temperature, top_k and top_p is decoded greedily. With sampling,
-    top_p is always set, because earlier versions decode greedily if only a temperature is given.
+    passed as stop words. The engine decodes greedily if a request has no temperature, top_k or top_p. With sampling,
+    every request has a top_p, because earlier versions decode greedily if they are given only a temperature.
     """
     decoder = experiment.decoder
     first, *others = sorted(end_tokens) or [-1]
@@ -363,8 +363,8 @@ def about_key(name: str) -> str | None:
 def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
     """Return the option that sets an argument, or "lem" and a reason (see `set_by_lem`); None if nothing sets it.
 
-    If a nested config, such as `kv_cache_config`, is given as a mapping, the result is None, because its fields are
-    added to those that lem sets.
+    The result is also None for a nested config, such as `kv_cache_config`, that is given as a mapping: its fields are
+    added to the fields that lem sets. It is None for `cuda_graph_config` if `backend.cuda_graphs` is null.
     """
     if name in PARTS.values() and isinstance(value, Mapping):
         return None
@@ -375,7 +375,7 @@ def _owner(name: str, value: Any, options: TensorrtBackend) -> str | None:
 
 
 def _fields_of(name: str, config: Mapping[str, Any], options: TensorrtBackend) -> Iterator[Objection]:
-    """Object to fields of a nested config for which lem has an option, and to fields that the config does not have."""
+    """Object to a nested config's fields if lem has an option for them, or if the config has no such field."""
     option = {argument: option for option, argument in PARTS.items()}.get(name)
     named = set(vars(getattr(options, option))) if option else set()
     if name == "speculative_config" and options.speculative.decoding_type is None:
