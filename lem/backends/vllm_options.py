@@ -353,7 +353,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values unknown to the installed version itself, including those that a plugin adds."""
+    """Object to values that the installed vLLM does not list in its own source, even if a plugin adds them."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:

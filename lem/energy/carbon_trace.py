@@ -174,9 +174,7 @@ def _intensity(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(
-            f"'{text}' is not a number. Give g/kWh, with a point (not a comma) for decimals."
-        ) from None
+        raise ValueError(f"'{text}' is not a number. Give g/kWh, with a point (not a comma) for decimals.") from None
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{text} g/kWh is not an intensity. Give a number of at least 0.")
     return value
@@ -190,13 +188,13 @@ def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
     if step_s == 0:
         raise ValueError(f"the time is the same as on line {lines[-1]}. Remove one of the two lines.")
     if step_s < 0:
-        raise ValueError(f"the time is before that of line {lines[-1]}. Sort the lines by time.")
+        raise ValueError(f"the time is earlier than on line {lines[-1]}. Sort the lines by time.")
     if len(before_s) < 2:
         return
     usual_s = before_s[1] - before_s[0]
     if not math.isclose(step_s, usual_s, abs_tol=1e-3):
         what = "there is a gap" if step_s > usual_s else "the times are closer together than before"
         raise ValueError(
-            f"{what}: the time is {step_s:g} s after that of line {lines[-1]}, but the first two times are {usual_s:g} "
-            "s apart. Space all times equally."
+            f"{what}: the time is {step_s:g} s later than on line {lines[-1]}, but the first two times are "
+            f"{usual_s:g} s apart. Space all times equally."
         )
