@@ -168,7 +168,8 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
     """Return the dtype: the requested one or, for `auto`, the checkpoint's on a GPU and float32 on a CPU.
 
-    If a checkpoint is in float32, vLLM's own `auto` would convert it to 16 bits.
+    The checkpoint's dtype is returned by name, because vLLM's own `auto` would convert float32 to 16 bits. If the
+    checkpoint's dtype is unknown, the result is `auto`.
     """
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"

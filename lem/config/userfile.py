@@ -124,8 +124,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
     """Read a config file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: the file does not exist, has broken YAML (the error gives line and column) or is not a mapping; a
-            parent is missing; a file inherits from itself; or an option does not exist.
+        Problems: the file or one of its parents cannot be used. For example, the file does not exist, has broken YAML
+            (the error gives line and column) or inherits from itself, a parent is missing, or an option does not exist.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):

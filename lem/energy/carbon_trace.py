@@ -66,7 +66,9 @@ class CarbonTrace:
         return Piece(self.starts_s[place], ends_s[place], self.intensities[place])
 
     def mean(self, opened_s: float, duration_s: float, energy_of: EnergyOf) -> Weighted:
-        """Return the mean over a window, weighted by the energy of its parts or, if that is unknown, by their lengths.
+        """Return the mean over a window, weighted by the energy of the window's parts.
+
+        If the energy of a part is unknown, or if the total energy is zero, the parts are weighted by their lengths.
 
         Raises:
             BadInput: the trace does not cover the window.
