@@ -154,12 +154,12 @@ def sampling_options_read() -> frozenset[str]:
 
 
 def sampling_options_in_config(package: Path) -> frozenset[str]:
-    """Return the options that a package's samplers read in a request's sampling_config."""
+    """Return the options that a package's samplers read from a request's sampling_config."""
     return _of_sampling_config(_attributes(package, SAMPLERS))
 
 
 def sampling_options_kept(package: Path) -> frozenset[str]:
-    """Return the options that a request keeps as attributes py_<option> and that a package's samplers read."""
+    """Return the options that a request keeps as attributes py_<option>, if a package's samplers read them."""
     read = {name for _, name in _attributes(package, SAMPLERS)}
     kept = _of_sampling_config(_attributes(package, REQUESTS))
     return frozenset(option for option in kept if f"{KEPT}{option}" in read)

@@ -42,8 +42,8 @@ def model_types() -> frozenset[str]:
 def takes_tokenizer_as_it_is(model_type: str) -> bool:
     """Return whether transformers keeps to the tokenizer class that a model's files name; False if unknown.
 
-    If it does, and if the class is a general one, the tokenizer is loaded from tokenizer.json alone. For some model
-    types, transformers uses a different class from the one that the files name.
+    For some model types, transformers uses a different class instead. If it keeps to the named class, and that class is
+    a general one, the tokenizer is loaded from tokenizer.json alone.
     """
     exceptions = _names("tokenization_auto.py", "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     classes = _expressions("tokenization_auto.py", "TOKENIZER_MAPPING_NAMES")
@@ -65,7 +65,7 @@ def default(model_type: str, name: str) -> int | None:
 
 
 def value_types(model_type: str) -> dict[str, str]:
-    """Return the type annotation (such as `int | None`) of each value in a model type's configuration."""
+    """Return the type annotation (such as `int | None`) of each value in a model type's configuration, if found."""
     for node in ast.parse(_source("configuration", model_type) or "").body:
         if isinstance(node, ast.ClassDef) and _has_model_type(node, model_type):
             return {

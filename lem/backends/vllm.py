@@ -1,6 +1,6 @@
 """vLLM's engine, run step by step in this process. With several GPUs, the engine starts its own workers.
 
-Prompts and outputs are passed as token ids, so that tokenizer, end tokens and seeds are the same for every backend.
+Prompts and outputs are passed as token ids, so that the tokenizer, end tokens and seeds are the same for every backend.
 The engine itself reports when a request's prefill began and ended and when its last token was generated, and how many
 cache hits, preemptions and accepted drafts there were. With streaming, tokens are timed in this module instead, when
 the step that generated them returns. vLLM is imported only when the engine starts, because that takes ten seconds or

@@ -168,7 +168,8 @@ def speculative_config(speculation: VllmSpeculation) -> dict[str, Any]:
 def dtype(experiment: Experiment, model: Model | None, *, on_gpu: bool) -> str:
     """Return the dtype: the requested one or, for `auto`, the checkpoint's on a GPU and float32 on a CPU.
 
-    If a checkpoint is in float32, vLLM's own `auto` would convert it to 16 bits.
+    The checkpoint's dtype is returned by name, because vLLM's own `auto` would convert float32 to 16 bits. If the
+    checkpoint's dtype is unknown, the result is `auto`.
     """
     if experiment.fp_precision == "auto" and not on_gpu:
         return "float32"
@@ -353,7 +354,7 @@ def _is_dotted(value: Any) -> bool:
 
 
 def _values(options: VllmBackend) -> Iterator[Objection]:
-    """Object to values unknown to the installed version itself, including those that a plugin adds."""
+    """Object to values that the installed vLLM does not list in its own source, even if a plugin adds them."""
     asked = given(options) | {"speculative.method": options.speculative.method}
     for argument in vllm_source.CHOICES:
         if (value := asked.get(argument)) is not None:

@@ -61,7 +61,7 @@ def arguments() -> frozenset[str]:
 
 
 def type_of(argument: str) -> tuple[str, Any] | None:
-    """Return an argument's type, as text and as a Python type; None if the type is not plain.
+    """Return an argument's type, as text and as a Python type; None if the type is unknown or not plain.
 
     Plain types are int, float, bool, str, a choice of strings, and unions of these, possibly with null. Types that are
     defined elsewhere are not looked up, because the engine may accept more values than they allow.

@@ -57,7 +57,7 @@ ConfigDir = Annotated[
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
     """Run a command and return its exit code; print lem's own errors.
 
-    Each line of an error is formatted with `shown`, except for an interruption.
+    Each line of an error is formatted with `shown`; the message of an interruption is printed as it is.
     """
     try:
         return run()

@@ -90,7 +90,7 @@ def _lem(
         bool, typer.Option("--verbose", help="Log lem's steps and the tracebacks of errors to stderr.")
     ] = False,
 ) -> None:
-    """With --verbose, start the log; then load .env, before any command reads the environment."""
+    """Start the log if --verbose is given; then, in any case, load .env, before a command reads the environment."""
     if verbose:
         _log_to_stderr()
     load_dotenv()

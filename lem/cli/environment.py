@@ -65,7 +65,10 @@ def loads_code(name: str) -> bool:
 
 
 def load_dotenv() -> None:
-    """Set the variables in the nearest `.env`, except those already set; warn about each one that is refused."""
+    """Set the variables that the nearest `.env` defines, but keep the values of variables that are already set.
+
+    A variable that could run code, or whose value contains a null character, is ignored with a warning.
+    """
     import dotenv
 
     file = dotenv.find_dotenv(usecwd=True)

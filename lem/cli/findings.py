@@ -77,7 +77,7 @@ def verdict(found: Checkup) -> str:
 
 
 def _print_table(found: Checkup) -> None:
-    """Print a table for each group; all tables have the same column widths."""
+    """Print a table for each group of findings; all tables have the same column widths."""
     for group, title in GROUPS.items():
         own = [each for each in found.findings if each.group == group]
         if own:

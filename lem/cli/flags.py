@@ -137,7 +137,7 @@ def choice_overrides(choices: Mapping[str, str | None]) -> list[str]:
 def launcher_of(
     name: str | None, overrides: list[str], config_dir: Path | None
 ) -> tuple[config_launcher.Launcher | None, list[str]]:
-    """Return the Slurm launcher, or None if none is chosen, and the overrides to apply to the experiments.
+    """Return the Slurm launcher, or None if it is not chosen, and the overrides to apply to the experiments.
 
     If the Slurm launcher is chosen, the overrides that choose it or set its options are left out.
     """

@@ -12,7 +12,7 @@ UNUSED = {"rich.markdown": "Markdown", "rich.traceback": "Traceback"}
 
 
 def import_formatter() -> None:
-    """Import the formatter, with empty classes in place of the unused ones.
+    """Import the formatter, with empty classes in place of the rich classes that lem never uses.
 
     The stand-ins are removed afterward, so that later imports find rich's own modules.
     """

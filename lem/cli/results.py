@@ -67,7 +67,8 @@ def aggregate(
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict/--no-strict", help="If a record is missing, fail (the default) or use the others (--no-strict)."
+            "--strict/--no-strict",
+            help="If a record is missing, fail (the default) or use the remaining ones (--no-strict).",
         ),
     ] = True,
     allow_mixed_backends: Annotated[
@@ -127,7 +128,10 @@ def results_list(
 
 
 def _in_jobs(store: Store) -> Mapping[Path, InJob]:
-    """Collect the results of Slurm jobs that have ended; return what Slurm reports about experiments that have not."""
+    """Collect the results of Slurm jobs that have ended.
+
+    Return what Slurm reports about the experiments that have not ended, by their directories.
+    """
     from lem.results.jobs import awaited
 
     if not awaited(store):

@@ -115,7 +115,10 @@ class _Descriptor(io.FileIO):
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return the ASCII spelling of a character that the encoding lacks or, if there is none, a JSON escape."""
+    """Return what to write for a character that the encoding lacks: an ASCII spelling or, failing that, a JSON escape.
+
+    For a byte of a file name that could not be decoded, return the byte itself.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]

@@ -154,7 +154,11 @@ def place_of(key: str, file: Path | None, given: Mapping[str, Any]) -> Location 
 
 
 def keys_given(file: Path | None, given: Mapping[str, Any]) -> set[str]:
-    """Return the keys that a campaign file, its parents or the command line set; raises `Problems`, as `read` does."""
+    """Return the keys that a campaign file, its parents or the command line set to a value other than null.
+
+    Raises:
+        Problems: as for `read`.
+    """
     values = {**(CampaignFile() if file is None else read(file)).values, **given}
     return {key for key, value in values.items() if value is not None}
 

@@ -103,7 +103,7 @@ def _code(kind: str) -> str:
 
 
 def backend_of(values: Values) -> str | None:
-    """Return the name of the backend that the values choose, or None if no such backend exists."""
+    """Return the name of the backend that the values choose; None if they choose none, or one that does not exist."""
     backend = values.get("backend")
     name = backend.get("name") if isinstance(backend, dict) else None
     return name if name in BACKENDS else None

@@ -80,7 +80,7 @@ def read_inputs(
 
 
 def _of_the_backend(problem: Problem, sources: Sources) -> Problem:
-    """Reword a problem about an unknown `backend.…` key to suit the chosen backend; return others unchanged."""
+    """Reword a problem about an unknown `backend.…` key to suit the chosen backend; return any other unchanged."""
     if problem.code != "unknown_key" or not problem.path.startswith("backend."):
         return problem
     try:
@@ -151,7 +151,8 @@ def plain_values(file: UserFile, choices: Mapping[str, str | None], values: Mapp
 def without_echoes(first: Iterable[Problem], then: Iterable[Problem]) -> list[Problem]:
     """Return `first`, followed by the problems in `then` at other paths.
 
-    A problem in `then` is dropped if `first` has a problem at the same path, which has probably caused it.
+    A problem in `then` is dropped if `first` has a problem at the same path, because the first has probably caused the
+    second.
     """
     first = list(first)
     paths = {problem.path for problem in first if problem.path}
@@ -202,7 +203,7 @@ class Composition:
 
         Use this method for many cells, but compose one of them with `experiment`, because only Hydra checks overrides
         of its own settings. If plain composition meets a problem or an unknown key, Hydra composes the experiment, so
-        that the messages are the same.
+        that the messages are the same as those of `experiment`.
         """
         return self.plainly() or self.experiment()
 
@@ -252,7 +253,7 @@ def prepare(
         config_file: a user's config file, or None.
         overrides: Hydra overrides from the command line; `group=option`, `group.name=option` and
             `dataset=<hub id or file>` choose options.
-        config_dir: a directory with the user's own options; None means `conf/` next to the file.
+        config_dir: a directory with the user's own options; None means the `conf/` that `find_options` finds.
         groups_in: a config directory known to Hydra (--config-dir of a plain Hydra app).
 
     Raises:

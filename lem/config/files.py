@@ -24,7 +24,7 @@ def find_each(patterns: Sequence[str]) -> list[list[Path]]:
     """Return, for each of the given files, folders and glob patterns, the config files that it matches.
 
     A grid's index is skipped if config files of the same grid are given too, because a shell expands `grid/*.yaml` to
-    the index and the config files. An index that is given without any of them is an error.
+    the index and the config files. An index that is given without any config file of its grid is an error.
 
     Raises:
         ConfigError: some patterns match no config file; the message lists all of them.

@@ -140,7 +140,7 @@ def _base_layers(options: Options, chosen: Chosen, environment: tuple[tuple[str,
 
 
 def layers_of(options: Options, group: str, choice: Choice) -> tuple[Layer, ...]:
-    """Return the layers of a choice: the option's own and, if a preset chose it, the preset's values for it."""
+    """Return the layers of a choice: the option's own and, if a preset chose the option, the preset's layer for it."""
     assert choice.name is not None
     own = option(options, group, choice.name, choice.source).layers
     return (*own, option(options, "preset", choice.preset).bound[group]) if choice.preset else own

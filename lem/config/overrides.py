@@ -236,7 +236,8 @@ def _exists(name: str) -> bool:
 def quoted(value: str) -> str:
     """Quote a string so that Hydra's override grammar reads exactly that string.
 
-    In that grammar a backslash is special only before a quote, so only those backslashes are doubled.
+    In that grammar, backslashes are special only before a quote, so they are doubled only before a quote and at the end
+    of the string, where the closing quote follows.
     """
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 

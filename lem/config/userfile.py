@@ -33,7 +33,7 @@ PARTS = tuple(dict.fromkeys(leaf.path.partition(".")[0] for leaf in leaves() if 
 
 @dataclass(frozen=True)
 class Choice:
-    """An option chosen for a group; a name of None means no preset or, for other groups, the default."""
+    """An option chosen for a group. In the group `preset`, a name of None means no preset; elsewhere, the default."""
 
     name: str | None
     # The hub id or file of a dataset that is not a named option.
@@ -77,10 +77,10 @@ class UserFile:
         return flattened(self.layers)
 
     def without_values_of(self, group: str) -> UserFile:
-        """Return the file without the values that belong to a group's option, because another option replaces it.
+        """Return the file without the values that may suit only its own option of a group.
 
-        Values that may not suit the other option, such as a dataset's column, are dropped; values that suit any option,
-        such as a sample size or a country, are kept.
+        This is for a group whose option is replaced. Values that may not suit the new option, such as a dataset's
+        column, are dropped; values that suit any option, such as a sample size or a country, are kept.
         """
         stays = STAYS_WHEN_OPTION_CHANGES.get(group, frozenset())
         layers = []
@@ -93,7 +93,7 @@ class UserFile:
         return replace(self, layers=layers)
 
     def without_group(self, group: str) -> UserFile:
-        """Return the file without a group's choice and without all of the group's values."""
+        """Return the file without a group's choice and without any of the group's values."""
 
         def rest(mapping: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in mapping.items() if key != group}
@@ -124,8 +124,8 @@ def read(path: Path, config_dir: Path | None = None) -> UserFile:
     """Read a config file and its parents, which are the files that it inherits from.
 
     Raises:
-        Problems: the file does not exist, has broken YAML (the error gives line and column) or is not a mapping; a
-            parent is missing; a file inherits from itself; or an option does not exist.
+        Problems: the file or one of its parents cannot be used. For example, the file does not exist, has broken YAML
+            (the error gives line and column) or inherits from itself, a parent is missing, or an option does not exist.
     """
     file = examine_file(path, find_options(path, config_dir))
     if problems := impossible(file.problems):
@@ -294,7 +294,7 @@ class _OwnContent:
             self._report("unknown_option", ("preset",), self.options.unknown("preset", shortened(value)))
 
     def _named(self, group: str, name: Any, values: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """Record the choice that a name makes, or a problem if there is no such option; return the group's values."""
+        """Record the option that `name` chooses, or a problem if there is none; return the group's values."""
         location = self._location(at)
         if not isinstance(name, str):
             self._report("wrong_type", at, f"must be the name of an option, not {kind_of(name)}.")

@@ -62,7 +62,7 @@ class Meter(ABC):
 
     @abstractmethod
     def end(self) -> tuple[EnergyReading, ...]:
-        """Close the window, at the time of `mark` or else now, and return its energy in joules."""
+        """Return the window's energy in joules. The window ended at `mark`; if `mark` was not called, it ends now."""
 
     def so_far(self) -> tuple[EnergyReading, ...] | None:
         """Return the energy of the open window so far, or None if the meter cannot provide it.

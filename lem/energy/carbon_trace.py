@@ -66,7 +66,9 @@ class CarbonTrace:
         return Piece(self.starts_s[place], ends_s[place], self.intensities[place])
 
     def mean(self, opened_s: float, duration_s: float, energy_of: EnergyOf) -> Weighted:
-        """Return the mean over a window, weighted by the energy of its parts or, if that is unknown, by their lengths.
+        """Return the mean over a window, weighted by the energy of the window's parts.
+
+        If the energy of a part is unknown, or if the total energy is zero, the parts are weighted by their lengths.
 
         Raises:
             BadInput: the trace does not cover the window.
@@ -188,13 +190,13 @@ def _check_time(time_s: float, before_s: list[float], lines: list[int]) -> None:
     if step_s == 0:
         raise ValueError(f"the time is the same as on line {lines[-1]}. Remove one of the two lines.")
     if step_s < 0:
-        raise ValueError(f"the time is before that of line {lines[-1]}. Sort the lines by time.")
+        raise ValueError(f"the time is earlier than on line {lines[-1]}. Sort the lines by time.")
     if len(before_s) < 2:
         return
     usual_s = before_s[1] - before_s[0]
     if not math.isclose(step_s, usual_s, abs_tol=1e-3):
         what = "there is a gap" if step_s > usual_s else "the times are closer together than before"
         raise ValueError(
-            f"{what}: the time is {step_s:g} s after that of line {lines[-1]}, but the first two times are {usual_s:g} "
-            "s apart. Space all times equally."
+            f"{what}: the time is {step_s:g} s later than on line {lines[-1]}, but the first two times are "
+            f"{usual_s:g} s apart. Space all times equally."
         )

@@ -95,11 +95,12 @@ class CodecarbonMeter(ImmediateMeter):
         )
 
     def so_far(self) -> tuple[EnergyReading, ...]:
-        """Return the CPU energy in the samples that the tracker's own thread has taken, and the memory energy so far.
+        """Return the CPU energy up to the tracker's last sample, and the memory energy so far.
 
-        If codecarbon reads RAPL, it takes no samples of the CPU, and the CPU energy is None. The last sample can be up
-        to a second old. Taking an extra sample here would change the final result, because the power that codecarbon
-        derives is not linear in the CPU's load. This method takes about 20 µs.
+        The tracker's own thread takes the samples, so the last one can be up to a second old. Taking an extra sample
+        here would change the final result, because the power that codecarbon derives is not linear in the CPU's load.
+        The CPU energy is None before the first sample, and always if codecarbon reads RAPL, because it then takes no
+        samples of the CPU. This method takes about 20 µs.
         """
         cpu, cpu_j, sampled_s = self._cpu(), None, None
         if getattr(cpu, "_mode", None) in SAMPLED_MODES:
@@ -186,8 +187,8 @@ def _offline_tracker() -> Any:
 def _name_of_cpu_given() -> Iterator[None]:
     """Give codecarbon the CPU's name while it probes the hardware in the block, if the kernel reports the name.
 
-    codecarbon asks py-cpuinfo for the name. py-cpuinfo also takes it from /proc/cpuinfo, but then starts other programs
-    to find out more about the CPU, which takes a second of CPU time.
+    codecarbon asks py-cpuinfo for the name. py-cpuinfo would read it from /proc/cpuinfo, as lem does, but would then
+    start other programs to find out more about the CPU, which takes a second of CPU time.
     """
     name = kernels_cpu_model()
     if name is None:

@@ -269,7 +269,7 @@ def _finish(tasks: Iterable[Future[None]]) -> None:
 
 
 def _increase_j(begun: Edge, ended: Edge) -> tuple[float | None, str | None]:
-    """Return the counter's increase between two edges in joules, or None and the reason why it is unknown."""
+    """Return a counter's increase in joules between two edges, or None and the reason why it is unknown."""
     if begun.energy_mj is None or ended.energy_mj is None:
         return None, begun.reason or ended.reason
     gained_mj = ended.energy_mj - begun.energy_mj
