@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, one line per name with several values; None if no name has several."""
+    """Return a chart of cumulative distributions, one line per name with several values; None if there are no lines."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
