@@ -399,9 +399,10 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
 
 
 def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
-    """Return the Pareto front: the rows to which no other is equal or better in both throughput and energy per token.
+    """Return the Pareto front of throughput and energy per token.
 
-    Of rows with equal values, only the first is returned.
+    A row is on the front if no other row is better in one of the two and at least as good in the other. Of rows with
+    equal values, only the first is returned.
     """
     best = math.inf
     front = []
