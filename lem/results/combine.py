@@ -204,7 +204,7 @@ class _Merge:
         self._done.copied += 1
 
     def _found(self, old: str, digest: str) -> str | None:
-        """Return the id that an experiment of the source already has in the target; None if the target lacks it."""
+        """Return the id that an experiment of the source has in the target; None if the target lacks the experiment."""
         for name in self._siblings(old):
             if name in self._there.raw:
                 folder = self._target.directory(name).path
@@ -284,7 +284,7 @@ class _Merge:
         return Names(self._ids, self._campaigns)
 
     def _same_campaign(self, name: str, candidates: Collection[str]) -> str | None:
-        """Return the name that a campaign of the source already has in the target; None if the target lacks it.
+        """Return the name that a campaign of the source has in the target; None if the target lacks the campaign.
 
         One of the two copies may have more cells than the other.
         """
