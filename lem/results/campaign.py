@@ -400,7 +400,7 @@ def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, gi
     """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
     The answer depends only on the cells up to that cycle and on the arms given up, so interrupting a campaign does not
-    change it.
+    change the answer.
 
     Args:
         definition: the campaign.
