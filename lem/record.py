@@ -442,12 +442,12 @@ class RequestRecord(Struct, frozen=True, gc=False, kw_only=True):
 class ProcessRecord(Struct, frozen=True, gc=False):
     """Everything that one worker process recorded about one attempt at one cycle.
 
-    `phases` holds the phases of the cycle (warm-up, measured) and of the attempt (idle, load); the latter are repeated
-    in each record of the attempt. `window_opened_unix_s` is for comparing processes, not for measuring. With continuous
-    batching, `energy_so_far` holds a sample of the energy readings taken during the window. `cut` is None if the window
-    was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total measured
-    time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None outside
-    Slurm. `hostname` is None if no process of the attempt ran.
+    `phases` holds the phases of the cycle (warm-up, measured) and of the attempt (idle, load). An attempt's phases are
+    repeated in each of its records. `window_opened_unix_s` is for comparing processes, not for measuring. With
+    continuous batching, `energy_so_far` holds a sample of the energy readings taken during the window. `cut` is None if
+    the window was not cut short. `arrivals_from_s` is the time on the arrival clock when the window opened: the total
+    measured time of the cycle's earlier attempts. It is None without traffic. `slurm_job_id` and `slurm_node` are None
+    outside Slurm. `hostname` is None if no process of the attempt ran.
     """
 
     format_version: Integer

@@ -215,7 +215,7 @@ class Counter:
         return Edge(max(energy_mj, _least_mj(readings, at_ns)))
 
     def last_since(self, begun: Edge) -> Edge:
-        """Return the last value that was read; the energy is None until the counter has advanced beyond `begun`."""
+        """Return the energy at the last reading; unknown if reading failed or the counter is not yet beyond `begun`."""
         if begun.energy_mj is None:
             return begun
         if self.error is not None or not self._readings:

@@ -1,8 +1,8 @@
 """Asks the Slurm scheduler, through its own commands, about jobs and nodes; also cancels and requeues jobs.
 
 `lem.studies.slurm` submits the jobs. This module knows nothing about experiments. If Slurm does not respond, the
-functions that read the queue raise `Unreachable`, and the others return nothing or a default. The caller decides how
-long to put up with this.
+functions that read the queue raise `Unreachable`, and the caller decides how long to keep trying. Other functions that
+ask for information return an empty result or a default instead.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def requeue_this_job() -> str | None:
 
 
 def _run(*command: str) -> tuple[int, str, str]:
-    """Run a command and return its exit code, output and error output; 127 means that it cannot run or hangs."""
+    """Run a command and return its exit code, output and error output; 127 means that it hung or could not be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -282,7 +282,7 @@ def _over_experiments(
 
 
 def distributions(heading: str, unit: str, values: Mapping[str, Sequence[float]]) -> Chart | None:
-    """Return a chart of cumulative distributions, one line per name that has several values; None if no name has."""
+    """Return a chart of cumulative distributions, one line per name with several values; None if there are no lines."""
     quantity = heading.lower()
     return _cumulative(f"distribution-{heading}", f"Distribution of {quantity}", quantity, unit, values, "experiment")
 
@@ -399,9 +399,10 @@ def trade_off(rows: Sequence[ExperimentRow], names: Mapping[str, str]) -> Chart 
 
 
 def _pareto(rows: Iterable[ExperimentRow]) -> list[ExperimentRow]:
-    """Return the Pareto front: the rows to which no other is equal or better in both throughput and energy per token.
+    """Return the Pareto front of throughput and energy per token.
 
-    Of rows with equal values, only the first is returned.
+    A row is on the front if no other row is better in one of the two and at least as good in the other. Of rows with
+    equal values, only the first is returned.
     """
     best = math.inf
     front = []
@@ -625,7 +626,7 @@ def _by_level(variation: Variation, arm: str, value: Spec) -> Chart:
 def _scale(values: Iterable[Any], *, zero: bool = False) -> Spec:
     """Return a scale for values, which includes 0 if `zero` is set.
 
-    If all values are the same and not 0, the scale is a narrow range around them, whether or not `zero` is set.
+    If all values are equal and not 0, the scale is a narrow range around this value, whether or not `zero` is set.
     """
     known = {float(value) for value in values if value is not None}
     if len(known) != 1 or 0 in known:

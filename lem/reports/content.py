@@ -379,8 +379,8 @@ def _records(directory: ExperimentDir) -> list[ProcessRecord]:
 def _thinned(found: Sequence[PowerRecord], most: int) -> list[dict[str, Any]]:
     """Return evenly spaced samples, plus evenly spaced samples among those that have a temperature.
 
-    Up to `most` samples are all kept; of more, from `most` to about twice as many are kept. The same applies to the
-    samples that have a temperature.
+    If there are at most `most` samples, all are kept; otherwise, the number kept is between `most` and about twice
+    `most`. The same applies to the samples that have a temperature.
     """
     by_device: dict[str, list[PowerRecord]] = {}
     for each in found:

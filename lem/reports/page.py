@@ -1,7 +1,7 @@
 """Writes the content of a report as a self-contained HTML page.
 
 Everything that comes from users (models, prompts, names, errors) is escaped as text or embedded as JSON data. The page
-needs no network and forbids it: its content security policy names the digests of its own scripts.
+needs no network and blocks access to it: its content security policy names the digests of its own scripts.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _measured(rows: Sequence[ExperimentRow]) -> Iterator[str]:
 
 
 def _counted(values: Sequence[tuple[str, int]]) -> str:
-    """Return values as text, with their counts if there are several; of many values, only the first are named."""
+    """Return values as text, with counts if there are several values; if there are many, only the first are named."""
     if len(values) == 1:
         return values[0][0]
     more = len(values) - MOST_NAMED

@@ -54,7 +54,7 @@ def check(folder: Path) -> None:
 
 
 def files(charts: Sequence[Chart], folder: Path, *, force: bool) -> list[Path]:
-    """Return the files of the charts, without their suffixes.
+    """Return the path of each chart's files, without a suffix.
 
     Raises:
         ResultsError: one of the files exists, and `force` is not set.

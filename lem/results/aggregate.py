@@ -396,7 +396,7 @@ class _Writer:
         self._requests = self._cycles = 0
 
     def add(self, directory: ExperimentDir, state: State, one: Measured) -> list[Aggregated]:
-        """Add an experiment; if enough are waiting, write all of them and return their outcomes."""
+        """Add an experiment; once there are enough to fill a file, write them and return their outcomes."""
         self._read.append((directory, state, one))
         self._requests += sum([len(cycle.requests) for cycle in one.cycles])
         self._cycles += len(one.cycles)

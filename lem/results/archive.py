@@ -91,7 +91,7 @@ def content(
 
     Raises:
         ResultsError: not exactly one kind of selection was given, there is nothing to archive, or a selected experiment
-            is running or waiting for a Slurm job (with `everything`, it is left out instead).
+            is running or waiting for a Slurm job. With `everything`, such experiments are left out instead.
     """
     if sum((bool(texts), campaign is not None, schedule is not None, everything)) != 1:
         raise ResultsError(

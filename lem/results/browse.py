@@ -351,9 +351,9 @@ def _refuse_near_studies(store: Store, text: str, ids: Sequence[str]) -> None:
 
 
 def _rows(store: Store, directory: ExperimentDir, state: State) -> Rows | None:
-    """Return an experiment's rows: from the tables or, if these are outdated, from its records.
+    """Return an experiment's rows: from the tables if they are up to date, otherwise from its records.
 
-    None is returned if there are no records either.
+    None is returned if the records are needed but do not exist.
     """
     tables = Tables(store)
     at = tables.location(directory.id)

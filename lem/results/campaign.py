@@ -399,8 +399,8 @@ def has_ended(cells: Sequence[CellEntry]) -> bool:
 def is_enough(definition: Definition, cells: Sequence[CellEntry], cycle: int, given_up: Collection[str]) -> bool:
     """Return whether an adaptive campaign may stop after a cycle, because its intervals are narrow enough.
 
-    This depends only on the cells up to that cycle and on the arms given up, so interrupting a campaign does not change
-    the result.
+    The answer depends only on the cells up to that cycle and on the arms given up, so interrupting a campaign does not
+    change the answer.
 
     Args:
         definition: the campaign.
@@ -542,9 +542,10 @@ def _node_and_board(row: ExperimentRow) -> tuple[str, str]:
 
 
 def _apart(definition: Definition, found: Found) -> set[tuple[int, str]]:
-    """Return the cells that ran on several nodes, or not on the node and board of the baseline's cell in their cycle.
+    """Return the cells that ran on a different node or board from their cycle's baseline, or on several nodes.
 
-    This happens if a job was requeued in the middle of its cycle and started again on another node. In a grouped
+    If the baseline has no result in a cycle, another cell of the cycle takes its place. Cells of one cycle run on
+    different nodes if a job was requeued in the middle of its cycle and started again on another node. In a grouped
     campaign, each arm is one job, so no cycle has a node of its own, and the result is empty.
     """
     if definition.campaign.structure == "grouped":
@@ -645,8 +646,8 @@ def about_order(campaign: Campaign, arms: int) -> Iterator[CodedWarning]:
 def _places_differ(campaign: Campaign, rows: Sequence[ExperimentRow]) -> Iterator[CodedWarning]:
     """Warn if cells ran on different machines or devices, unless that is intended.
 
-    On a cluster, each cycle is a job, and cycles may run on different nodes. With `across_nodes`, the nodes may have
-    different devices.
+    On a cluster, each cycle is a job, except in grouped campaigns. These jobs may run on different nodes. With
+    `across_nodes`, the nodes may have different types of device.
     """
     has_jobs = campaign.structure != "grouped" and all(row.slurm_node for row in rows)
     places = {"the machine": "hostname", "the device": "device"}
@@ -711,10 +712,10 @@ def _moved(campaign: Campaign, names: Sequence[str], found: Found) -> Iterator[C
 
 
 def _carried_over(definition: Definition, names: Sequence[str], cells: Sequence[CellEntry]) -> CarryOver | None:
-    """Return the effects of predecessors on the primary metric; None if the campaign's order cannot reveal them.
+    """Return the effects of predecessors on the primary metric; None if these effects cannot be estimated.
 
     A cell is used if the cell before it in the plan also has a result, and no third cell with a result began between
-    the two. On a cluster, both must be cells of one job.
+    the two. On a cluster, the two cells must also belong to the same job.
     """
     campaign = definition.campaign
     if campaign.structure not in ("shuffled", "latin"):
@@ -751,14 +752,14 @@ def _of_predecessors(definition: Definition, names: Sequence[str], found: CarryO
 
 
 def _without_arms(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> list[float]:
-    """Return the logarithms, each minus the mean of its arm's logarithms."""
+    """Return the logarithm of each cell's value, minus the mean of its arm's logarithms."""
     own = {name: [value for cell, value in known if cell.arm == name] for name in names}
     means = {name: math.fsum(values) / len(values) for name, values in own.items() if values}
     return [value - means[cell.arm] for cell, value in known]
 
 
 def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Sequence[str]) -> tuple[list[float], int]:
-    """Return the residuals of a least-squares fit of arms and cycles, and the degrees of freedom that the fit uses."""
+    """Fit the effects of arms and cycles by least squares; return the residuals and the degrees of freedom used."""
     import numpy as np
 
     cycles = sorted({cell.cycle for cell, _ in known})
@@ -769,12 +770,13 @@ def _without_arms_and_cycles(known: Sequence[tuple[CellEntry, float]], names: Se
     return left.tolist(), int(np.linalg.matrix_rank(design))
 
 
-def _change(places: Sequence[float], values: Sequence[float], arms: int) -> str | None:
+def _change(places: Sequence[float], values: Sequence[float], used: int) -> str | None:
     """Return, as text, how far a line through the values rises or falls over the positions; None if not significant.
 
-    The arms' means have been subtracted from the values, which uses up one degree of freedom per arm.
+    The effects of arms (and of cycles, if they ran on several nodes) have already been removed from the values. `used`
+    is the number of degrees of freedom that this took.
     """
-    line = line_through(places, values, arms)
+    line = line_through(places, values, used)
     if line is None or line.p_value >= SUSPICIOUS:
         return None
     return f"{math.expm1(line.slope * (max(places) - min(places))):+.1%} (p = {line.p_value:.2g})"

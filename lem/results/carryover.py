@@ -62,14 +62,14 @@ def carry_over(cells: Sequence[Ran], arms: int, baseline: int = 0, confidence: f
 
     The effects cannot be estimated in two cases:
 
-    - The effects of predecessors cannot be separated from the effects of arms, cycles and positions, as in an order
-      that repeats.
+    - The effects of predecessors cannot be separated from the effects of arms, cycles and positions, for example if
+      the arms run in the same order in each cycle.
     - Fewer than `LEAST_DEGREES_OF_FREEDOM` degrees of freedom are left for the noise.
 
     Args:
         cells: the cells with a known predecessor; the first cell of a campaign has none.
         arms: the number of arms.
-        baseline: the predecessor that others are compared with.
+        baseline: the predecessor with which all other predecessors are compared.
         confidence: the joint confidence of all intervals (Bonferroni).
     """
     import numpy as np

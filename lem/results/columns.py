@@ -34,9 +34,9 @@ def of_each(objects: Sequence[Any], name: str) -> list[Any]:
 def quotients(of: Columns, complete: Sequence[bool]) -> Columns:
     """Return the columns that are derived from other columns.
 
-    Rates are null if a run was incomplete, because part of its time and energy was spent on requests that did not
-    finish; the time, the energy and the average power are kept. Rates are also null if too much of the time may have
-    been spent on requests that had to be run again.
+    The window's throughput and its energy per token or request are null if the run was incomplete, because part of the
+    time and energy was spent on requests that did not finish. They are also null if too much of the time may have been
+    spent on requests that had to be run again. The average power is kept in both cases.
     """
     is_once = [(share or 0.0) <= REPEATED_MOST_SHARE for share in of["repeated_share"]]
     complete = [done and once for done, once in zip(complete, is_once, strict=True)]

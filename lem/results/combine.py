@@ -204,7 +204,7 @@ class _Merge:
         self._done.copied += 1
 
     def _found(self, old: str, digest: str) -> str | None:
-        """Return the id that an experiment of the source already has in the target; None if it is not there."""
+        """Return the id that an experiment of the source has in the target; None if the target lacks the experiment."""
         for name in self._siblings(old):
             if name in self._there.raw:
                 folder = self._target.directory(name).path
@@ -215,12 +215,12 @@ class _Merge:
         return None
 
     def _siblings(self, old: str) -> list[str]:
-        """Return the ids in the target that equal this id, or differ from it only in their suffix."""
+        """Return the ids in the target that equal `old`, or differ from `old` only in their suffix."""
         there = self._there.raw | self._there.rows.keys()
         return [name for name in self._names[_start(old)] if name in there]
 
     def _free(self, old: str) -> str:
-        """Return the id itself or, if the target has another experiment with that id, the id with an unused suffix."""
+        """Return `old` or, if the target has another experiment with this id, `old` with an unused suffix."""
         if old not in self._there.raw and old not in self._there.rows:
             return old
         names = self._names[_start(old)]
@@ -262,7 +262,7 @@ class _Merge:
     def _name(
         self, kind: str, name: str, taken: Collection[str], others: Collection[str], theirs: Collection[str]
     ) -> str:
-        """Return a name for a campaign or schedule that the target lacks: its own or, if that is taken, a new one.
+        """Return the name under which to copy a campaign or schedule: its own or, if the target uses it, a new one.
 
         Args:
             kind: "campaign" or "schedule".
@@ -284,7 +284,7 @@ class _Merge:
         return Names(self._ids, self._campaigns)
 
     def _same_campaign(self, name: str, candidates: Collection[str]) -> str | None:
-        """Return the name that a campaign of the source already has in the target; None if it is not there.
+        """Return the name that a campaign of the source has in the target; None if the target lacks the campaign.
 
         One of the two copies may have more cells than the other.
         """
@@ -378,7 +378,7 @@ class _Merge:
             shutil.rmtree(copy)
 
     def _put(self, copy: Path, place: Path, last: str) -> None:
-        """Move copied files to their place; `last` is moved last, so a directory that has it also has the others."""
+        """Move copied files to their place; the file `last` goes last, so a directory with this file is complete."""
         sync(self._scratch)
         place.parent.mkdir(exist_ok=True)
         if not place.is_dir():
@@ -390,7 +390,7 @@ class _Merge:
         shutil.rmtree(copy)
 
     def _rename_campaign(self, folder: Path, old: str, name: str) -> None:
-        """Change the names in a campaign's files to those that the target uses."""
+        """Write the names, ids and paths that the target uses into a campaign's files."""
         from lem.results.campaign import CELLS, DEFINITION
 
         if name != old:
@@ -469,7 +469,7 @@ def digest_of(folder: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, but_for: str | None = None) -> None:
-    """Copy to the existing directory `target` the files of `source` that `archive.files_in` yields.
+    """Copy the files in `source` to `target`, which must exist; `archive.files_in` says which files are copied.
 
     Raises:
         ResultsError: a file cannot be read, or is a link, a pipe or a device.
