@@ -124,7 +124,7 @@ class Comparison:
     differences: Sequence[Difference]
 
     def ratio(self, metric: str) -> Ratio | None:
-        """Return the ratio of a metric; None if neither side has a value for it."""
+        """Return the ratio of a metric; None if it was not compared, or if neither side has a value for it."""
         return next((ratio for ratio in self.ratios if ratio.metric == metric), None)
 
     def against(self, metric: str, allowed: Iterable[str] = ()) -> list[CodedWarning]:
@@ -339,7 +339,7 @@ def _repeated(
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
     """Return what the interval is based on, and each side's values.
 
-    The values are those of the experiments or, if each side is a single experiment with several cycles, of the cycles.
+    There is one value for each experiment or, if each side is a single experiment with several cycles, for each cycle.
     """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]

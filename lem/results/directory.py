@@ -273,7 +273,7 @@ class ExperimentDir:
 
     @contextmanager
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Hold the lock shared by all processes of an attempt or, with `exclusive`, keep all others out.
+        """Hold the lock that all processes of an attempt share; with `exclusive`, no other process can hold it.
 
         The kernel releases the lock when the process ends, even if the process is killed.
 

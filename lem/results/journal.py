@@ -145,7 +145,7 @@ class Window:
 
 
 def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tuple[CodedWarning, ...]]:
-    """Return the carbon intensity of a window that was never closed; None if it may have changed during the window."""
+    """Return the carbon intensity of a window that was never closed; None if it is unknown or may have changed."""
     carbon, opened_s = record.carbon, record.window_opened_unix_s
     if carbon is None or carbon.until_unix_s is None or opened_s is None:
         return carbon, ()
@@ -198,7 +198,7 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
 
     Args:
         journal: the file's content.
-        known: the records that the same process has written in this attempt, by cycle.
+        known: the records that the journal's process has written in the same attempt, by cycle.
 
     Raises:
         ValueError: a line that ends with a line break is damaged.

@@ -42,10 +42,10 @@ UNMETERED_SHARE = 0.02
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     """Return the records of an attempt's processes; if these were interrupted, their windows now end at the same time.
 
-    Each process knows only its own last finished request, and only one process meters. The common end is the end of the
-    metering process's window or, if another process finished a request after that, the end of that process's window.
-    Requests that a process had in flight at the end of its own window count as in flight until the common end. Energy
-    that was last read too long before the common end becomes null.
+    Each process knows only its own last finished request, and only one process meters. The common end is the latest
+    end among the metering process's window and the windows of the processes that finished a request. Requests that a
+    process had in flight at the end of its own window count as in flight until the common end. Energy that was last
+    read too long before the common end becomes null.
 
     Args:
         records: the records of one attempt at one cycle, one for each process.
@@ -123,13 +123,13 @@ def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyR
 
 
 def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
-    """Return a reading without energy, but with a reason, for each device of the last phase that was metered."""
+    """For each device in the last metered phase, return a reading that has the given reason instead of an energy."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in metered)
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight after `by_s` more seconds in which no request finished; assume at least one request."""
+    """Return the work in flight, at least one request, after `by_s` more seconds in which no request finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known
@@ -255,7 +255,7 @@ def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
 
 
 def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
-    """Return the carbon intensity over all attempts: if it differs between them, the mean weighted by energy."""
+    """Return the attempts' carbon intensity or, if it differs, its mean weighted by energy; None if unknown."""
     found = [record.carbon for record in records]
     if None in found or all(each == found[0] for each in found):
         return None if None in found else found[-1]

@@ -155,7 +155,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 def percent(share: float, sign: str = "") -> str:
     """Return a share as a percentage, to two significant digits or, from 10% up, as a whole number.
 
-    `sign="+"` gives positive values a plus sign. Values other than 0 that are smaller than 0.01% become "under 0.01%".
+    `sign="+"` gives positive values a plus sign. A value closer to 0 than 0.01%, but not 0, becomes "under 0.01%".
     """
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
@@ -295,8 +295,8 @@ def _position(cells: Sequence[CellEntry], measure: str) -> Change:
     """Compare the second cell of a cycle with the first, after removing the drift between them.
 
     The drift from one cell to the next is half the drift from cycle to cycle, which is estimated from the means of the
-    cycles. The sum and the difference of two values are independent, so the variances of the two estimates add up
-    (Welch and Satterthwaite).
+    cycles. A cycle's mean is independent of the difference between its two cells. The variance of the drift is
+    therefore added to the variance of the mean difference (Welch and Satterthwaite).
     """
     pairs = _pairs(cells, measure)
     if len(pairs) < LEAST_PAIRS:
@@ -416,7 +416,7 @@ def _warm_up(noise: Noise) -> Advice:
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of the given warnings that most cells have, or None if there is no such warning."""
+    """Return advice on the first of the given warnings that most cells have; None if most cells have none of them."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)
