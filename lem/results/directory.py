@@ -354,7 +354,7 @@ class ExperimentDir:
         return done
 
     def is_fruitless(self) -> bool:
-        """Return whether there is a cycle in which all requests failed."""
+        """Return whether there is a cycle in which all requests that have ended failed."""
         ended: dict[int, bool] = {}
         for part in self.parts():
             for row in part.requests:

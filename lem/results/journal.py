@@ -117,7 +117,7 @@ class Window:
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's final record or, without one, a record of the window up to its last checkpoint."""
+        """Return `record` or, if there are checkpoints, a record of the window up to the last checkpoint."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]

@@ -45,7 +45,8 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     Each process knows only its own last finished request, and only one process meters. The common end is the latest
     end among the metering process's window and the windows of the processes that finished a request. Requests that a
     process had in flight at the end of its own window count as in flight until the common end. Energy that was last
-    read too long before the common end becomes null.
+    read too long before the common end becomes null. If the processes were interrupted before any of them finished a
+    request, the records lose their windows.
 
     Args:
         records: the records of one attempt at one cycle, one for each process.
@@ -344,7 +345,7 @@ def as_text(warning: CodedWarning) -> str:
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups; warnings that differ only in their numbers appear once.
+    """Return the warnings of several groups, without those that differ from an earlier group's only in their numbers.
 
     Args:
         groups: the warnings of each attempt, process or cycle.
@@ -397,7 +398,7 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window: of the GPUs, else of all measured components, else of all estimates."""
+    """Return a window's headline energy: of the modules, else the GPUs, else all that was measured, else all estimates."""
     return _sum(of_headline(readings))
 
 
