@@ -75,7 +75,8 @@ def load(results_dir: str | Path = "results") -> Frames:
     (4, 's')
 
     Each table has all the columns of this version, in the order of the reference page on results. The values of columns
-    that an older version did not write are missing (NaN, None or an empty list).
+    that an older version did not write are missing (NaN or None) or, in columns that cannot have missing values, 0,
+    False or empty.
 
     Args:
         results_dir: the directory, as given to --results-dir.

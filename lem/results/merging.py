@@ -43,7 +43,7 @@ def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     """Return the records of an attempt's processes; if these were interrupted, their windows now end at the same time.
 
     Each process knows only its own last finished request, and only one process meters. The common end is the latest
-    end among the metering process's window and the windows of the processes that finished a request. Requests that a
+    end among the windows of the metering process and of all processes that finished a request. Requests that a
     process had in flight at the end of its own window count as in flight until the common end. Energy that was last
     read too long before the common end becomes null. If the processes were interrupted before any of them finished a
     request, the records lose their windows.
@@ -347,6 +347,8 @@ def as_text(warning: CodedWarning) -> str:
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
     """Return the warnings of several groups, without those that differ from an earlier group's only in their numbers.
 
+    Each warning that is kept says how many more groups have it, with the same or other numbers.
+
     Args:
         groups: the warnings of each attempt, process or cycle.
         what: the noun for a group, such as "cycle".
@@ -398,7 +400,11 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return a window's headline energy: of the modules, else the GPUs, else all that was measured, else all estimates."""
+    """Return the headline energy of one window.
+
+    This is the energy of the modules or, without modules, of the GPUs. If there are neither, it is the sum of all
+    measurements or, if nothing was measured, of all estimates.
+    """
     return _sum(of_headline(readings))
 
 

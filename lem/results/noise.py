@@ -53,10 +53,10 @@ class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
     If `sd` is small, it is almost equal to the relative standard deviation of the ratio. `low` and `high` are the ends
-    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. Each item of
-    `finds` is a number of cycles and the smallest difference (as a ratio minus 1) that this many cycles detect with a
-    probability of 80%. If there are too few pairs, or if all of them have the same ratio, these values are missing, and
-    `reason` says why.
+    of the 95% interval of `sd`, and `planning` is the upper confidence limit of `sd` that is used to plan campaigns.
+    Each item of `finds` is a number of cycles and the smallest difference (as a ratio minus 1) that this many cycles
+    detect with a probability of 80%. If there are too few pairs, or if all of them have the same ratio, these values
+    are missing, and `reason` says why.
     """
 
     measure: str
@@ -119,8 +119,8 @@ class Noise:
     """The noise of a machine, found in a campaign that compares one configuration with itself.
 
     `drift` is the change over the whole campaign, and `drift_per_cycle` is the same change per cycle. `first` compares
-    the first cell with a line through all others. `position` compares the second cell of a cycle with the first, after
-    removing the drift between them.
+    the first cell with a line through all other cells. `position` compares the second cell of a cycle with the first,
+    after removing the drift between them.
     """
 
     answer: Answer
@@ -275,7 +275,7 @@ def _of_line(line: Line, over: float, n: int) -> Change:
 
 
 def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
-    """Compare the first cell with the prediction of a line through all others, using a prediction interval."""
+    """Compare the first cell with the prediction of a line through all other cells, using a prediction interval."""
     n = len(cells)
     if n < LEAST_CELLS:
         return Change(n, reason=_too_few(n, "cell", "comparing the first with the others", LEAST_CELLS))
