@@ -103,7 +103,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`."""
+    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`.
+
+    Only the first experiment of each case is examined.
+    """
 
     where: str
     key: str
@@ -501,7 +504,7 @@ def _with_codes(case: Case, codes: Sequence[str]) -> list[str]:
 
 # ------------------------------------------------------------------ differences
 def differences(base: Case, other: Case) -> Iterator[Difference]:
-    """Yield the values of the configuration, and then of the machine and the software, in which two cases differ."""
+    """Yield the values of configuration, machine and software in which the first experiments of two cases differ."""
     for where, of in (("config", _config), ("environment", _surroundings)):
         sides = [of(case.experiments[0]) for case in (base, other)]
         for key in dict.fromkeys([*sides[0], *sides[1]]):

@@ -58,7 +58,7 @@ class Terms:
 
 @dataclass
 class Array:
-    """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
+    """A submitted array of jobs, or a single job: its file in `jobs/`, and the id and the cells of each job.
 
     `ids` is None while it is unknown whether Slurm accepted the array, and empty if Slurm did not accept it.
     `is_refused` means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the
@@ -90,7 +90,7 @@ class InJob:
 
     @property
     def words(self) -> str:
-        """The job in words: its id and either its node or the reason why it waits."""
+        """The job in words: its id and, if known, its node or the reason why it waits."""
         if not self.job_id:
             return "not submitted yet"
         place = f" on {self.node}" if self.node else ""

@@ -142,7 +142,8 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
     """Merge a process's attempts at one cycle, in order; the windows are joined without the gaps between them.
 
-    An attempt without a window is ignored, except for its Slurm job and, if it is the last, its status and error.
+    An attempt without a window is ignored, except for its Slurm job and, if it is the last, its status and error. If no
+    attempt has a window, the last one is used.
     """
     if len(records) == 1:
         return records[0]
