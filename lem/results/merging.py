@@ -346,9 +346,9 @@ def as_text(warning: CodedWarning) -> str:
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups, without those that differ from an earlier group's only in their numbers.
+    """Return the warnings of several groups, leaving out those that an earlier group has, apart from the numbers.
 
-    Each warning that is kept says how many more groups have it, with the same or other numbers.
+    If more groups have a warning, with the same or other numbers, its text says how many more.
 
     Args:
         groups: the warnings of each attempt, process or cycle.
