@@ -103,7 +103,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Difference:
-    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`."""
+    """A value in which two cases differ; `where` says whether it belongs to the `config` or the `environment`.
+
+    Only the first experiment of each case is examined.
+    """
 
     where: str
     key: str
@@ -124,7 +127,7 @@ class Comparison:
     differences: Sequence[Difference]
 
     def ratio(self, metric: str) -> Ratio | None:
-        """Return the ratio of a metric; None if neither side has a value for it."""
+        """Return the ratio of a metric; None if it was not compared, or if neither side has a value for it."""
         return next((ratio for ratio in self.ratios if ratio.metric == metric), None)
 
     def against(self, metric: str, allowed: Iterable[str] = ()) -> list[CodedWarning]:
@@ -339,7 +342,7 @@ def _repeated(
 ) -> tuple[Basis, Sequence[Sequence[float | None]]]:
     """Return what the interval is based on, and each side's values.
 
-    The values are those of the experiments or, if each side is a single experiment with several cycles, of the cycles.
+    There is one value for each experiment or, if each side is a single experiment with several cycles, for each cycle.
     """
     if len(base.experiments) == len(other.experiments) == 1:
         cycles = [case.experiments[0].cycles for case in (base, other)]
@@ -501,7 +504,7 @@ def _with_codes(case: Case, codes: Sequence[str]) -> list[str]:
 
 # ------------------------------------------------------------------ differences
 def differences(base: Case, other: Case) -> Iterator[Difference]:
-    """Yield the values of the configuration, and then of the machine and the software, in which two cases differ."""
+    """Yield the values of configuration, machine and software in which the first experiments of two cases differ."""
     for where, of in (("config", _config), ("environment", _surroundings)):
         sides = [of(case.experiments[0]) for case in (base, other)]
         for key in dict.fromkeys([*sides[0], *sides[1]]):

@@ -57,8 +57,8 @@ class Deletion:
         """Delete the experiments and campaigns.
 
         Raises:
-            ResultsError: a campaign is in use, and nothing was deleted; or an experiment is in use, and those listed
-                before this one have been deleted.
+            ResultsError: a campaign is in use; then nothing has been deleted. Or an experiment is in use; then the
+                experiments before it in `statuses` have been deleted.
         """
         root = self.store.root / FOLDER
         if root.is_symlink():

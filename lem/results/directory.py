@@ -273,7 +273,7 @@ class ExperimentDir:
 
     @contextmanager
     def hold(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Hold the lock shared by all processes of an attempt or, with `exclusive`, keep all others out.
+        """Hold the lock that all processes of an attempt share; with `exclusive`, no other process can hold it.
 
         The kernel releases the lock when the process ends, even if the process is killed.
 
@@ -354,7 +354,7 @@ class ExperimentDir:
         return done
 
     def is_fruitless(self) -> bool:
-        """Return whether there is a cycle in which all requests failed."""
+        """Return whether there is a cycle in which all requests that have ended failed."""
         ended: dict[int, bool] = {}
         for part in self.parts():
             for row in part.requests:

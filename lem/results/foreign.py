@@ -121,7 +121,7 @@ PROMPTS_BEFORE = "EnergyStarAI/text_generation"
 
 
 def ai_energy_score(row: Row) -> dict[str, Any]:
-    """Return an experiment as a row of `master_results.csv`; energy is that of the GPUs alone."""
+    """Return an experiment as a row of `master_results.csv`; the energy covers only the GPUs."""
     gpu_wh = None if row["gpu_energy_j"] is None else row["gpu_energy_j"] / J_PER_WH
     tokens = row["input_tokens"] + row["output_tokens"]
     # As in the tables, a run that did not complete has counts and energy, but no ratios of them.
@@ -199,7 +199,7 @@ BOARDS = ("H100", "B200")
 
 
 def ml_energy(row: Row) -> dict[str, Any]:
-    """Return an experiment as a row of `llm.parquet`; duration, energy and rates are those of the steady state."""
+    """Return an experiment as a row of `llm.parquet`; duration, energy and rates describe the steady state."""
     length = _ratio(row["output_tokens"], row["requests_completed"]) if row["status"] == "completed" else None
     energy_j = row["steady_energy_j"] if row["energy_components"] == "gpu" else None
     per_token_j = _ratio(energy_j, row["steady_output_tokens"])

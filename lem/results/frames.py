@@ -75,7 +75,8 @@ def load(results_dir: str | Path = "results") -> Frames:
     (4, 's')
 
     Each table has all the columns of this version, in the order of the reference page on results. The values of columns
-    that an older version did not write are missing (NaN, None or an empty list).
+    that an older version did not write are missing (NaN or None) or, in columns that cannot have missing values, 0,
+    False or empty.
 
     Args:
         results_dir: the directory, as given to --results-dir.
@@ -119,9 +120,9 @@ def units(frame: pd.DataFrame | pd.Series[Any]) -> dict[Hashable, str]:
 
     A column's unit follows from its name, so it survives every operation that keeps the name: selecting, filtering,
     sorting, merging, concatenating, grouping, copying, pickling, and writing to a file and reading it back, even if the
-    file was read without `lem`. Columns that a merge has given the suffix `_x` or `_y` keep their units. So do columns
-    with several levels: those of aggregations whose results have the unit of the values (mean, median, min, max, sum,
-    std, sem, first, last, quantiles), those of a pivot table, and those under the keys of a concatenation.
+    file was read without `lem`. Columns that a merge has given the suffix `_x` or `_y` keep their units. Columns with
+    several levels keep their units after an aggregation whose results have the unit of the values (mean, median, min,
+    max, sum, std, sem, first, last, quantiles), in a pivot table, and under the keys of a concatenation.
 
     A renamed column has no unit, unless the new name is that of another column in `lem`'s tables. To give a column a
     unit, add it to `frame.attrs["units"]`, which takes precedence over the names. pandas copies `attrs` in most

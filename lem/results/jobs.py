@@ -58,7 +58,7 @@ class Terms:
 
 @dataclass
 class Array:
-    """A submitted array, or a single job: its file in `jobs/`, and the cells of each job with the job's id.
+    """A submitted array of jobs, or a single job: its file in `jobs/`, and the id and the cells of each job.
 
     `ids` is None while it is unknown whether Slurm accepted the array, and empty if Slurm did not accept it.
     `is_refused` means that the array's cells have failed because Slurm refused the array. `is_adopted` means that the
@@ -90,7 +90,7 @@ class InJob:
 
     @property
     def words(self) -> str:
-        """The job in words: its id and either its node or the reason why it waits."""
+        """The job in words: its id and, if known, its node or the reason why it waits."""
         if not self.job_id:
             return "not submitted yet"
         place = f" on {self.node}" if self.node else ""
@@ -175,7 +175,7 @@ class Ledger:
         self._record({"submitted": list(ids), "adopted": True})
 
     def refused(self) -> None:
-        """Record that the cells of the last array have failed because Slurm refused it."""
+        """Record that Slurm refused the last array, so that the array's cells have failed."""
         self._record({"refused": True})
 
     def cancel(self) -> None:
@@ -244,8 +244,8 @@ def cells_sha256(fingerprints: Iterable[str]) -> str:
 def awaited(store: Store) -> list[Ledger]:
     """Return the ledgers of this user's studies whose outcome has not been shown yet, in the order of their names.
 
-    Studies of other users are left out, because only their owner can submit, cancel and collect their jobs. So are
-    ledgers that are damaged, and marks of directories that are gone.
+    Studies of other users are left out, because only their owner can submit, cancel and collect their jobs. Damaged
+    ledgers and marks of directories that are gone are left out as well.
     """
     folder = store.root / FOLDER
     found = []

@@ -117,7 +117,7 @@ class Window:
         return next((each for each in reversed(self.checkpoints) if each.energy is not None), None)
 
     def salvaged(self) -> ProcessRecord:
-        """Return the process's final record or, without one, a record of the window up to its last checkpoint."""
+        """Return `record` or, if there are checkpoints, a record of the window up to the last checkpoint."""
         if not self.checkpoints:
             return self.record
         record, last = self.record, self.checkpoints[-1]
@@ -145,7 +145,7 @@ class Window:
 
 
 def _carbon(record: ProcessRecord, duration_s: float) -> tuple[Carbon | None, tuple[CodedWarning, ...]]:
-    """Return the carbon intensity of a window that was never closed; None if it may have changed during the window."""
+    """Return the carbon intensity of a window that was never closed; None if it is unknown or may have changed."""
     carbon, opened_s = record.carbon, record.window_opened_unix_s
     if carbon is None or carbon.until_unix_s is None or opened_s is None:
         return carbon, ()
@@ -198,7 +198,7 @@ def read(journal: bytes, known: Mapping[int, ProcessRecord] = MappingProxyType({
 
     Args:
         journal: the file's content.
-        known: the records that the same process has written in this attempt, by cycle.
+        known: the records that the journal's process has written in the same attempt, by cycle.
 
     Raises:
         ValueError: a line that ends with a line break is damaged.

@@ -42,10 +42,11 @@ UNMETERED_SHARE = 0.02
 def together(records: Sequence[ProcessRecord]) -> list[ProcessRecord]:
     """Return the records of an attempt's processes; if these were interrupted, their windows now end at the same time.
 
-    Each process knows only its own last finished request, and only one process meters. The common end is the end of the
-    metering process's window or, if another process finished a request after that, the end of that process's window.
-    Requests that a process had in flight at the end of its own window count as in flight until the common end. Energy
-    that was last read too long before the common end becomes null.
+    Each process knows only its own last finished request, and only one process meters. The common end is the latest
+    end among the windows of the metering process and of all processes that finished a request. Requests that a
+    process had in flight at the end of its own window count as in flight until the common end. Energy that was last
+    read too long before the common end becomes null. If the processes were interrupted before any of them finished a
+    request, the records lose their windows.
 
     Args:
         records: the records of one attempt at one cycle, one for each process.
@@ -123,13 +124,13 @@ def _readings_at(end_s: float, record: ProcessRecord, cut: Cut) -> tuple[EnergyR
 
 
 def unread(record: ProcessRecord, reason: str) -> tuple[EnergyReading, ...]:
-    """Return a reading without energy, but with a reason, for each device of the last phase that was metered."""
+    """For each device in the last metered phase, return a reading that has the given reason instead of an energy."""
     metered = next((phase.energy for phase in reversed(record.phases) if phase.energy), ())
     return tuple(replace(each, energy_j=None, trace_energy_j=None, reason=reason) for each in metered)
 
 
 def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
-    """Return the work in flight after `by_s` more seconds in which no request finished; assume at least one request."""
+    """Return the work in flight, at least one request, after `by_s` more seconds in which no request finished."""
     known = under_way or UnderWay()
     if by_s <= 0:
         return known
@@ -141,7 +142,8 @@ def longer(under_way: UnderWay | None, by_s: float) -> UnderWay:
 def merged(records: Sequence[ProcessRecord]) -> ProcessRecord:
     """Merge a process's attempts at one cycle, in order; the windows are joined without the gaps between them.
 
-    An attempt without a window is ignored, except for its Slurm job and, if it is the last, its status and error.
+    An attempt without a window is ignored, except for its Slurm job and, if it is the last, its status and error. If no
+    attempt has a window, the last one is used.
     """
     if len(records) == 1:
         return records[0]
@@ -255,7 +257,7 @@ def _merged_flops(parts: Sequence[Flops | None]) -> Flops | None:
 
 
 def _merged_carbon(records: Sequence[ProcessRecord]) -> Carbon | None:
-    """Return the carbon intensity over all attempts: if it differs between them, the mean weighted by energy."""
+    """Return the attempts' carbon intensity or, if it differs, its mean weighted by energy; None if unknown."""
     found = [record.carbon for record in records]
     if None in found or all(each == found[0] for each in found):
         return None if None in found else found[-1]
@@ -344,7 +346,9 @@ def as_text(warning: CodedWarning) -> str:
 
 
 def once_each(groups: Sequence[Sequence[str]], what: str) -> list[str]:
-    """Return the warnings of several groups; warnings that differ only in their numbers appear once.
+    """Return the warnings of several groups, leaving out those that an earlier group has, apart from the numbers.
+
+    If more groups have a warning, with the same or other numbers, its text says how many more.
 
     Args:
         groups: the warnings of each attempt, process or cycle.
@@ -397,7 +401,11 @@ UNMETERED = Energy(None, None, None, None)
 
 
 def headline(readings: Sequence[EnergyReading]) -> Energy:
-    """Return the headline energy of one window: of the GPUs, else of all measured components, else of all estimates."""
+    """Return the headline energy of one window.
+
+    This is the energy of the modules or, without modules, of the GPUs. If there are neither, it is the sum of all
+    measurements or, if nothing was measured, of all estimates.
+    """
     return _sum(of_headline(readings))
 
 

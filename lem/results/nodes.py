@@ -89,9 +89,9 @@ class Spread:
 def spread(cycles: Sequence[Block], baseline: int = 0, analysis: Analysis = "paired") -> Spread:
     """Return how far nodes and boards differ in their level and in the ratios of arms to the baseline.
 
-    The tests of interactions are those of a fixed effect in a one-way layout of the cycles' log ratios (H. Scheffé, The
-    Analysis of Variance, 1959, ch. 3). As in the comparison itself, a straight line in the difference of the positions
-    is fitted as well, unless the analysis is `paired` or there are too few cycles.
+    Each interaction is tested as a fixed effect in a one-way layout of the cycles' log ratios (H. Scheffé, The Analysis
+    of Variance, 1959, ch. 3). As when a campaign's arms are compared, a straight line in the difference of the
+    positions is fitted as well, unless the analysis is `paired` or there are too few cycles.
 
     Args:
         cycles: the cycles; the value of a cell that is not comparable with the baseline's cell is NaN.
@@ -191,7 +191,8 @@ def _interaction(pairs: Sequence[Block], arm: int, baseline: int, analysis: Anal
 class _Fit:
     """A least-squares fit of log ratios: the mean of each node or board, and the residual sum of squares.
 
-    With a term for the position, the means are those of cells at the same position."""
+    If the difference of the positions is fitted too, each mean is the log ratio of two cells at the same position.
+    """
 
     means: list[float]
     errors: list[float]
@@ -219,7 +220,7 @@ class _Fit:
 
 
 def _with_line(design: np.ndarray[Any, Any], offsets: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Add a column for the difference of the positions, unless the groups already determine the difference."""
+    """Add a column for the difference of the positions, unless the other columns already determine it."""
     import numpy as np
 
     wider = np.column_stack([design, np.array(offsets, float)])

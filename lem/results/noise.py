@@ -53,10 +53,10 @@ class Floor:
     """The noise of one metric: the standard deviation of the log ratio of two cells in the same cycle.
 
     If `sd` is small, it is almost equal to the relative standard deviation of the ratio. `low` and `high` are the ends
-    of the 95% interval of `sd`, and `planning` is the upper confidence limit used to plan campaigns. Each item of
-    `finds` is a number of cycles and the smallest difference (as a ratio minus 1) that this many cycles detect with a
-    probability of 80%. If there are too few pairs, or if all of them have the same ratio, these values are missing, and
-    `reason` says why.
+    of the 95% interval of `sd`, and `planning` is the upper confidence limit of `sd` that is used to plan campaigns.
+    Each item of `finds` is a number of cycles and the smallest difference (as a ratio minus 1) that this many cycles
+    detect with a probability of 80%. If there are too few pairs, or if all of them have the same ratio, these values
+    are missing, and `reason` says why.
     """
 
     measure: str
@@ -119,8 +119,8 @@ class Noise:
     """The noise of a machine, found in a campaign that compares one configuration with itself.
 
     `drift` is the change over the whole campaign, and `drift_per_cycle` is the same change per cycle. `first` compares
-    the first cell with a line through all others. `position` compares the second cell of a cycle with the first, after
-    removing the drift between them.
+    the first cell with a line through all other cells. `position` compares the second cell of a cycle with the first,
+    after removing the drift between them.
     """
 
     answer: Answer
@@ -155,7 +155,7 @@ def _too_few(n: int, noun: str, purpose: str, least: int) -> str:
 def percent(share: float, sign: str = "") -> str:
     """Return a share as a percentage, to two significant digits or, from 10% up, as a whole number.
 
-    `sign="+"` gives positive values a plus sign. Values other than 0 that are smaller than 0.01% become "under 0.01%".
+    `sign="+"` gives positive values a plus sign. A value closer to 0 than 0.01%, but not 0, becomes "under 0.01%".
     """
     value = 100 * share
     if abs(value) < LEAST_PERCENT:
@@ -275,7 +275,7 @@ def _of_line(line: Line, over: float, n: int) -> Change:
 
 
 def _first(cells: Sequence[tuple[CellEntry, float]]) -> Change:
-    """Compare the first cell with the prediction of a line through all others, using a prediction interval."""
+    """Compare the first cell with the prediction of a line through all other cells, using a prediction interval."""
     n = len(cells)
     if n < LEAST_CELLS:
         return Change(n, reason=_too_few(n, "cell", "comparing the first with the others", LEAST_CELLS))
@@ -295,8 +295,8 @@ def _position(cells: Sequence[CellEntry], measure: str) -> Change:
     """Compare the second cell of a cycle with the first, after removing the drift between them.
 
     The drift from one cell to the next is half the drift from cycle to cycle, which is estimated from the means of the
-    cycles. The sum and the difference of two values are independent, so the variances of the two estimates add up
-    (Welch and Satterthwaite).
+    cycles. A cycle's mean is independent of the difference between its two cells. The variance of the drift is
+    therefore added to the variance of the mean difference (Welch and Satterthwaite).
     """
     pairs = _pairs(cells, measure)
     if len(pairs) < LEAST_PAIRS:
@@ -416,7 +416,7 @@ def _warm_up(noise: Noise) -> Advice:
 
 
 def _of_warnings(noise: Noise, about: str, codes: Sequence[str]) -> Advice | None:
-    """Return advice on the first of the given warnings that most cells have, or None if there is no such warning."""
+    """Return advice on the first of the given warnings that most cells have; None if most cells have none of them."""
     rows = [cell.row for cell in noise.answer.cells if cell.row is not None]
     for code in codes:
         count = sum(any(text.startswith(f"{code}:") for text in row.warnings) for row in rows)

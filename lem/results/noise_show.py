@@ -67,7 +67,7 @@ def _lines(noise: Noise) -> Iterator[tuple[str, str]]:
     yield "Would find", _finds(noise.floor)
     yield "False alarm", _alarm(noise)
     yield "Drift", _drift(noise)
-    yield "First cell", _change(noise.first, "against a line through all others")
+    yield "First cell", _change(noise.first, "against a line through all other cells")
     yield "Position", _change(noise.position, "from the first to the second cell of a cycle")
     yield "Carry-over", _correlation(noise.neighbors)
 

@@ -1,11 +1,11 @@
 """Peak dense FLOP/s of NVIDIA GPUs by name and dtype, from their datasheets, for model FLOPs utilization.
 
 A peak is the datasheet's figure at boost clock, without structured sparsity. `float32` is the CUDA cores' peak, not
-TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation. The
-dtype is that of the arithmetic: 4-bit weights are unpacked and multiplied in a wider dtype. If a datasheet gives only
-the figure with sparsity, the table has half of it, and the source says so. Devices, form factors and dtypes that are
-not listed have no peak, and none is guessed. A MIG instance or a virtual GPU is only part of the card, so it is never
-matched. This module does not know the clock or power limit at which the device actually ran.
+TF32 on the tensor cores; `bfloat16`, `float16` and `float8` are the tensor cores' peaks with FP32 accumulation. What
+counts is the dtype of the arithmetic: 4-bit weights are unpacked and multiplied in a wider dtype. If a datasheet gives
+only the figure with sparsity, the table has half of it, and the source says so. Devices, form factors and dtypes that
+are not listed have no peak, and none is guessed. A MIG instance or a virtual GPU is only part of the card, so it is
+never matched. This module does not know the clock or power limit at which the device actually ran.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Plan:
         return range(rank // (self.processes // self.replicas), self.prompts.count, self.replicas)
 
     def counts(self, rank: int) -> bool:
-        """Return whether to count a process's requests: yes, unless an earlier process runs the same prompts."""
+        """Return whether to count a process's requests: yes, unless a process of lower rank runs the same prompts."""
         return rank % (self.processes // self.replicas) == 0
 
     def unfinished_cycles(self, finished: Mapping[int, set[int]]) -> list[int]:

@@ -80,7 +80,7 @@ class Cycle(NamedTuple):
 
     @property
     def has_lost_its_queue(self) -> bool:
-        """Whether an interruption has changed how long requests waited in the queue."""
+        """Whether an interruption may have changed how long requests waited in the queue."""
         if len(self.opened_s) < 2 or not self.has_arrivals:  # never resumed, or without a queue
             return False
         repeated = any(record.cut is not None and record.cut.under_way.requests for record in self.records)

@@ -232,7 +232,7 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def _of_arm(rows: Sequence[ExperimentRow], arm: str) -> Iterator[CodedWarning]:
-    """Warn about differences between the runs of one arm that keep them from being repeats of each other."""
+    """Warn if the runs of one arm are not true repeats, because their energy, prompts or output lengths differ."""
     of = f"of {arm} " if arm else ""
     if len(_kinds(rows)) > 1:
         metered = (row for row in rows if row.energy_j is not None)

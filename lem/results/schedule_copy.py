@@ -43,7 +43,7 @@ def settled(manifest: ScheduleManifest) -> int:
 
 
 def same_schedule(found: ScheduleManifest, store: Store, candidates: list[str], names: Names) -> str | None:
-    """Return the candidate that is an earlier or a later state of a schedule, or None.
+    """Return the candidate that is the same schedule, perhaps in an earlier or a later state; None if none is.
 
     Args:
         found: the table of the schedule in its own results directory.

@@ -73,7 +73,7 @@ def terminal_width() -> int | None:
 
 
 def say(text: str) -> None:
-    """Print a text on one line or, on a narrower terminal, broken between words.
+    """Print a text on one line, or broken between words if the terminal is narrower than the text.
 
     A number stays on one line with its percent sign, as do the parts of `p = 0.01`.
     """
@@ -250,7 +250,7 @@ def _traffic_lines(row: ExperimentRow) -> Iterator[tuple[str, str]]:
 
 
 def _spread(row: ExperimentRow, stem: str, of: Iterable[str]) -> str:
-    """Return a mean and percentiles in seconds, to three digits, so that four of them fit into 80 columns."""
+    """Return a mean and percentiles in seconds; with three digits each, four values fit into 80 columns."""
     values = {name: getattr(row, f"{stem}_{name}_s") for name in of}
     return _listed(*("" if s is None else f"{name} {quantity(s, 's', 3)}" for name, s in values.items()))
 

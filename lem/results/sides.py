@@ -46,8 +46,8 @@ def compare(
     Returns:
         A comparison for each case that one of `others` has in common with the baseline. A case is an arm of a campaign,
         a configuration in a results directory, or a single experiment. If the two sides have a single case each, these
-        are compared even if they differ. `ratios` has a ratio for each metric, without a unit: the value divided by the
-        baseline's. Each ratio's `value` and `baseline_value` have the unit of the metric's column in the table
+        are compared even if they differ. `ratios` has a ratio for each metric, without a unit: the side's value divided
+        by the baseline's. Each ratio's `value` and `baseline_value` have the unit of the metric's column in the table
         `experiments`. `objections` lists the reasons why the case is not comparable, each with a code.
 
     Raises:

@@ -97,7 +97,7 @@ def line_through(places: Sequence[float], values: Sequence[float], means_taken: 
 
     Args:
         places: the position of each value.
-        values: the values; with several groups, each minus the mean of its group.
+        values: the values; if they form several groups, the caller has subtracted each group's mean.
         means_taken: the number of means subtracted from the values, by the caller or by the fit; each costs a degree of
             freedom.
     """
