@@ -62,7 +62,7 @@ class PipeReport:
 class CombinedReport:
     """Combines the events of several processes: rank 0 sets the phase.
 
-    In the measured window, the work of all processes is added up; in other phases, only that of rank 0 counts.
+    In the measured window, the work of all processes is added up; in other phases, only rank 0's work counts.
     """
 
     def __init__(self, report: Report) -> None:
