@@ -95,7 +95,10 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio of two halves of the levels that the test finds with probability `POWER`; None if unknown."""
+        """The ratio by which half of the levels must exceed the rest to be detected with probability `POWER`.
+
+        None without a test, or if only an extreme ratio is detectable.
+        """
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
@@ -318,7 +321,7 @@ def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np
 
 
 def detectable_difference(result: FTest) -> float | None:
-    """Return how far apart two halves of the levels must be for a test to find a difference with probability `POWER`.
+    """Return by how much half of the levels must exceed the rest to be detected with probability `POWER`.
 
     The test's significance level is `LEVEL`. The result is computed from the noncentral F distribution, for balanced
     data; it is None if only an extreme difference is detectable.

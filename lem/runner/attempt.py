@@ -302,7 +302,7 @@ class Attempt:
 
     # -------------------------------------------------------------- the end
     def _record_failure(self, caught: BaseException) -> Status:
-        """Report the error that ended the run and record everything measured until then; return how the run ended."""
+        """Report the error that ended the run and record everything measured by then; return how the run ended."""
         error = _error_info(caught, self._cycle.measured)
         _report_error(caught)
         self._cut_back_to_journal()

@@ -35,7 +35,7 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor; within a phase, at most one every `period_s`, plus the last."""
+    """Writes events as JSON lines to a file descriptor; within a phase, at most one every `period_s`."""
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
@@ -45,7 +45,10 @@ class PipeReport:
         self._last_s = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Send an event, unless the phase's previous event is too recent; the last event of a phase is always sent."""
+        """Send an event, unless another event of its phase was sent too recently.
+
+        An event that completes its phase is always sent.
+        """
         now_s = time.monotonic()
         is_news = event.phase != self._phase or event.done == event.total
         if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):

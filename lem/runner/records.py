@@ -210,7 +210,10 @@ def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]
 
 
 def _at_one_time(checkpoint: Checkpoint) -> EnergySoFar | None:
-    """Return the headline energy and the time up to which it is known; None if its components differ in that time."""
+    """Return the headline energy and the time up to which it is known.
+
+    Returns None if the energy is unknown, or if the energies of its components are known up to different times.
+    """
     readings, read_s = of_headline(checkpoint.energy or ()), checkpoint.energy_at_s
     energy_j = total([r.energy_j for r in readings])
     if energy_j is None or read_s is None:

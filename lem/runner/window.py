@@ -511,9 +511,10 @@ class _Window:
 
 
 class _Failures:
-    """Counts the failed requests of a window; more failures than the engine tolerates end the run.
+    """Counts the failed requests of a window or a warm-up, to end the run if too many requests fail.
 
-    A failed request beyond that limit is not kept, so that a resumed run sends it again.
+    The engine sets how many failures a window may have. A failed request beyond this limit is not kept, so that a
+    resumed run sends it again.
     """
 
     def __init__(self, backend: Backend, requests: int) -> None:

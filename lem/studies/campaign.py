@@ -703,7 +703,8 @@ def _continued(
     The intervals keep the nominal level with which the campaign began.
 
     Raises:
-        ConfigError: the existing campaign has other arms or settings, or its conditions have changed.
+        ConfigError: the existing campaign has other arms or settings or, without `options.force`, its conditions have
+            changed.
     """
     if not (planned.folder / results.DEFINITION).is_file():
         return None
