@@ -35,7 +35,10 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor; within a phase, at most one every `period_s`."""
+    """Writes events as JSON lines to a file descriptor.
+
+    Within a phase, at most one event is sent every `period_s`, but an event that completes the phase is always sent.
+    """
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor

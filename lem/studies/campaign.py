@@ -852,8 +852,8 @@ class CampaignRunner(OneByOne):
     def run(self, number: int, experiment: Experiment) -> None:
         """Run this cell, unless its arm was abandoned or no further cycle is needed.
 
-        Before a new cycle begins, the failed cells of the previous cycle are retried. In a grouped campaign, this
-        happens before each new arm instead.
+        Before a new cycle begins, the failed cells of the previous cycle are retried. In a grouped campaign,
+        the failed cells of an arm are retried before the next arm begins.
         """
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
@@ -975,7 +975,7 @@ class CampaignJobs(SlurmRunner):
             self.waiting.clear()
 
     def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
-        """Return the options of a job; if one node ran all completed cells of the cycle or arm, the job goes there."""
+        """Return the options of a job; if all completed cells of its cycle (or arm) ran on one node, it goes there."""
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
