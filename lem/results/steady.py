@@ -1,8 +1,8 @@
 """The steady state of batched serving: the span from the first to the last moment when all slots are taken.
 
 While the first requests fill the slots, and while the last ones leave them, an engine works on smaller batches. With
-few prompts, that is a large part of the window. Published figures of served models, such as ML.ENERGY's, exclude that
-part. This module knows nothing about engines.
+few prompts, these two periods are a large part of the window. Published figures of served models, such as ML.ENERGY's,
+exclude both periods. This module knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def places(strategy: str, batch_size: int, pattern: str, concurrency: int | None
 def steady_state(
     requests: Sequence[RequestRecord], taken: int, energy: Sequence[EnergySoFar], *, ends_at_readings: bool
 ) -> Steady | None:
-    """Return the steady state of a cycle that ran in one attempt; None if there is none.
+    """Return the steady state of a cycle; None if there is none, or if the cycle ran in several attempts.
 
     Args:
         requests: the requests of all processes.
         taken: how many requests each replica has in flight at full load; see `places`.
         energy: readings of the window's energy, in order.
         ends_at_readings: begin at the first reading in the steady state and end at the last, so that time, tokens and
-            energy belong to the same span.
+            energy belong to the same span. With fewer than two readings in the steady state, None is returned.
     """
     ranks = {r.rank for r in requests}
     spans = [full_span([r for r in requests if r.rank == rank], taken) for rank in ranks]
@@ -80,7 +80,7 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
 
     Returns None in three cases:
 
-    - The process never had that many requests in flight.
+    - The process never had `taken` requests in flight.
     - No request took over another request's slot, so there was no queue to keep the engine full.
     - Slots were empty for longer than a brief gap, for example because the engine had too little memory to use them
       all.
@@ -105,7 +105,8 @@ def full_span(requests: Sequence[RequestRecord], taken: int) -> tuple[float, flo
 def tokens_between(request: RequestRecord, begin_s: float, end_s: float) -> int:
     """Return how many of a request's tokens came after `begin_s` and no later than `end_s`.
 
-    Without streaming, tokens are assumed to be evenly spread, after the prefill if its end is known.
+    Without streaming, the tokens of a request are assumed to come at equal intervals. If the end of the request's
+    prefill is known, the intervals begin there.
     """
     if request.end_s <= begin_s or request.start_s >= end_s:
         return 0

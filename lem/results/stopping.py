@@ -34,8 +34,8 @@ class Level:
     """A nominal level, calibrated for campaigns of `least` to `most` cycles.
 
     `worst_noise` is the noise with the lowest coverage: the standard deviation of the logarithm of one cycle's ratio,
-    in units of the requested half-width (also of the logarithm). `coverage` is the coverage that the calibration found
-    at that noise.
+    in units of the requested half-width (on the logarithmic scale). `coverage` is the coverage that the calibration
+    found at that noise.
     """
 
     analysis: Analysis
@@ -105,11 +105,11 @@ def cycles_at_most(campaign: Campaign, arms: int) -> int:
 def level_for(analysis: Analysis, least: int, most: int) -> float:
     """Return the lowest of the nominal levels calibrated for ranges of cycles that contain `least` to `most`.
 
-    A campaign with a narrower range than the calibrated one looks at its data less often, so its coverage at that level
-    is at least as high.
+    A campaign with a narrower range than the calibrated one looks at its data less often, so at the same level, its
+    coverage is at least as high.
 
     Raises:
-        ConfigError: no level was calibrated for such a range.
+        ConfigError: no level was calibrated for a range that contains `least` to `most`.
     """
     known = [each for each in levels() if each.analysis == analysis]
     found = [each.level for each in known if each.least <= least and most <= each.most]

@@ -95,7 +95,10 @@ class Variation:
 
     @property
     def detectable(self) -> float | None:
-        """The ratio by which two halves of the levels must differ to be told apart with probability `POWER`, if any."""
+        """The ratio by which half of the levels must exceed the rest to be detected with probability `POWER`.
+
+        None without a test, or if only an extreme ratio is detectable.
+        """
         least = None if self.result is None else detectable_difference(self.result)
         return None if least is None else math.exp(least)
 
@@ -216,7 +219,10 @@ def _levels(names: Sequence[str], cells: Sequence[_Cell], logs: Sequence[float])
 
 
 def _of_weekdays(cells: Sequence[_Cell]) -> tuple[Level, ...]:
-    """Return the weekdays' levels; the value of a day is its mean deviation from the means of its slots."""
+    """Return the weekdays' levels, corrected for slots in which a day has no runs.
+
+    A day's value is the overall mean plus the mean deviation of the day's cells from the means of their slots.
+    """
     if not cells:
         return ()
     of_slots: dict[str, list[float]] = defaultdict(list)
@@ -315,10 +321,10 @@ def _centered(columns: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> np
 
 
 def detectable_difference(result: FTest) -> float | None:
-    """Return how far apart two halves of the levels must be for a test to find a difference with probability `POWER`.
+    """Return by how much half of the levels must exceed the rest to be detected with probability `POWER`.
 
-    The test has the level `LEVEL`. The result is computed from the noncentral F distribution, for balanced data; it is
-    None if only an extreme difference is detectable.
+    The test's significance level is `LEVEL`. The result is computed from the noncentral F distribution, for balanced
+    data; it is None if only an extreme difference is detectable.
     """
     from scipy.optimize import brentq
     from scipy.special import fdtri, ncfdtr

@@ -46,7 +46,7 @@ COOLDOWN_POLL_S = 1.0
 class Loaded:
     """All that a process needs to measure cycles once the model is loaded.
 
-    `phases` and `warnings` are those of the attempt so far; they go into the record of every cycle.
+    `phases` and `warnings` are the attempt's phases and warnings so far; they go into the record of every cycle.
     """
 
     bench: Bench
@@ -302,7 +302,7 @@ class Attempt:
 
     # -------------------------------------------------------------- the end
     def _record_failure(self, caught: BaseException) -> Status:
-        """Report the error that ended the run and record everything measured until then; return how the run ended."""
+        """Report the error that ended the run and record everything measured by then; return how the run ended."""
         error = _error_info(caught, self._cycle.measured)
         _report_error(caught)
         self._cut_back_to_journal()
@@ -313,7 +313,7 @@ class Attempt:
     def _cut_back_to_journal(self) -> None:
         """Drop the window's requests that are not in the journal, and adjust the window's end accordingly.
 
-        A batch may not have been written, because of a signal or a full disk.
+        A signal or a full disk may have kept a batch from being written.
         """
         if self._journal is None:
             return

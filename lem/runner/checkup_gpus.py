@@ -1,7 +1,7 @@
 """The part of a checkup that is about the NVIDIA driver, and about the GPUs' sensors and settings.
 
-If a record would contain a warning about the same fact, the finding has that warning's remedy. This module changes no
-settings and opens no CUDA context.
+If the record of a run would warn about the fact in a finding, the finding has that warning's remedy. This module
+changes no settings and opens no CUDA context.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def resume(
         launcher: runs the workers until they end.
 
     Raises:
-        ResultsError: the experiment is complete, another process is running it, or its files are damaged.
+        ResultsError: the experiment has nothing left to run, another process is running it, or its files are damaged.
         Interrupted: the run was stopped from outside again.
     """
     if directory.state().status in FINISHED:

@@ -222,9 +222,10 @@ def _signal(processes: Any, number: signal.Signals) -> None:
 def _complete_records(directory: ExperimentDir, attempt: int, status: Status, code: int, message: str) -> None:
     """Write the records of killed workers; make sure that some record says why the attempt ended.
 
-    The record of a killed worker that left a journal is made from the journal, with this status and message. If no
-    record explains the end of the attempt, one without measurements is added. `code` is the exit code of the worker, or
-    of the launcher of several workers, and `message` says why it ended.
+    If a killed worker left a journal, its record is made from the journal, with this status and message. A record
+    without measurements is added if the attempt has no record, or if a worker failed without leaving one and no other
+    record explains the failure. `code` is the exit code of the worker, or of the launcher of several workers, and
+    `message` says why it ended.
     """
     plan = directory.plan()
     mine = [record for record in directory.records() if record.attempt == attempt]

@@ -35,7 +35,10 @@ def silent(event: Event) -> None:
 
 
 class PipeReport:
-    """Writes events as JSON lines to a file descriptor; within a phase, at most one every `period_s`, plus the last."""
+    """Writes events as JSON lines to a file descriptor.
+
+    Within a phase, at most one event is sent every `period_s`, but an event that completes the phase is always sent.
+    """
 
     def __init__(self, descriptor: int, rank: int = 0, period_s: float = 0.5) -> None:
         self._descriptor: int | None = descriptor
@@ -45,7 +48,10 @@ class PipeReport:
         self._last_s = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Send an event, unless the phase's previous event is too recent; the last event of a phase is always sent."""
+        """Send an event, unless another event of its phase was sent too recently.
+
+        An event that completes its phase is always sent.
+        """
         now_s = time.monotonic()
         is_news = event.phase != self._phase or event.done == event.total
         if self._descriptor is None or not (is_news or now_s - self._last_s >= self._period_s):
@@ -62,7 +68,7 @@ class PipeReport:
 class CombinedReport:
     """Combines the events of several processes: rank 0 sets the phase.
 
-    In the measured window, the work of all processes is added up; in other phases, only that of rank 0 counts.
+    In the measured window, the work of all processes is added up; in other phases, only rank 0's work counts.
     """
 
     def __init__(self, report: Report) -> None:

@@ -25,7 +25,7 @@ END_TIMEOUT = timedelta(seconds=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of a process and the number of processes; the methods are those of a process that runs alone."""
+    """The rank of a process and the number of processes; the methods are for a process that runs alone."""
 
     rank: int = 0
     local_rank: int = 0

@@ -210,7 +210,10 @@ def _energy_so_far(plan: Plan, measured: Measurement) -> tuple[EnergySoFar, ...]
 
 
 def _at_one_time(checkpoint: Checkpoint) -> EnergySoFar | None:
-    """Return the headline energy and the time up to which it is known; None if its parts cover different times."""
+    """Return the headline energy and the time up to which it is known.
+
+    Returns None if the energy is unknown, or if the energies of its components are known up to different times.
+    """
     readings, read_s = of_headline(checkpoint.energy or ()), checkpoint.energy_at_s
     energy_j = total([r.energy_j for r in readings])
     if energy_j is None or read_s is None:
@@ -238,7 +241,7 @@ def _warnings(plan: Plan, measured: Measurement) -> Iterator[CodedWarning]:
     if measured.lost_s is not None and measured.ends_when_cut:
         yield warning(
             "window_cut",
-            "the window ends at the interruption, because other processes may have finished requests until then.",
+            "the window ends at the interruption, because other processes may have finished requests up to then.",
         )
     elif measured.lost_s is not None:
         behind_s = measured.energy_behind_s
@@ -259,7 +262,7 @@ def _readings(measured: Measurement) -> Sequence[EnergyReading]:
 def prefill_of(
     requests: Sequence[MeasuredRequest], trace: Sequence[PowerSample], readings: Sequence[EnergyReading]
 ) -> Prefill | None:
-    """Return the window's time and energy in prefill; None if the backend does not report when prefill ends.
+    """Return the window's time and energy in prefill; None if there are no requests, or some prefill's end is unknown.
 
     Args:
         requests: the window's requests.

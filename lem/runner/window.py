@@ -79,7 +79,7 @@ class Measurement:
     - `under_way`: the work that the engine had in progress at the window's end.
 
     If `ends_when_cut` is true, the window ends at the interruption, because other processes may have finished requests
-    until then.
+    up to then.
 
     `arrivals_from_s` is the time at which the window opens, on the clock of the cycle's arrivals, or None if all
     prompts are available from the start. `readings` are the window's checkpoints with energy.
@@ -281,7 +281,7 @@ class Bench:
         first_batch: int = 0,
         queue: Queue | None = None,
     ) -> None:
-        """Run the prompts once, in the measured window; on an error, `into` keeps the requests finished until then.
+        """Run the prompts once, in the measured window; on an error, `into` keeps the requests finished by then.
 
         Args:
             prompts: the prompts to run; if empty, this process only waits for the others.
@@ -511,9 +511,10 @@ class _Window:
 
 
 class _Failures:
-    """Counts the failed requests of a window; more failures than the engine tolerates end the run.
+    """Counts the failed requests of a window or a warm-up, to end the run if too many requests fail.
 
-    A failed request beyond that limit is not kept, so that a resumed run sends it again.
+    The engine sets how many failures a window may have. A failed request beyond this limit is not kept, so that a
+    resumed run sends it again.
     """
 
     def __init__(self, backend: Backend, requests: int) -> None:

@@ -48,7 +48,7 @@ class SimulatedBackend:
     """A simulated engine for tests and for trying out grids: no model runs, and all times are known exactly.
 
     To imitate a real machine, the times can vary by known amounts. `noise`, `drift` and `carry_over` multiply all times
-    of an experiment by the same factor; `request_noise` adds a factor for each request.
+    of an experiment by the same factor; `request_noise` multiplies the times of each request by a further factor.
     """
 
     spreads_a_model_itself: ClassVar[bool] = False
@@ -77,9 +77,10 @@ class SimulatedBackend:
         Field(
             ge=0,
             le=1,
-            description="Noise between requests. The times of each request are multiplied by a second log-normal "
-            "factor, with this relative standard deviation. The factor also depends on the position of the request's "
-            "prompt. The time of a decode step is multiplied by the mean factor of its requests.",
+            description="Noise between requests. The times of each request are multiplied by a further random "
+            "log-normal factor with median 1 and this relative standard deviation. The factor depends on the position "
+            "of the request's prompt, on the seed and, in a campaign, on the campaign, arm and cycle. The time of a "
+            "decode step is multiplied by the mean factor of its requests.",
         ),
     ] = 0.0
     drift: Annotated[
@@ -350,7 +351,7 @@ class OpenaiBackend:
         Literal["auto", "cpu", "remote"],
         Field(
             description="Where the model runs. auto: if the address is local or lem starts the server, on this "
-            "machine's GPUs or, if none are visible, on its CPU; otherwise on another machine."
+            "machine (on its GPUs if any are visible, otherwise on its CPU); for any other address, on another machine."
         ),
     ] = "auto"
     extra_body: Annotated[dict[str, Any] | None, Field(description="Other request fields, by name: {priority: 1}.")] = (

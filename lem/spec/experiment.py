@@ -131,7 +131,7 @@ class Parallelism:
         Field(
             ge=1,
             le=1024,
-            description="Number of processes that the strategy uses or, if one process spreads the model, of GPUs.",
+            description="Number of processes that the strategy uses, or of GPUs if one process spreads the model.",
         ),
     ] = 1
 

@@ -33,7 +33,7 @@ class Schedule:
     at: Annotated[
         tuple[str, ...],
         Field(description="Times of day at which runs start, such as 09:00 or 09:00,14:30; with an interval, only the "
-              "first run starts at such a time."),
+              "first run starts at one of these times."),
     ] = ()  # fmt: skip
     days: Annotated[
         tuple[str, ...],

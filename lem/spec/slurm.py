@@ -26,13 +26,17 @@ class SlurmOptions:
     wckey: Annotated[str | None, Field(description="Workload characterization key, if the site uses such keys.")] = None
     comment: Annotated[str | None, Field(description="Comment that Slurm keeps with the job.")] = None
     timeout_min: Annotated[
-        int, Field(ge=1, description="Time limit of a job in minutes; an experiment that needs longer is requeued.")
+        int,
+        Field(
+            ge=1,
+            description="Time limit of a job in minutes; with requeue, an experiment that needs longer is requeued.",
+        ),
     ] = 240
     signal_delay_s: Annotated[
         int,
         Field(
             ge=10,
-            description="How many seconds before the limit the experiment saves its finished requests and is requeued.",
+            description="How many seconds before the time limit the experiment stops, keeping its finished requests.",
         ),
     ] = 120
     max_num_timeout: Annotated[

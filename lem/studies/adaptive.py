@@ -1,8 +1,8 @@
 """Finds out after each cycle of an adaptive campaign whether to continue, and describes the plan beforehand.
 
 The stopping rule and its level are defined in `lem.results.stopping` and applied in `lem.results.campaign`; this module
-only passes the states of the cells on. The decision depends only on the completed cells, so a campaign that was killed
-and resumed stops after the same cycle as one that was not.
+only supplies the states of the cells. The decision depends only on the completed cells, so killing and resuming a
+campaign does not change the cycle after which it stops.
 """
 
 from __future__ import annotations

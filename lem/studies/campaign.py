@@ -659,7 +659,7 @@ def _manifest(folder: Path, states: Sequence[CellState]) -> Manifest:
 def _is_recorded(folder: Path, states: Sequence[CellState]) -> bool:
     """Return whether no cell is left to run and the list of cells says so; showing the answer then needs no lock.
 
-    A campaign that was killed after its last cell may not have recorded that cell, or that no other cell is needed.
+    The list of cells may be out of date if the campaign was killed after its last cell.
     """
     try:
         recorded = [entry["status"] for entry in results.read_entries(folder)]
@@ -703,7 +703,8 @@ def _continued(
     The intervals keep the nominal level with which the campaign began.
 
     Raises:
-        ConfigError: the existing campaign has other arms or settings, or its conditions have changed.
+        ConfigError: the existing campaign has other arms or settings or, without `options.force`, its conditions have
+            changed.
     """
     if not (planned.folder / results.DEFINITION).is_file():
         return None
@@ -849,10 +850,10 @@ class CampaignRunner(OneByOne):
     before: Place | None = None
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Run this cell, unless no further cycle is needed.
+        """Run this cell, unless its arm was abandoned or no further cycle is needed.
 
-        Before the first cell of each further cycle (in a grouped campaign, of each further arm), the failed cells of
-        the previous one are retried.
+        Before a new cycle begins, the failed cells of the previous cycle are retried. In a grouped campaign,
+        the failed cells of an arm are retried before the next arm begins.
         """
         if self.before is not None and self._part(self.before) != self._part(self.planned.places[number]):
             self._retry()
@@ -907,8 +908,8 @@ class CampaignJobs(SlurmRunner):
     """Submits each cycle of a campaign, or each arm if grouped, as one job that runs its cells in order.
 
     All cells of a cycle (if grouped, of an arm) therefore run on one node. With `options.one_job`, the whole campaign
-    is one job. Failed cells are retried at the end, in one job for each cycle or arm, on the node that ran its other
-    cells.
+    is one job. Failed cells are retried at the end, in one job for each cycle (or arm). If possible, this job runs on
+    the node that ran the other cells of the cycle (or arm).
     """
 
     resubmits: ClassVar[bool] = False  # instead, a lost cycle is retried as a whole
@@ -974,7 +975,7 @@ class CampaignJobs(SlurmRunner):
             self.waiting.clear()
 
     def options_of(self, numbers: Sequence[int]) -> SlurmOptions:
-        """Return the options of a job; the remaining cells of a cycle go to the node that ran its other cells."""
+        """Return the options of a job; if all completed cells of its cycle (or arm) ran on one node, it goes there."""
         parts = {self._part(number) for number in numbers}
         rows = [state.row for number, state in enumerate(self.manifest.states) if self._part(number) in parts]
         ran_on = {row.slurm_node for row in rows if row and row.status == "completed" and row.slurm_node}
@@ -1073,7 +1074,7 @@ def _left_words(left: Sequence[int]) -> str:
 
 
 def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iterator[str]:
-    """Yield sentences that estimate time, energy and detectable difference from earlier runs, if there were any.
+    """Yield sentences that estimate time, energy and detectable difference from earlier runs, or say what is unknown.
 
     Args:
         planned: the campaign.
@@ -1114,7 +1115,8 @@ def _expected(planned: Planned, cells: Mapping[int, int], gaps_s: float) -> Iter
 def _precision(definition: Definition, sd_log: float | None) -> Iterator[str]:
     """Yield a sentence about the detectable difference or, in an adaptive campaign, the expected number of cycles.
 
-    `sd_log` is the standard deviation of the logarithm of a cell's metric in earlier runs; None if unknown.
+    `sd_log` is the standard deviation of the logarithm of a cell's metric in earlier runs; None if unknown. In an
+    adaptive campaign, no sentence is yielded if it is unknown.
     """
     campaign, arms, rule = definition.campaign, len(definition.arms), definition.rule
     cycles = cycles_at_most(campaign, arms)

@@ -212,7 +212,7 @@ def name_of(ledger: Ledger) -> str:
 
 
 def _with_terms(options: RunOptions, ledger: Ledger) -> RunOptions:
-    """Return the options; those that the ledger records get the values from the time of submission."""
+    """Return the options; each option that is also in the ledger gets the value that it had at submission."""
     terms = ledger.terms
     return replace(
         options,
