@@ -76,7 +76,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
 def look_at_all(store: Store) -> dict[Path, InJob]:
     """Collect the jobs that have ended, without submitting any; return what Slurm says about the other jobs.
 
-    The result is keyed by the directories of these jobs' experiments. A study that cannot be read is reported in a
+    The keys are the directories of the experiments that have not ended. A study that cannot be read is reported in a
     warning, so that it does not hide the other studies.
     """
     found: dict[Path, InJob] = {}

@@ -229,7 +229,7 @@ def _read_state(entry: Mapping[str, Any]) -> CellState:
 
 
 def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:
-    """Return an experiment's row, even if the experiment is unfinished, or None if it has no records."""
+    """Return an experiment's row, even if the experiment is unfinished; None if there are no usable records."""
     try:
         return read(directory, strict=False).row if directory else None
     except LemError:
