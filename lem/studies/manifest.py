@@ -123,7 +123,7 @@ class Manifest:
             raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
-        """Change the state of a cell and save it, perhaps later inside `together`; raises `DiskFull` if saving fails."""
+        """Change a cell's state and save it (inside `together`, perhaps later); raises `DiskFull` if saving fails."""
         self.states[number] = replace(self.states[number], **values)
         self._is_saved = False
         pause_s = self._saving_took_s / SAVING_SHARE
