@@ -492,7 +492,7 @@ WARNINGS: dict[str, WarningKind] = {
     "schedule_runs_missing": WarningKind(
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these runs. "
         "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
-        "others.",
+        "other times of day.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the previous run is still "
         "going.",
     ),

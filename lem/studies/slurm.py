@@ -214,7 +214,7 @@ class SlurmRunner(Runner):
     has_warned: set[str] = field(default_factory=set)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Plan a cell; it is submitted together with the others."""
+        """Plan a cell; `finish` submits all planned cells together."""
         self.plan(number, experiment)
         self.unsubmitted.append(number)
 
@@ -417,8 +417,8 @@ class SlurmRunner(Runner):
     def _submit_array(self, jobs: Sequence[list[int]]) -> None:
         """Submit jobs, each with the numbers of its cells, as an array.
 
-        If the user may not have so many jobs at once, as many as possible are submitted; the others wait until jobs
-        have ended. If Slurm refuses an array for another reason, its cells fail.
+        If Slurm allows the user fewer jobs at once, only some of the jobs are submitted; the remaining ones wait until
+        submitted jobs have ended. If Slurm refuses an array for another reason, its cells fail.
         """
         while jobs:
             size = len(jobs)
@@ -426,7 +426,7 @@ class SlurmRunner(Runner):
                 size //= 2
             if refusal and self.jobs and TOO_MANY_JOBS.search(refusal):
                 self.deferred += jobs
-                self._warn_once(f"Slurm accepts no more jobs now ({refusal}); the others are submitted as jobs end.")
+                self._warn_once(f"Slurm accepts no more jobs now ({refusal}); remaining jobs will be submitted later.")
                 return
             if refusal:
                 self._opened_ledger().refused()
