@@ -162,8 +162,8 @@ WARNINGS: dict[str, WarningKind] = {
     ),
     "work_repeated": WarningKind(
         "Requests were in flight when a window was interrupted, and were run again later. The row also includes the "
-        "time and energy spent on them before the interruption; the message gives an upper bound for the share of the "
-        "window that this took. If the share (`repeated_share`) exceeds 2%, rates and energies per token and per "
+        "time and energy spent on them before the interruption. The message gives an upper bound for this time, also "
+        "as a share of the window (`repeated_share`). If the share exceeds 2%, rates and energies per token and per "
         "request are null.",
         "If the numbers matter, measure again (--fresh).",
     ),
@@ -214,7 +214,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Measure all cycles with the same meter (--fresh).",
     ),
     "energy_shared": WarningKind(
-        "A MIG instance has no energy counter, so the energy is that of the whole GPU.",
+        "A MIG instance has no energy counter, so the energy covers the whole GPU.",
         "Leave the other instances idle, or turn MIG off.",
     ),
     "energy_integrated": WarningKind(
@@ -493,7 +493,7 @@ WARNINGS: dict[str, WarningKind] = {
         "Some runs of a schedule failed, were skipped or missed, or were interrupted. No mean includes these "
         "runs, except for the completed cells of campaigns. "
         "If all of them were planned for the same time of day, the other runs may not show how that time differs from "
-        "others.",
+        "other times of day.",
         "lem results show SCHEDULE lists the runs with the reasons. A run is skipped if the previous run is still "
         "going.",
     ),
@@ -583,7 +583,7 @@ def _of_energy(readings: Sequence[EnergyReading], duration_s: float) -> Iterator
         methods = "; ".join(dict.fromkeys(r.method for r in estimates))
         yield warning("energy_estimated", f"the {names} energy is an estimate, not a measurement ({methods}).")
     if any(r.scope == "shared_device" for r in readings):
-        yield warning("energy_shared", "a MIG instance has no counter, so the energy is that of the whole GPU.")
+        yield warning("energy_shared", "a MIG instance has no counter, so the energy covers the whole GPU.")
     for r in readings:
         if r.energy_j is None:
             yield warning("energy_missing", f"{r.component}: {r.reason}.")
@@ -671,7 +671,8 @@ def _of_devices(record: ProcessRecord) -> Iterator[CodedWarning]:
 def _of_throttling(during: Sequence[DeviceWindow], outside: Sequence[DeviceState]) -> Iterator[CodedWarning]:
     """Yield a warning for each GPU that was throttled.
 
-    What counts is the window; if a GPU was not watched during the window, its states before and after it count instead.
+    If a GPU was watched during the window, only the window counts. Otherwise, the GPU's states before and after the
+    window count.
     """
     for window in during:
         if held := _held_down(window):
@@ -735,7 +736,9 @@ def _of_latencies(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 def _per_token_s(requests: Sequence[RequestRecord]) -> list[float]:
     """Return the time per output token of each request.
 
-    If enough requests report their prefill time, it is excluded, and the requests that do not report it are left out.
+    If at least `CV_LEAST_BATCHES` requests with two or more output tokens report their prefill time, only these
+    requests are used, and their prefill time is excluded. Otherwise, all requests with output tokens are used, and
+    prefill time is included.
     """
     decode_s = [
         (r.end_s - r.start_s - r.prefill_s) / (r.output_tokens - 1)
@@ -783,7 +786,7 @@ def of_failures(requests: Sequence[RequestRecord]) -> Iterator[CodedWarning]:
 
 
 def _of_repeated(records: Sequence[ProcessRecord], share: float | None) -> Iterator[CodedWarning]:
-    """Yield a warning about requests that were in flight when windows were interrupted, and so were run again."""
+    """Yield a warning about requests that were run again because they were in flight when a window was interrupted."""
     parts = [record.cut.under_way for record in records if record.cut is not None]
     requests = sum([part.requests for part in parts])
     if not requests:
@@ -846,7 +849,7 @@ def _partial(records: Sequence[ProcessRecord]) -> Iterator[CodedWarning]:
 
 @cache
 def samples_needed(percent: float) -> int:
-    """Return the least sample size whose largest value reaches the true percentile with a probability of 95% or more.
+    """Return how many values are needed for the largest to reach the true percentile with 95% probability or more.
 
     S. S. Wilks, "Determination of sample sizes for setting tolerance limits", Ann. Math. Statist. 12 (1941).
     """
@@ -887,8 +890,8 @@ def of_times(
     Args:
         duration_s: the length of the window, or the sum of the attempts' windows.
         first_s: the earliest start of a request, counted from the opening of its window.
-        last_s: the latest end of a request, counted from the opening of its window; the sum of these ends if there are
-            several attempts.
+        last_s: the latest end of a request, counted from the opening of its window; with several attempts, the sum
+            of their latest ends.
         busy_s: the time during which at least one request was running.
         attempts: the number of attempts.
         filled: whether at least one request should always have been running, because requests were always waiting.

@@ -339,7 +339,7 @@ def _parent(base: Path, folder: Path) -> str:
 def _earlier_files(folder: Path, names: set[str], base: Path, *, force: bool) -> list[Path]:
     """Return the files of an earlier grid that the new grid lacks.
 
-    Raises `ConfigError` if files that do not belong to the earlier grid would be overwritten.
+    Raises `ConfigError` if the folder contains a grid and `force` is False, or if other files would be overwritten.
     """
     index = folder / INDEX
     earlier: set[str] = set()

@@ -31,7 +31,7 @@ def list_jobs(store: Store, text: str | None, *, as_json: bool) -> int:
     """Look once at a study or, if none is named, at all studies whose outcome has not been shown; print the states.
 
     Raises:
-        ResultsError: there is no such study.
+        ResultsError: no study matches `text`, or several do.
     """
     store = Store(store.root.resolve())
     studies = [_found(store, text)] if text else [_study_at(ledger.directory) for ledger in awaited(store)]
@@ -51,16 +51,16 @@ def follow(store: Store, text: str) -> int:
     """Wait until the jobs of a study have ended, and show its outcome; return the exit code.
 
     Raises:
-        ResultsError: there is no such study.
+        ResultsError: no study matches `text`, or several do.
     """
     return continuing.follow(_found(Store(store.root.resolve()), text), RunOptions(yes=True))
 
 
 def cancel(store: Store, text: str, *, yes: bool) -> int:
-    """Cancel the jobs of a study, after confirmation; finished requests are kept.
+    """Cancel the jobs of a study, after confirmation unless `yes` is True; finished requests are kept.
 
     Raises:
-        ResultsError: there is no such study.
+        ResultsError: no study matches `text`, or several do.
     """
     study = _found(Store(store.root.resolve()), text)
     if not (yes or confirmed(f"Cancel the jobs of {study.directory}?")):
@@ -76,7 +76,7 @@ def cancel(store: Store, text: str, *, yes: bool) -> int:
 def look_at_all(store: Store) -> dict[Path, InJob]:
     """Collect the jobs that have ended, without submitting any; return what Slurm says about the other jobs.
 
-    The result is keyed by the directories of these jobs' experiments. A study that cannot be read is reported in a
+    The keys are the directories of the experiments that have not ended. A study that cannot be read is reported in a
     warning, so that it does not hide the other studies.
     """
     found: dict[Path, InJob] = {}
@@ -137,7 +137,7 @@ def _counts(seen: Seen) -> str:
 
 
 def _lines(seen: Seen) -> Iterator[str]:
-    """Yield the study's name and counts, then its running cells, and what is left to do."""
+    """Yield the study's name and counts, its running cells, why jobs are waiting, and what is left to do."""
     states, name = seen.manifest.states, name_of(seen.ledger)
     count = "1 experiment" if len(states) == 1 else f"{len(states)} experiments"
     yield f"{seen.ledger.directory.name}: {count}, {_counts(seen)}"

@@ -123,7 +123,7 @@ class Manifest:
             raise ResultsError(f"The study's directory {self.directory} cannot be used: {error.strerror}.") from None
 
     def change(self, number: int, **values: Any) -> CellState:
-        """Change the state of a cell and save it; raises `DiskFull` if the change could not be saved."""
+        """Change a cell's state and save it (inside `together`, perhaps later); raises `DiskFull` if saving fails."""
         self.states[number] = replace(self.states[number], **values)
         self._is_saved = False
         pause_s = self._saving_took_s / SAVING_SHARE
@@ -133,7 +133,7 @@ class Manifest:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Save changes only now and then inside this block, and the rest at its end; raises `DiskFull` if that fails.
+        """Save changes only now and then inside this block, and all at its end; raises `DiskFull` if saving fails.
 
         The file is always written as a whole, so saving each change of ten thousand cells would take hours.
         """
@@ -229,7 +229,7 @@ def _read_state(entry: Mapping[str, Any]) -> CellState:
 
 
 def row_of(directory: ExperimentDir | None) -> ExperimentRow | None:
-    """Return an experiment's row, even if the experiment is unfinished, or None if it has no records."""
+    """Return an experiment's row, even if the experiment is unfinished; None if there are no usable records."""
     try:
         return read(directory, strict=False).row if directory else None
     except LemError:

@@ -1,7 +1,7 @@
 """Keeps a campaign on one type of node of a Slurm cluster, so that its cycles run on the same board.
 
-Slurm reports the GPUs, cores and features that each node is configured to have. It does not report their
-exact GPU or CPU; the column `device` of each row shows the board afterwards.
+Slurm reports the GPUs, cores and features that each node is configured to have. It may not report
+which GPU or CPU exactly a node has; the column `device` of each row shows the board afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CHOOSE_NODES = {"constraint", "nodelist", "gres", "gpus", "gpus-per-node"}
 def kept_on_one_type(options: SlurmOptions, gpus: int, ran_on: Collection[str]) -> tuple[SlurmOptions, str | None]:
     """Return options that exclude all nodes but those of one type, and a sentence that says so.
 
-    Nothing changes if the user has chosen nodes or if only one type is possible; the sentence is then None. The type is
-    that of the nodes on which the campaign has already run or, in a new campaign, the one with the most usable nodes,
-    because its queue is probably the shortest.
+    Nothing changes if the user has chosen nodes or if only one type is possible; the sentence is then None. A campaign
+    that has begun stays on the type of most nodes that it has used. A new campaign gets the type with the most
+    usable nodes, because the queue for these nodes is probably the shortest.
 
     Args:
         options: the options of the campaign's jobs.

@@ -54,7 +54,8 @@ def slots(parallel: int, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.en
     """Split the visible GPUs into `parallel` disjoint sets of the same size; any remainder stays unused.
 
     With fewer GPUs than `parallel`, every slot has all of them. Devices are named as in the user's
-    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden; if that is unset, they are named by UUID.
+    CUDA_VISIBLE_DEVICES, so that a hidden GPU stays hidden; if the variable is unset, devices are
+    named by UUID.
     """
     each = len(gpus) // parallel
     if not each:
@@ -118,7 +119,7 @@ class Pool(Runner):
     ended: queue.Queue[Child] = field(default_factory=queue.Queue)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Start a cell as soon as a slot is free, unless no further cells should start by then."""
+        """Wait for a free slot, then start a cell; do nothing if the study has stopped starting cells by then."""
         while not self.free:
             self._wait_for_one()
         if self.manifest.is_over:

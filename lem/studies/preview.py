@@ -47,7 +47,7 @@ def lines(ready: Ready) -> Iterator[str]:
 
 
 def _as_sent(ready: Ready) -> list[tuple[str, bool, str]]:
-    """Return each prompt's length, whether it was cut, and its text; only for the first few if none can be cut."""
+    """Return each prompt's length, whether it was cut, and its text; without `max_input_tokens`, only the first few."""
     experiment, texts = ready.experiment, ready.prompts.texts
     if experiment.max_input_tokens is None:
         texts = texts[:SHOWN_PROMPTS]

@@ -2,7 +2,8 @@
 
 The daemon (`lem.studies.daemon`) starts this process and redirects its output to a log. The process measures the
 experiment or campaign in `what.json`, or resumes the one that an earlier attempt began. It records in
-`runs/<number>.json` which experiment or campaign that is and how it ended. It knows nothing about Hydra or other runs.
+`runs/<number>.json` how the experiment or campaign ended, and which one it is. It knows nothing about Hydra or other
+runs.
 """
 
 from __future__ import annotations

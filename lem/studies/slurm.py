@@ -7,7 +7,7 @@ own state tells whether the experiment has ended. Slurm, which knows only jobs, 
 ended, and for what reason.
 
 Everything that is submitted is in a ledger (`lem.results.jobs`), so that this process may end before the jobs do; from
-the ledger, `lem.studies.continuing` then creates a runner that continues where this one stopped.
+the ledger, `lem.studies.continuing` then creates a runner that continues where this process stopped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ UNLIMITED = 1_000_000
 
 # ------------------------------------------------------------------ what a job needs
 def gpus_of_job(experiment: Experiment, options: SlurmOptions) -> int:
-    """Return how many GPUs an experiment's job requests: `gpus_per_node`, if set, or else as many as it needs."""
+    """Return how many GPUs an experiment's job requests.
+
+    This is `gpus_per_node` or, if that is not set, the number of GPUs that the experiment needs.
+    """
     if options.gpus_per_node is not None:
         return options.gpus_per_node
     if not backend_class(experiment.backend.name).wants_gpu(experiment, _machine(MANY)):
@@ -164,7 +167,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell that has ended, its experiment's directory, and whether its files say that it is complete."""
+    """A cell that has ended, and the directory of its experiment; `is_complete` is read from the experiment's state."""
 
     number: int
     directory: ExperimentDir
@@ -211,7 +214,7 @@ class SlurmRunner(Runner):
     has_warned: set[str] = field(default_factory=set)
 
     def run(self, number: int, experiment: Experiment) -> None:
-        """Plan a cell; it is submitted together with the others."""
+        """Plan a cell; `finish` submits all planned cells together."""
         self.plan(number, experiment)
         self.unsubmitted.append(number)
 
@@ -341,7 +344,7 @@ class SlurmRunner(Runner):
         self.unsubmitted.append(number)
 
     def peek(self) -> None:
-        """Look at the jobs and note which cells are running, without saving this, because another command does."""
+        """Look at the jobs and note which cells are running; another command saves the states of the cells."""
         with suppress(Unreachable):
             self.seen = slurm.queue([job.id for job in self.jobs])
         for job in self.jobs:
@@ -352,7 +355,7 @@ class SlurmRunner(Runner):
                     self.manifest.states[number] = replace(self.manifest.states[number], status="running")
 
     def cancel_jobs(self) -> None:
-        """Cancel the jobs and leave the rest to the command that follows them."""
+        """Cancel the jobs; the command that follows the jobs will record their end."""
         slurm.cancel([job.id for job in self.jobs])
 
     def in_jobs(self) -> dict[Path, InJob]:
@@ -414,8 +417,8 @@ class SlurmRunner(Runner):
     def _submit_array(self, jobs: Sequence[list[int]]) -> None:
         """Submit jobs, each with the numbers of its cells, as an array.
 
-        If the user may not have so many jobs at once, as many as possible are submitted; the others wait until jobs
-        have ended. If Slurm refuses an array for another reason, its cells fail.
+        If Slurm allows the user fewer jobs at once, only some of the jobs are submitted; the remaining ones wait until
+        submitted jobs have ended. If Slurm refuses an array for another reason, its cells fail.
         """
         while jobs:
             size = len(jobs)
@@ -423,7 +426,7 @@ class SlurmRunner(Runner):
                 size //= 2
             if refusal and self.jobs and TOO_MANY_JOBS.search(refusal):
                 self.deferred += jobs
-                self._warn_once(f"Slurm accepts no more jobs now ({refusal}); the others are submitted as jobs end.")
+                self._warn_once(f"Slurm accepts no more jobs now ({refusal}); remaining jobs will be submitted later.")
                 return
             if refusal:
                 self._opened_ledger().refused()
@@ -712,8 +715,9 @@ class SlurmRunner(Runner):
     def _to_submit_again(self, job: Job, *, is_adopted: bool) -> list[int]:
         """Return the cells that a lost job had not begun.
 
-        If the job had begun no cell, none is returned, because another job would probably be lost in the same way. This
-        does not apply to a job whose submission was interrupted (`is_adopted`).
+        If the job had begun no cell, none is returned, because another job would probably be lost in the same way. If
+        `resubmits` is False, none is returned either. Neither rule applies to a job whose submission was interrupted
+        (`is_adopted`).
         """
         left = self._open(job)
         attempts = {number: ExperimentDir(self.steps[number].directory).state().attempt for number in left}
@@ -722,7 +726,7 @@ class SlurmRunner(Runner):
         return untouched if is_adopted or (self.resubmits and has_begun) else []
 
     def _give_up_waiting(self, known: Mapping[str, Queued]) -> None:
-        """Cancel the jobs that have not started, because another job failed and --fail-fast was given."""
+        """Cancel the jobs that have not started, and submit no more, because a job failed and --fail-fast was given."""
         for number in self._not_submitted():
             self._interrupted(number)
         self.deferred.clear()

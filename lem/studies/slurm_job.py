@@ -107,7 +107,7 @@ def run(file: str, task: int) -> None:
 
 
 def use_only_granted_gpus(environ: Mapping[str, str] = os.environ) -> None:
-    """Set CUDA_VISIBLE_DEVICES to the UUIDs of the GPUs that Slurm granted, which hides all others.
+    """Set CUDA_VISIBLE_DEVICES to the UUIDs of the GPUs that Slurm granted, and so hide all other GPUs.
 
     A job inherits the variables of the submitting shell. If no GPU was requested, Slurm does not change
     CUDA_VISIBLE_DEVICES, and without device constraints all GPUs of the node would be visible.
@@ -164,7 +164,7 @@ def _is_preempted() -> bool:
 
 
 def _requeue(job: JobFile) -> None:
-    """Requeue the job and wait until Slurm ends this process; return only if that fails."""
+    """Requeue the job and wait until Slurm ends this process; return only if the job is not requeued."""
     if not job.requeue or int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= job.most_requeues:
         print(
             "The job is not requeued, because requeuing is not allowed or has happened too often.",

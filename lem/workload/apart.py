@@ -48,7 +48,7 @@ def call_without(
 ) -> T:
     """Call a function as `call` does; in the separate process, the hidden libraries appear not to be installed.
 
-    A library that imports another one only if that one is installed, as transformers imports torch, then loads in a
+    For example, transformers imports torch only if torch is installed. If torch is hidden, transformers loads in a
     fraction of the time.
     """
     if library in sys.modules:

@@ -252,11 +252,11 @@ def _with_spaced_quotes(
 ) -> list[tuple[int, list[str]]]:
     """Return the records of a CSV file in which spaces precede some quotes.
 
-    A strict parser reads a quote after a space as text. If the header also has spaces after its separators, all such
-    spaces are skipped. Otherwise, the author's intention is unknown.
+    A strict parser reads a quote after a space as text. If the header also has spaces after its separators, the
+    spaces after separators are skipped in all lines. If the header has none, the author's intention is unknown.
 
     Raises:
-        DatasetError: a space before a quote would change a record.
+        DatasetError: the author's intention is unknown, and skipping the spaces would change a record.
     """
     spaced = _records(path, text, delimiter, skips_spaces=True)
     if any(name.startswith(" ") for name in records[0][1][1:]):
@@ -299,7 +299,11 @@ def _physical_lines(text: str) -> Iterator[str]:
 
 
 def _delimiter(path: Path, text: str, column: str | None) -> str:
-    """Return the delimiter that gives the header a prompt column or, failing that, the largest number of columns."""
+    """Return the delimiter of a CSV or TSV file.
+
+    A TSV file has tabs. In a CSV file, the delimiter is the one that gives the header a prompt column or, failing that,
+    the largest number of columns.
+    """
     if path.name.lower().removesuffix(path.suffix if path.suffix in COMPRESSED else "").endswith(".tsv"):
         return "\t"
     wanted = {column} if column else set(PROMPT_COLUMNS)

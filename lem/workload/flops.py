@@ -26,8 +26,8 @@ class UnknownArchitecture(LemError):
 class Attention:
     """The total width of one or more attention layers, and how far back each of them attends.
 
-    The width of a layer is heads·head_dim; if the heads of keys and values differ in size, it is the mean of the two
-    products. By default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to
+    The width of a layer is heads·head_dim; if the heads of keys and values differ in size, head_dim is the mean of the
+    two sizes. By default, a token attends to itself and to all earlier positions. If `reach` is set, it attends only to
     the last `reach` positions, including its own; if `in_chunks` is also set, it attends only to the positions since
     the last multiple of `reach`.
     """

@@ -58,9 +58,10 @@ def read(folder: Path, dataset: Dataset) -> tuple[Rows, str | None]:
 
 
 def needs_library(folder: Path, dataset: Dataset) -> bool:
-    """Return whether the library has to read a directory: a configuration is requested, or the card lists one or more.
+    """Return whether the library is needed to read a directory.
 
-    The library is never needed for a dataset that it has saved itself, or if `dataset.files` selects the files.
+    It is needed if a configuration is requested, or if the dataset card lists configurations. It is never needed for a
+    dataset written by `save_to_disk`, or if `dataset.files` selects the files.
 
     Raises:
         DatasetError: the card cannot be read.

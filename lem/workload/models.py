@@ -71,7 +71,8 @@ def find(name: str, revision: str | None = None) -> Model:
     """Find a model by its name: `tiny`, a local directory or a hub id.
 
     Raises:
-        ModelError: the model does not exist, or it is not cached and the hub cannot be reached.
+        ModelError: the model does not exist, its config.json cannot be used, or it is not cached and the hub cannot be
+            reached.
     """
     if name == tiny.NAME:
         folder = tiny.path()

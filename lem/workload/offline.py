@@ -30,8 +30,8 @@ def is_offline() -> bool:
 def use_cache_if_unreachable() -> None:
     """Put the hub's client, here and in child processes, into offline mode if the hub's host name does not resolve.
 
-    Call this before importing `huggingface_hub`, which reads HF_HUB_OFFLINE only once. Behind a proxy, nothing is
-    changed, because perhaps only the proxy can resolve the name.
+    Call this before importing `huggingface_hub`, which reads HF_HUB_OFFLINE only once. If that variable is set, it is
+    kept. Behind a proxy, nothing is changed, because perhaps only the proxy can resolve the name.
     """
     if os.environ.get(OFFLINE) or any(os.environ.get(name) for name in PROXIES):
         return

@@ -120,7 +120,7 @@ def pick(
 
 
 def draw(texts: Sequence[str], n: int | None, seed: int) -> list[str]:
-    """Return `n` of the texts, drawn without replacement, in their original order; all texts if there are too few."""
+    """Return `n` of the texts, drawn without replacement, in their original order; all if `n` is None or too large."""
     if n is None or n >= len(texts):
         return list(texts)
     return [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), n))]

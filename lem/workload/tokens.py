@@ -27,8 +27,8 @@ class TokenTimes:
     """The latencies of one request's tokens.
 
     `ttft_s` is the time to the first token, `itl_s` holds the gap before each later token, and `tpot_s` is the mean
-    gap, or None if there is only one token. `spread` says whether any chunk had several tokens, so that their times had
-    to be spread over the time since the previous chunk.
+    gap, or None if there is only one token. `spread` says whether any chunk had several tokens, so that some gaps were
+    not measured one by one.
     """
 
     ttft_s: float

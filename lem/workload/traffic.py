@@ -53,7 +53,7 @@ def in_system_s(concurrency: int, ends_s: Sequence[float]) -> list[float]:
 
     Args:
         concurrency: the fixed number of requests in the system. That many requests arrive at 0; each later request
-            arrives when another one ends.
+            arrives when an earlier one ends.
         ends_s: the times at which requests have ended so far.
     """
     return sorted([*[0.0] * concurrency, *ends_s])[len(ends_s) :]
@@ -74,8 +74,8 @@ def read_trace(path: Path, count: int) -> list[float]:
     """Read the first `count` arrivals of a CSV file with the column t_s, shifted so that the first arrives at 0.
 
     Raises:
-        BadInput: the file cannot be read, has fewer than `count` arrivals, or contains a time that is infinite, NaN, or
-            more than `LONGEST_S` after the first.
+        BadInput: the file cannot be read, lacks the column, has fewer than `count` arrivals, or contains a time that is
+            not a finite number or is more than `LONGEST_S` after the first.
     """
     try:
         times = _times(path)
@@ -127,7 +127,7 @@ class Arrived(Generic[T]):
 
 
 class Arrivals(Generic[T]):
-    """The requests of a window as they arrive; with a fixed concurrency, one arrives whenever another finishes."""
+    """The requests of a window as they arrive; with a fixed concurrency, each end lets one more arrive."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Arrivals(Generic[T]):
         return taken
 
     def finished(self, count: int, at_ns: int) -> None:
-        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, as many others then arrive."""
+        """Record that `count` requests finished at `at_ns`; with a fixed concurrency, each lets one more arrive."""
         if self._times_ns is None:
             self._free_at_ns += [at_ns] * count
 

@@ -107,7 +107,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a checkpoint by name; None unless all files are present and in the safetensors format."""
+    """Return the tensors of a checkpoint by name.
+
+    The result is None if there are no files, or if any file is missing, unreadable or not in the safetensors format.
+    """
     files = weight_files(folder)
     if not files or any(file.suffix != ".safetensors" for file in files):
         return None
