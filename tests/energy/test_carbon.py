@@ -85,7 +85,7 @@ BAD = [
     (HOURLY + "2026-03-02T14:00Z,1\n", "line 5: the time is the same as on line 4. Remove one of the two lines."),
     (HOURLY + "2026-03-02T11:00Z,1\n", "line 5: the time is earlier than on line 4. Sort the lines by time."),
     (HOURLY + "\n2026-03-02T17:00Z,1\n", "line 6: there is a gap: the time is 10800 s later than on line 4"),
-    (HOURLY + "2026-03-02T14:15Z,1\n", "line 5: the times are closer together than before: the time is 900 s after"),
+    (HOURLY + "2026-03-02T14:15Z,1\n", "line 5: the times are closer together than before: the time is 900 s later"),
     (b"time,g/kWh\n\xff\xfe", "is not in UTF-8."),
 ]
 
