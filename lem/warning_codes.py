@@ -822,7 +822,9 @@ def of_places(places: Mapping[str, Sequence[str]]) -> Iterator[CodedWarning]:
     """
     parts = [f"{what} {' and then '.join(found)}" for what, found in places.items() if len(found) > 1]
     if parts:
-        yield warning("machine_changed", f"parts of the run were measured in different places: {'; '.join(parts)}.")
+        yield warning(
+            "machine_changed", f"parts of the run were measured under different conditions: {'; '.join(parts)}."
+        )
 
 
 def _steady(rows: ByColumn) -> Iterator[tuple[int, CodedWarning]]:

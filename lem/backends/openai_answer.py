@@ -348,7 +348,10 @@ class Unpacking:
 
 # ------------------------------------------------------------------ events
 class Event(NamedTuple):
-    """A server-sent event; `read` and `at_ns` tell which network read completed its last line of data, and when."""
+    """A server-sent event.
+
+    `read` is the number of the network read that completed the event's last line of data, and `at_ns` is its time.
+    """
 
     name: bytes
     data: bytes

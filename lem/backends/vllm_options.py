@@ -253,7 +253,7 @@ def _unsupported(experiment: Experiment) -> Iterator[Objection]:
         fact = "vLLM's speculative decoding cannot sample with min_p."
         yield Objection("speculation_min_p", "decoder.min_p", fact)
     if experiment.quantization.quantization:
-        fact = "lem does not pass the group quantization on to vLLM."
+        fact = "lem does not pass the options `quantization.…` on to vLLM."
         yield Objection("quantized_by_vllm", "quantization.quantization", fact)
 
 

@@ -182,7 +182,7 @@ def _key(backend: OpenaiBackend) -> Iterator[Asked]:
 
 
 def _variables(backend: object, layers: list[Any]) -> Iterator[Asked]:
-    """Yield the request to send environment variables to another machine, if a file interpolates any."""
+    """Yield what the configuration asks for: to send environment variables in a file to another machine."""
     if not isinstance(backend, OpenaiBackend) or (machine := _other_machine(backend)) is None:
         return
     from_files = [layer for layer in layers if layer.kind in ("option", "preset", "file")]

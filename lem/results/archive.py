@@ -324,7 +324,7 @@ def _check_members(archive: zipfile.ZipFile, manifest: Manifest) -> None:
         which = "missing" if odd[0] in manifest.files else "not in its manifest"
         raise ValueError(f"{one_line(odd[0][:100])} is {which}")
     if len(names) > MOST_FILES or manifest.size_bytes > MOST_BYTES:
-        raise ValueError("it holds more files or bytes than any results directory")
+        raise ValueError("it holds more files or bytes than a results directory can have")
 
 
 def is_safe(name: str) -> bool:

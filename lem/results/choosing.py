@@ -90,7 +90,7 @@ class Known:
         return plan.schedule.schedule if plan and plan.schedule else None
 
     def _plan(self, experiment_id: str) -> PlanExcerpt | None:
-        """Return the plan of an experiment; None if the plan is damaged, and therefore names no study."""
+        """Return the plan of an experiment; None if it is missing or damaged, so that its study is unknown."""
         try:
             return self.store.directory(experiment_id).plan_excerpt()
         except ResultsError:

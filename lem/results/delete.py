@@ -235,7 +235,9 @@ def _show(deletion: Deletion, most: int) -> None:
 
 def _agreed(question: str) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ResultsError(f"Deleting needs your consent, and there is no terminal to ask on: add --yes. {NOTHING}")
+        raise ResultsError(
+            f"Deleting needs your consent, but there is no terminal on which to ask; add --yes. {NOTHING}"
+        )
     import typer
 
     sys.stdout.flush()  # the list comes before the question

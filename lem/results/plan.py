@@ -49,7 +49,7 @@ class Plan:
     """The plan of an experiment: its checked configuration, its prompts, and how many processes share them.
 
     The prompts are divided among the `replicas`; the processes of one replica run the same prompts together (tensor
-    parallelism). `shared_with` is the largest number of other experiments that may run on this machine meanwhile.
+    parallelism). `shared_with` is the maximum number of other experiments on this machine that may affect it.
     `arrivals_sha256` is the digest of a trace's arrivals, which are stored in arrivals.json; it is empty without a
     trace. `campaign` is the experiment's place in a campaign, if any, and `schedule` its run in a schedule. `forced`
     means that inadvisable options were accepted with --force.

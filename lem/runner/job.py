@@ -114,7 +114,7 @@ def run_ready(
         overrides: the command line's overrides, for the plan.
         config_file: the user's config file, for the plan.
         write_tables: write the row to the tables, not only the raw records.
-        shared_with: the maximum number of other experiments running on this machine at the same time.
+        shared_with: the maximum number of other experiments on this machine that may affect the measurement.
         unfinished: an earlier, unfinished run of the same experiment, to resume instead of starting a new one.
         campaign: the experiment's place in a campaign, for the plan.
         schedule: the run of a schedule to which the experiment belongs, for the plan.

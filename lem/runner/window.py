@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -162,13 +163,13 @@ class Queue:
 
 
 class Recorder(Protocol):
-    """Stores each finished batch immediately."""
+    """Stores each finished batch as soon as it has finished."""
 
     def window_opens(self) -> None:
         """Record that the measured window is about to open."""
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Record a finished batch (empty if only time has passed) and the state of the window up to now."""
+        """Record a finished batch (empty if only time has passed) and the window's state at its end, from a thread."""
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
         """Record the progress of the window from a thread, while the process is inside a batch."""
@@ -359,6 +360,9 @@ class Bench:
 class _Window:
     """The measured window, opened and closed with the other processes; `cut` ends it if the run is interrupted.
 
+    A thread records each finished batch while the engine already runs the next one, so that the device does not wait
+    for the disk. The main thread only reads the meter, and waits if the previous batch has not been recorded yet.
+
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
     were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
@@ -370,6 +374,8 @@ class _Window:
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._load = _CpuClock()
+        self._recording = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._recorded: Future[None] | None = None
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
         self._next_reading_ns = 0
@@ -389,13 +395,29 @@ class _Window:
             self.keep_noting()
 
     def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
-        """Record a finished batch and the progress of the window, and how long recording has taken so far."""
+        """Begin to record a finished batch and the progress of the window, once the previous batch is recorded.
+
+        Raises:
+            OSError: the previous batch could not be recorded.
+        """
         began_ns = time.perf_counter_ns()
+        self._wait_until_recorded()
         with self._lock:
-            self._recorder.batch_finished(batch, self._checkpoint())
+            checkpoint = self._checkpoint()
+        self._recorded = self._recording.submit(self._record, list(batch), checkpoint)
         self._recording_ns += time.perf_counter_ns() - began_ns
         into = self._into
         into.own_time = structs.replace(into.own_time, recording_s=self._recording_ns / NS_PER_S)
+
+    def _record(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
+        with self._lock:
+            self._recorder.batch_finished(batch, checkpoint)
+
+    def _wait_until_recorded(self) -> None:
+        """Wait until all finished batches are recorded; raise the error if one could not be recorded."""
+        recorded, self._recorded = self._recorded, None
+        if recorded is not None:
+            recorded.result()
 
     def keep_noting(self) -> None:
         """Start the thread that records checkpoints within batches."""
@@ -460,6 +482,8 @@ class _Window:
         self._bench.ranks.barrier(lambda: self.batch_finished(()))
         duration_s = into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
+        self._wait_until_recorded()
+        self._recording.shutdown()
         into.devices = self._bench.watch.end()
         # Processor time passes in real time, so it means nothing for a window on a virtual clock.
         into.cpu_load = None if self._bench.backend.clock.is_virtual else self._load.stop()
@@ -485,6 +509,9 @@ class _Window:
         self._end()
         interrupted_s = self._into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
+        with suppress(OSError):  # the record is then cut back to what is in the journal
+            self._wait_until_recorded()
+        self._recording.shutdown()
         self._into.devices = self._bench.watch.end()
         readings = self._bench.meter.end()
         if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:

@@ -95,12 +95,12 @@ OPTIONS_IMPOSSIBLE = _rules(
         ),
         # ------------------------------------------------------ engines
         "quantized_by_vllm": (
-            "The options of the group quantization are for the pytorch backend; vLLM has an option of its own.",
+            "The options `quantization.…` are for the pytorch backend; vLLM has an option of its own.",
             "Set backend.quantization instead, for example to fp8; a checkpoint that is already quantized needs "
             "neither option.",
         ),
         "quantized_by_tensorrt": (
-            "The options of the group quantization are for the pytorch backend; TensorRT-LLM runs checkpoints that are "
+            "The options `quantization.…` are for the pytorch backend; TensorRT-LLM runs checkpoints that are "
             "already quantized.",
             "Leave this option out, and choose a quantized checkpoint (FP8, NVFP4, AWQ) as the model.",
         ),
@@ -162,8 +162,8 @@ OPTIONS_IMPOSSIBLE = _rules(
             "Correct the command.",
         ),
         "server_not_told": (
-            "This option is meant for the server, but neither a request (in this dialect) nor backend.command would "
-            "pass it on.",
+            "This option is meant for the server, but neither a request (in the dialect that backend.dialect sets) "
+            "nor backend.command would pass it on.",
             "Leave this option out, and configure the server itself if it has an equivalent option.",
         ),
         "server_processes": (
@@ -664,8 +664,9 @@ FILE_RULES: dict[str, Rule] = _rules(
         ),
         # ------------------------------------------------------ inheritance
         "bad_defaults": (
-            "A file's `defaults` is not a list of the files to inherit from and the options to choose.",
-            "Write `defaults: [base]`, and write options such as `backend: pytorch` outside this list.",
+            "A file's `defaults` is not a list of files to inherit from. The list may also contain options such as "
+            "`backend: pytorch`.",
+            "Write `defaults: [base]`, and preferably write options such as `backend: pytorch` outside this list.",
         ),
         "missing_parent": (
             "The file inherits from a file that does not exist.",

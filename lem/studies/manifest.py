@@ -133,7 +133,9 @@ class Manifest:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Save changes only now and then inside this block, and all at its end; raises `DiskFull` if saving fails.
+        """Inside this block, save changes only now and then; at its end, save the rest.
+
+        Raises `DiskFull` if saving fails.
 
         The file is always written as a whole, so saving each change of ten thousand cells would take hours.
         """

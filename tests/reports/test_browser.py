@@ -133,8 +133,8 @@ def test_the_page_prints(reports, tmp_path):
 def test_a_chart_with_panels_is_as_wide_as_the_others(reports, window_px):
     dom = browse(reports / "traces.html", "--dump-dom", f"--window-size={window_px},900").stdout
     plots = re.findall(r'aria-label="([^"]*)"[^>]*><div[^>]*><svg[^>]* width="(\d+)"', dom)
-    (panels_px,) = [int(width) for label, width in plots if "panels" in label]
-    widest_px = max(int(width) for label, width in plots if "panels" not in label)
+    (panels_px,) = [int(width) for label, width in plots if "panel" in label]
+    widest_px = max(int(width) for label, width in plots if "panel" not in label)
     assert 0.9 * widest_px <= panels_px <= widest_px
 
 

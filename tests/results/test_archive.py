@@ -199,7 +199,7 @@ TAMPERING = {
     "a longer file": (grow, "is not the file that MANIFEST.json describes"),
     "no manifest": (no_manifest, "it has no MANIFEST.json"),
     "a later format": (of_the_future, "bad.zip has the archive format 99, which this version of lem cannot read"),
-    "a huge file": (huge, "it holds more files or bytes than any results directory"),
+    "a huge file": (huge, "it holds more files or bytes than a results directory can have"),
     **{
         f"the path {name}": (renamed(name), "does not belong in a results directory")
         for name in (
