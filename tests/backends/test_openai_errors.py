@@ -99,7 +99,7 @@ def test_an_experiment_in_which_all_failed_is_failed(tmp_path):
         assert len(rows) == 8
         again = command("experiment", "-y", "--resume", row["experiment_id"], cwd=tmp_path)
         assert again.code == 2
-        assert "All requests of" in again.err
+        assert "every request failed" in again.err
         assert "Traceback" not in again.err
         # The same command starts another experiment, in which the server answers.
         done = command(*COMMON, *limits, cwd=tmp_path)
