@@ -246,7 +246,7 @@ def test_weights_that_are_not_numbers_are_warned_about(copied, strategy, name):
     change_weights(copied, not_a_number(name))
     backend = loaded(copied, batching=Batching(strategy=strategy, batch_size=2))
     run(backend)
-    assert f"the logits of {len(TEXTS)} requests" in warned(backend)["not_finite"]
+    assert warned(backend)["not_finite"].endswith(f" or NaN: {len(TEXTS)}.")
     backend.forget()
     assert "not_finite" not in warned(backend)
 
@@ -265,12 +265,12 @@ def test_only_the_requests_whose_logits_are_not_finite_are_counted(copied, strat
     backend.forget()
     outputs = [g for batch in backend.generate(prompts) for g in batch]
     meeting = sum(7 in g.token_ids[:-1] for g in outputs)
-    text = warned(backend).get("not_finite", "the logits of 0 ")
-    assert text.startswith(f"the logits of {meeting} ")
+    text = warned(backend).get("not_finite", " or NaN: 0.")
+    assert text.endswith(f" or NaN: {meeting}.")
     poisoned = [type(prompts[0])(0, (5, 7, 9))]
     backend.forget()
     list(backend.generate(poisoned))
-    assert warned(backend)["not_finite"].startswith("the logits of 1 requests")
+    assert warned(backend)["not_finite"].endswith(" or NaN: 1.")
 
 
 # ------------------------------------------------------------------ files
@@ -679,7 +679,7 @@ def test_padded_requests_of_a_model_that_does_not_mask_padding_are_counted(tmp_p
     run(backend)
     padded = sum(length < max(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True) for length in pair)
     assert padded
-    assert warned(backend)["padding_changed_tokens"].startswith(f"{padded} requests were padded")
+    assert warned(backend)["padding_changed_tokens"].endswith(f"padded in their batches: {padded}.")
     alone = loaded(folder, batching=Batching(batch_size=1))
     run(alone)
     assert "padding_changed_tokens" not in warned(alone)
