@@ -85,7 +85,7 @@ def _ended(record: ProcessRecord, end_s: float, cut: Cut) -> ProcessRecord:
 def _ends_together(record: ProcessRecord, cut: Cut, readings: Sequence[EnergyReading]) -> Iterator[CodedWarning]:
     if record.rank == ENERGY_OWNER:
         behind_s = cut.energy_behind_s
-        energy = f", {behind_s:.3g} s after their energy was last read" if behind_s else ""
+        energy = f"; their energy was last read {behind_s:.3g} s before that time" if behind_s else ""
         yield warning(
             "window_cut", f"the processes' windows were interrupted, and now all end at the same time{energy}."
         )

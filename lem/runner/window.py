@@ -365,8 +365,8 @@ class _Window:
 
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
-    were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
-    journal at the same time.
+    were killed during a long batch. The lock keeps that thread and the main thread from using the meter at the
+    same time, and keeps the checkpoints in the order in which they were taken: they are recorded by one thread.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -403,15 +403,10 @@ class _Window:
         began_ns = time.perf_counter_ns()
         self._wait_until_recorded()
         with self._lock:
-            checkpoint = self._checkpoint()
-        self._recorded = self._recording.submit(self._record, list(batch), checkpoint)
+            self._recorded = self._recording.submit(self._recorder.batch_finished, list(batch), self._checkpoint())
         self._recording_ns += time.perf_counter_ns() - began_ns
         into = self._into
         into.own_time = structs.replace(into.own_time, recording_s=self._recording_ns / NS_PER_S)
-
-    def _record(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        with self._lock:
-            self._recorder.batch_finished(batch, checkpoint)
 
     def _wait_until_recorded(self) -> None:
         """Wait until all finished batches are recorded; raise the error if one could not be recorded."""
@@ -448,7 +443,8 @@ class _Window:
             # A thread must not ask the engine; the requests in flight are the same as at the last batch.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
             self._last = self._metered = structs.replace(now, under_way=under_way)
-            self._recorder.time_passed(self._last)
+            noted = self._recording.submit(self._recorder.time_passed, self._last)
+        noted.result()
 
     def _end(self) -> None:
         """Stop recording checkpoints from the thread; if one is being recorded, wait for it to finish."""

@@ -1,4 +1,4 @@
-"""The `lem` command starts with the garbage collector paused, and ends without tearing the interpreter down."""
+"""The garbage collector is paused while the `lem` command starts, but not while an experiment runs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import sys
 
 import pytest
 
-# Prints whether the collector is on at the first import of a module, and what happens when the process exits.
+# Prints whether the collector is on at the first import of a module, and how it is when the process exits.
 PROGRAM = """
-import atexit, gc, os, sys
+import atexit, gc, sys
 
 class Watch:
     @staticmethod
     def find_spec(name, *_):
         if name == {module!r}:
             print("collector on:", gc.isenabled(), file=sys.stderr)
-            atexit.register(print, "a library cleans up", file=sys.stderr)
 
-def leave(code, end=os._exit):
-    print("left at once, collector on:", gc.isenabled(), file=sys.stderr, flush=True)
-    end(code)
-
-os._exit = leave
 sys.meta_path.insert(0, Watch)
+atexit.register(lambda: print("at exit:", gc.isenabled(), gc.get_freeze_count(), file=sys.stderr))
 sys.argv = {argv!r}
 from lem.cli import main
 main()
@@ -48,21 +43,5 @@ def test_the_collector_is_paused_except_during_runs(tmp_path, module, arguments,
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"collector on: {on}" in done.stderr
-    # A forked process of a run ends in this way too, so the line may occur more than once.
-    assert "a library cleans up\nleft at once, collector on: True\n" in done.stderr
-
-
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--nope"], 2), (["results", "show", "x"], 2)])
-def test_the_exit_code_and_the_output_are_complete(tmp_path, arguments, code):
-    program = PROGRAM.format(module="nothing", argv=["lem", *arguments])
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == code
-    assert done.stdout.endswith("\n") if code == 0 else "Error" in done.stderr
-    assert done.stderr.endswith("left at once, collector on: True\n")
-
-
-def test_an_error_of_lem_itself_still_prints_its_traceback(tmp_path):
-    program = "from lem.cli import commands, main\ncommands.run = lambda: 1 / 0\nmain()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    # It is on again, and no object is frozen: otherwise, Arrow's libraries sometimes abort the process when it ends.
+    assert "at exit: True 0" in done.stderr
