@@ -368,6 +368,8 @@ def test_the_gate_works(tmp_path):
     (job,), (config,) = blocks(page, "bash"), blocks(page, "yaml")
     (tmp_path / "gate.yaml").write_text(f"{config}energy: {{idle_s: 0}}\n")
     # Three runs instead of five, and a limit that noise cannot exceed; with two, the interval would be far wider.
+    # Other tests run at the same time, so one side may carry warnings about other load.
+    job = job.replace("--fail-if", "--allow shared --fail-if")
     sh(job.replace("1 2 3 4 5", "1 2 3").replace("<-10%", "<-99%"), tmp_path)
     comparison = (tmp_path / "comparison.md").read_text()
     assert "passed for candidate" in comparison
