@@ -336,10 +336,10 @@ class CpuLoad(Struct, frozen=True, gc=False):
 class OwnTime(Struct, frozen=True, gc=False):
     """The time that a process spent on work without a phase of its own.
 
-    `import_s` is the time for starting the engine, which imports its libraries, and `encode_s` the time for
-    tokenizing the prompts; both happen once in an attempt, outside the phases. `recording_s` is the part of the
-    measured window that was spent, between batches, on reading the meter and on waiting for the journal. A time is
-    None if the work was not finished.
+    `import_s` is the time for starting the engine, which imports its libraries, and `encode_s` the time for tokenizing
+    the prompts; both happen once in an attempt, outside the phases. `recording_s` is the part of the measured window
+    that was spent on reading the meter and writing the journal between batches. A time is None if the work was not
+    finished.
     """
 
     import_s: Annotated[Amount | None, quantities.SECOND] = None

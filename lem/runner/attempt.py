@@ -30,7 +30,7 @@ from lem.results.journal import DIED, Checkpoint, Journal, read
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks, join, named_by_launcher
 from lem.runner.records import EngineReport, Snapshot, WindowId, power_rows, process_record, request_row
-from lem.runner.stopping import ignore_signals
+from lem.runner.stopping import UNDISTURBED, ignore_signals
 from lem.runner.window import Bench, MeasuredRequest, Measurement, Queue
 from lem.spec.experiment import Cooldown
 from lem.warning_codes import warning
@@ -227,16 +227,17 @@ class Attempt:
             self._journal.open_window(process_record(self._snapshot("interrupted", killed)))
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Write a finished batch to the journal; this runs in a thread, which signals do not interrupt."""
+        """Write a finished batch to the journal."""
         loaded, cycle = self._loaded, self._cycle
         if loaded is None or loaded.journal is None:
             return
-        rows = [request_row(self._window_id, request) for request in batch]
-        if loaded.architecture is not None:
-            sizes = ((row.input_tokens, row.output_tokens) for row in rows if row.output_tokens is not None)
-            cycle.total_flops += flops.total_flops(loaded.architecture, sizes)
-            checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
-        loaded.journal.add(rows, checkpoint)
+        with UNDISTURBED:
+            rows = [request_row(self._window_id, request) for request in batch]
+            if loaded.architecture is not None:
+                sizes = ((row.input_tokens, row.output_tokens) for row in rows if row.output_tokens is not None)
+                cycle.total_flops += flops.total_flops(loaded.architecture, sizes)
+                checkpoint = structs.replace(checkpoint, flops=Flops(cycle.total_flops, flops.METHOD))
+            loaded.journal.add(rows, checkpoint)
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
         """Write the window's progress to the journal; this runs in a thread, which signals do not interrupt."""
@@ -362,7 +363,7 @@ def _error_info(caught: BaseException, measured: Measurement) -> ErrorInfo:
 
 
 def _report_error(caught: BaseException) -> None:
-    """Print to stderr the error that ended the run, with a traceback unless it is one of lem's own errors."""
+    """Print the error that ended the run on stderr, with a traceback unless it is one of lem's own errors."""
     if isinstance(caught, Interrupted):
         print(f"\n{caught}", file=sys.stderr)
     elif isinstance(caught, LemError):

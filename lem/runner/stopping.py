@@ -24,6 +24,36 @@ GRACE_S = 8.0
 
 
 # ------------------------------------------------------------------ in a worker
+class Undisturbed:
+    """A stretch of work that no signal interrupts, so that finished work is always written completely.
+
+    A signal that arrives during the stretch interrupts the run when the stretch ends. Signals belong to the whole
+    process, so there is only one instance.
+    """
+
+    def __init__(self) -> None:
+        self._is_inside = False
+        self._waiting: Interrupted | None = None
+
+    def __enter__(self) -> None:
+        self._is_inside = True
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._is_inside = False
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and kind is None:  # an error also ends the run, and is more informative
+            raise waiting
+
+    def interrupt(self, by: Interrupted) -> None:
+        """Interrupt the run, now or at the end of the current stretch."""
+        if not self._is_inside:
+            raise by
+        self._waiting = by
+
+
+UNDISTURBED = Undisturbed()
+
+
 def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
     """Turn signals into `Interrupted`, and ignore those in `except_for`, such as a Ctrl-C that the parent handles."""
 
@@ -31,7 +61,7 @@ def interrupt_on_signals(except_for: Sequence[signal.Signals]) -> None:
         # The second of two signals must not interrupt the writing of the record.
         ignore_signals()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        raise Interrupted(f"stopped by {name}")
+        UNDISTURBED.interrupt(Interrupted(f"stopped by {name}"))
 
     for number in INTERRUPTING:
         if number in except_for:

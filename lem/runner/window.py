@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -163,13 +162,13 @@ class Queue:
 
 
 class Recorder(Protocol):
-    """Stores each finished batch as soon as it has finished."""
+    """Stores each finished batch immediately."""
 
     def window_opens(self) -> None:
         """Record that the measured window is about to open."""
 
     def batch_finished(self, batch: Sequence[MeasuredRequest], checkpoint: Checkpoint) -> None:
-        """Record a finished batch (empty if only time has passed) and the window's state at its end, from a thread."""
+        """Record a finished batch (empty if only time has passed) and the state of the window up to now."""
 
     def time_passed(self, checkpoint: Checkpoint) -> None:
         """Record the progress of the window from a thread, while the process is inside a batch."""
@@ -360,13 +359,10 @@ class Bench:
 class _Window:
     """The measured window, opened and closed with the other processes; `cut` ends it if the run is interrupted.
 
-    A thread records each finished batch while the engine already runs the next one, so that the device does not wait
-    for the disk. The main thread only reads the meter, and waits if the previous batch has not been recorded yet.
-
     If other processes run a share of the prompts, the metering process also records the window's progress from a
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
-    were killed during a long batch. The lock keeps that thread and the main thread from using the meter at the
-    same time, and keeps the checkpoints in the order in which they were taken: they are recorded by one thread.
+    were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
+    journal at the same time.
     """
 
     def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
@@ -374,8 +370,6 @@ class _Window:
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._load = _CpuClock()
-        self._recording = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._recorded: Future[None] | None = None
         self._last: Checkpoint | None = None
         self._metered: Checkpoint | None = None
         self._next_reading_ns = 0
@@ -395,24 +389,13 @@ class _Window:
             self.keep_noting()
 
     def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
-        """Begin to record a finished batch and the progress of the window, once the previous batch is recorded.
-
-        Raises:
-            OSError: the previous batch could not be recorded.
-        """
+        """Record a finished batch and the progress of the window, and how long recording has taken so far."""
         began_ns = time.perf_counter_ns()
-        self._wait_until_recorded()
         with self._lock:
-            self._recorded = self._recording.submit(self._recorder.batch_finished, list(batch), self._checkpoint())
+            self._recorder.batch_finished(batch, self._checkpoint())
         self._recording_ns += time.perf_counter_ns() - began_ns
         into = self._into
         into.own_time = structs.replace(into.own_time, recording_s=self._recording_ns / NS_PER_S)
-
-    def _wait_until_recorded(self) -> None:
-        """Wait until all finished batches are recorded; raise the error if one could not be recorded."""
-        recorded, self._recorded = self._recorded, None
-        if recorded is not None:
-            recorded.result()
 
     def keep_noting(self) -> None:
         """Start the thread that records checkpoints within batches."""
@@ -443,8 +426,7 @@ class _Window:
             # A thread must not ask the engine; the requests in flight are the same as at the last batch.
             under_way = longer(before.under_way, now.duration_s - before.duration_s)
             self._last = self._metered = structs.replace(now, under_way=under_way)
-            noted = self._recording.submit(self._recorder.time_passed, self._last)
-        noted.result()
+            self._recorder.time_passed(self._last)
 
     def _end(self) -> None:
         """Stop recording checkpoints from the thread; if one is being recorded, wait for it to finish."""
@@ -478,8 +460,6 @@ class _Window:
         self._bench.ranks.barrier(lambda: self.batch_finished(()))
         duration_s = into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
-        self._wait_until_recorded()
-        self._recording.shutdown()
         into.devices = self._bench.watch.end()
         # Processor time passes in real time, so it means nothing for a window on a virtual clock.
         into.cpu_load = None if self._bench.backend.clock.is_virtual else self._load.stop()
@@ -505,9 +485,6 @@ class _Window:
         self._end()
         interrupted_s = self._into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()
-        with suppress(OSError):  # the record is then cut back to what is in the journal
-            self._wait_until_recorded()
-        self._recording.shutdown()
         self._into.devices = self._bench.watch.end()
         readings = self._bench.meter.end()
         if self._bench.replicas > 1 and self._bench.ranks.rank == ENERGY_OWNER:

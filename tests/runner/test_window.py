@@ -260,67 +260,6 @@ def test_a_warmup_in_which_all_fail_warms_nothing_up(numbers, most, fails):
         assert "of the warm-up: busy." in error
 
 
-class Observed:
-    """Tells when a backend begins its second batch."""
-
-    def __init__(self, backend):
-        self._backend, self.goes_on = backend, threading.Event()
-
-    def __getattr__(self, name):
-        return getattr(self._backend, name)
-
-    def generate(self, prompts):
-        for number, batch in enumerate(self._backend.generate(prompts)):
-            if number == 1:
-                self.goes_on.set()
-            yield batch
-
-
-def observed(recording):
-    """Run a window whose recording may wait for the engine; return the measurements and the recording."""
-    experiment = Experiment(
-        model="any", batching=Batching(batch_size=4), backend=SimulatedBackend(decode_s_per_token=1e-4)
-    )
-    backend, into = Observed(make_backend(experiment)), Measurement()
-    recording.goes_on = backend.goes_on
-    bench = Bench(backend, ConstantPower(), Ranks(), silent)
-    bench.run_window(bench.prepare(TEXTS, INDICES, 0.0, into), recording, into)
-    return into
-
-
-def test_the_engine_goes_on_while_a_batch_is_recorded():
-    class Waiting(Recording):
-        def batch_finished(self, batch, checkpoint):
-            assert self.batches or self.goes_on.wait(20), "the engine waits for the recording"
-            super().batch_finished(batch, checkpoint)
-
-    recording = Waiting()
-    into = observed(recording)
-    assert [[each.generation.index for each in batch] for batch in recording.batches] == [
-        [1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]
-    ]  # fmt: skip
-    ends_s = [max(each.end_s for each in batch) for batch in recording.batches]
-    # A checkpoint is of the moment at which its batch finished, not of the moment at which it was recorded.
-    assert all(end_s <= each.duration_s for end_s, each in zip(ends_s, recording.checkpoints, strict=True))
-    assert recording.checkpoints[0].duration_s < min(each.end_s for each in recording.batches[1])
-    assert len(into.requests) == 12
-
-
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_batch_that_cannot_be_recorded_ends_the_window(failing):
-    class Full(Recording):
-        def batch_finished(self, batch, checkpoint):
-            if len(self.batches) == failing - 1:
-                raise OSError(28, "no space left")
-            super().batch_finished(batch, checkpoint)
-
-    recording, threads = Full(), threading.active_count()
-    with pytest.raises(OSError, match="no space left"):
-        observed(recording)
-    assert len(recording.batches) == failing - 1, "no batch is recorded after one that could not be"
-    assert threading.active_count() == threads
-
-
 def test_what_is_lost_of_a_broken_window_is_the_time_since_its_last_batch():
     measurement, since_s = Measurement(), 0.1
 
@@ -695,11 +634,9 @@ class SlowRecording(Recording):
         super().batch_finished(batch, checkpoint)
 
 
-def test_waiting_for_the_recording_is_part_of_the_window_and_the_time_for_encoding_is_not():
+def test_the_time_for_recording_is_part_of_the_window_and_the_time_for_encoding_is_not():
     recording = SlowRecording()
     measured = run(recording=recording, slow=True)
-    assert len(recording.batches) == 3
-    # Each batch takes about 20 ms, so the second and the third wait for the one before.
-    assert 0.1 <= measured.own_time.recording_s < measured.phases[-1].duration_s
+    assert 0.1 * len(recording.batches) <= measured.own_time.recording_s < measured.phases[-1].duration_s
     assert measured.own_time.encode_s >= 0.3
     assert measured.own_time.import_s is None  # the engine is started elsewhere
