@@ -29,22 +29,21 @@ HEADS = {"num_key_value_heads": 7, "head_dim": 32}
 CASE = Case(prompts=600, batch_size=1, input_tokens=32, output_tokens=32)
 # The other threads are observed before py-spy begins, because it wakes them up for every sample.
 ALONE_S, SAMPLED_S, PER_S = 5, 20, 200
-# The journal is created before the warm-up, which is five prompts and takes less than a second.
-WARMUP_S = 3
 ENGINE, OWN = ("/torch/", "/transformers/"), "/lem/"
 
 
 def worker_of(folder: Path) -> int:
-    """Wait until the worker of an experiment has created its journal, and return its process id."""
+    """Wait until the worker of an experiment opens its window, and return its process id."""
     until_s = time.monotonic() + 120
     while time.monotonic() < until_s:
-        if any(folder.glob("results/raw/*/journal_*")):
+        # The first line of the journal is written when the window opens.
+        if any(file.stat().st_size for file in folder.glob("results/raw/*/journal_*")):
             for process in Path("/proc").glob("[0-9]*"):
                 command = (process / "cmdline").read_bytes() if (process / "cmdline").exists() else b""
                 if b"lem.runner.worker" in command and os.readlink(process / "cwd") == str(folder):
                     return int(process.name)
         time.sleep(0.05)
-    raise SystemExit("The worker did not create its journal within two minutes.")
+    raise SystemExit("The worker did not open its window within two minutes.")
 
 
 def sample(py_spy: str, process: int, file: Path) -> Counter[str]:
@@ -87,7 +86,6 @@ def main() -> int:
         lem = Lem(folder / "lem")
         lem.begin(CASE, folder, sys.executable, 1, [])
         process = worker_of(lem.folder)
-        time.sleep(WARMUP_S)
         before_s = other_threads_s(process)
         time.sleep(ALONE_S)
         others_percent = 100 * (other_threads_s(process) - before_s) / ALONE_S

@@ -13,8 +13,8 @@ from lem.machine.collector import paused_collector
 
 def main() -> NoReturn:
     """Run the `lem` command and exit; print lem's own errors as messages, without a traceback."""
-    # The collector must not be bypassed at exit, too (gc.freeze): when Arrow's libraries are then unloaded, they abort
-    # about one in a hundred listings ("terminate called without an active exception").
+    # gc.freeze at exit would save some time, but with it, about one in a hundred listings was aborted while it exited
+    # ("terminate called without an active exception").
     with paused_collector():
         from lem.cli import commands
     sys.exit(commands.run())

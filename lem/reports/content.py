@@ -33,8 +33,6 @@ MOST_TRACES = 4
 MOST_SMALL_TRACES = 16
 # With more experiments than this, their plans are not read, so the commands that run them again are not shown.
 MOST_COMMANDS = 20_000
-# A report names the starts of a schedule that have these statuses, because they have no result.
-NO_RESULT = ("failed", "skipped", "missed", "interrupted")
 # A trace with more samples is thinned out, but not to fewer than this number.
 MOST_SAMPLES = 3_000
 # Columns of the table of experiments, with their headers and units.
@@ -160,7 +158,7 @@ def of_schedule(store: Store, text: str) -> Content:
         trust=[*notes, *content.trust],
         sentences=list(schedule_show.sentences(found)),
         problems=[
-            *(_without_result(run.start) for run in found.runs if run.start.status in NO_RESULT),
+            *(_without_result(run.start) for run in found.runs if run.start.status in schedule_answer.LOST),
             *content.problems,
         ],
     )

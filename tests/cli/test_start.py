@@ -43,5 +43,5 @@ def test_the_collector_is_paused_except_during_runs(tmp_path, module, arguments,
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"collector on: {on}" in done.stderr
-    # It is on again, and no object is frozen: otherwise, Arrow's libraries sometimes abort the process when it ends.
+    # It is on again, and no object is frozen: with frozen objects, some listings were aborted while they exited.
     assert "at exit: True 0" in done.stderr
