@@ -104,6 +104,9 @@ class Backend(ABC):
     reports: ClassVar[frozenset[Reported]] = frozenset()
     """The optional values that the backend reports; the other optional values are None, and null in the results."""
 
+    imports_early: ClassVar[bool] = False
+    """Whether `import_engine` may be called in a worker before the experiment is known."""
+
     local_rank: int = 0
     """The number (from 0) of this process among the run's processes on the node; set before `start`."""
 
@@ -159,6 +162,10 @@ class Backend(ABC):
     def server_pids(self) -> Sequence[int]:
         """Return the ids of those engine processes that lem did not start; called after `start`."""
         return ()
+
+    @classmethod
+    def import_engine(cls) -> None:
+        """Import the engine's libraries, so that `start` is quick; nothing here may depend on the experiment."""
 
     def start(self) -> None:
         """Import the engine; called before the first phase, so that no phase includes the import time."""

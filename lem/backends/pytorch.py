@@ -57,6 +57,7 @@ class Pytorch(Backend):
     """The PyTorch backend; the module docstring describes it."""
 
     reports = frozenset(["tokens", "model", "prefill", "flops", "kv_cache"])
+    imports_early = True
 
     def __init__(self, experiment: Experiment) -> None:
         assert isinstance(experiment.backend, PytorchBackend)
@@ -90,7 +91,8 @@ class Pytorch(Backend):
         return self._metered
 
     # -------------------------------------------------------------- loading
-    def start(self) -> None:
+    @classmethod
+    def import_engine(cls) -> None:
         """Import torch and transformers, including the parts needed for loading and generating."""
         with paused_collector():  # otherwise, it would take up a tenth of the import time
             import torch  # noqa: F401
@@ -99,6 +101,10 @@ class Pytorch(Backend):
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+
+    def start(self) -> None:
+        """Import torch and transformers."""
+        self.import_engine()
 
     def load(self) -> None:
         """Load the tokenizer, the weights and any adapter, and compile the model if requested."""

@@ -21,6 +21,7 @@ from lem.config.options import CONFIG_MODULE
 from lem.config.trust import all_asked
 from lem.errors import ConfigError, Interrupted
 from lem.machine import host
+from lem.runner.early import early_worker
 from lem.runner.preflight import preflight
 from lem.studies import sweep
 from lem.studies.ask import RunOptions, print_warnings
@@ -99,9 +100,10 @@ def _run_composed(composed: Any, options: RunOptions) -> int:
     own = {text.partition("=")[0].lstrip("+") for text in overrides if "${" not in text}
     asked = [replace(each, is_own=each.path in own) for each in all_asked(experiment)]
     Consents(options).require(asked)
-    ready = preflight(experiment, host.look())
-    print_warnings(*ready.warnings)
-    return run(ready, options, overrides)
+    with early_worker(experiment, host.look()) as early:
+        ready = preflight(experiment, host.look())
+        print_warnings(*ready.warnings)
+        return run(ready, options, overrides, early=early)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ def _forgiving(stream: TextIO | None, descriptor: int) -> TextIO:
     if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != descriptor:
         return stream
     stream.flush()
-    return _text(
-        descriptor, encoding=stream.encoding, line_buffering=stream.line_buffering, write_through=stream.write_through
-    )
+    # With PYTHONUNBUFFERED, a stream has no buffer of its own; here it gets one, which each line must leave at once.
+    return _text(descriptor, encoding=stream.encoding, line_buffering=stream.line_buffering or stream.write_through)
 
 
 def _text(descriptor: int, **options: Any) -> TextIO:

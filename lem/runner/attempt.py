@@ -68,10 +68,13 @@ class Cycle:
 
 
 class Attempt:
-    """One process's attempt at a planned experiment; as a `Recorder`, it also writes its windows to the journal."""
+    """One process's attempt at a planned experiment; as a `Recorder`, it also writes its windows to the journal.
 
-    def __init__(self, directory: ExperimentDir, number: int) -> None:
-        self._directory, self._number = directory, number
+    `import_s` is how long this process spent importing the engine before it was given the experiment.
+    """
+
+    def __init__(self, directory: ExperimentDir, number: int, import_s: float = 0.0) -> None:
+        self._directory, self._number, self._import_s = directory, number, import_s
         self._plan = directory.plan()
         self._rank = named_by_launcher().rank
         self._host = host.look()
@@ -128,7 +131,8 @@ class Attempt:
         backend.forced, backend.cell = self._plan.forced, self._plan.campaign
         began_ns = time.perf_counter_ns()
         backend.start()
-        self._cycle.measured.own_time = OwnTime(import_s=(time.perf_counter_ns() - began_ns) / NS_PER_S)
+        import_s = self._import_s + (time.perf_counter_ns() - began_ns) / NS_PER_S
+        self._cycle.measured.own_time = OwnTime(import_s=import_s)
         self._gpus = tuple(backend.gpus_in_use(self._host))
         is_cool = cool_down(experiment.cooldown, self._gpus, report, backend.clock)
         self._devices_before = host.device_states(self._gpus, self._others_pids())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from msgspec import structs
@@ -26,6 +27,7 @@ from lem.results.files import FULL, needs_space
 from lem.results.plan import FINISHED, Plan, PromptsInfo, State, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
+from lem.runner.early import EarlyWorker, early_worker
 from lem.runner.launch import launch, record_loss
 from lem.runner.preflight import Ready, preflight, validated
 from lem.runner.progress import Report, silent
@@ -88,7 +90,10 @@ def run(experiment: Experiment, *, force: bool = False, report: Report = silent)
         RunError: the disk is full.
         Interrupted: the run was stopped from outside; the finished requests are kept.
     """
-    return run_ready(preflight(validated(experiment), host.look(), force=force), report=report)
+    experiment, machine = validated(experiment), host.look()
+    with early_worker(experiment, machine) as early:
+        ready = preflight(experiment, machine, force=force)
+        return run_ready(ready, early=early, report=report)
 
 
 def run_ready(
@@ -102,6 +107,7 @@ def run_ready(
     campaign: CampaignCell | None = None,
     schedule: ScheduleRun | None = None,
     claimed: Callable[[ExperimentDir], None] | None = None,
+    early: EarlyWorker | None = None,
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
@@ -119,8 +125,9 @@ def run_ready(
         campaign: the experiment's place in a campaign, for the plan.
         schedule: the run of a schedule to which the experiment belongs, for the plan.
         claimed: called with the experiment's directory before the run starts, and therefore even if the run fails.
+        early: a worker that has been importing the engine; `lem.runner.launch.launch` then runs the experiment on it.
         report: receives the progress.
-        launcher: runs the workers until they end.
+        launcher: runs the workers until they end; not used with `early`.
 
     Raises:
         Interrupted: the run was stopped from outside; finished requests are kept and the row is written.
@@ -135,7 +142,7 @@ def run_ready(
         schedule=schedule,
         claimed=claimed,
     )
-    return _execute(store, directory, write_tables, report, launcher)
+    return _execute(store, directory, write_tables, report, _on(early, launcher))
 
 
 def planned(
@@ -180,6 +187,7 @@ def resume(
     write_tables: bool = True,
     take_over: bool = False,
     leave_marked: bool = False,
+    early: EarlyWorker | None = None,
     report: Report = silent,
     launcher: Launcher = launch,
 ) -> Outcome:
@@ -191,8 +199,9 @@ def resume(
         write_tables: write the row to the tables, not only the raw records.
         take_over: resume even if another host is marked as running the experiment.
         leave_marked: leave the experiment marked as unfinished, because another process writes its row.
+        early: as in `run_ready`.
         report: receives the progress.
-        launcher: runs the workers until they end.
+        launcher: as in `run_ready`.
 
     Raises:
         ResultsError: the experiment has nothing left to run, another process is running it, or its files are damaged.
@@ -206,7 +215,12 @@ def resume(
             "requests. Use --fresh to run the experiment again."
         )
     directory.check_inputs()  # the files may have been damaged in the meantime
+    launcher = _on(early, launcher)
     return _execute(store, directory, write_tables, report, launcher, take_over=take_over, leave_marked=leave_marked)
+
+
+def _on(early: EarlyWorker | None, launcher: Launcher) -> Launcher:
+    return launcher if early is None else partial(launch, early=early)
 
 
 def fail(store: Store, directory: ExperimentDir, error: ErrorInfo, slurm_job_id: str, *, write_tables: bool) -> Outcome:

@@ -28,11 +28,12 @@ from msgspec.structs import replace
 from lem.backends import backend_class
 from lem.errors import Interrupted
 from lem.machine.host import Host
-from lem.machine.processes import family_of, without_launchers
+from lem.machine.processes import family_of
 from lem.record import ErrorInfo, Status
 from lem.results.directory import ExperimentDir
 from lem.results.journal import DIED
 from lem.results.plan import Plan
+from lem.runner.early import WORKER, EarlyWorker, environment_of_workers
 from lem.runner.progress import CombinedReport, Event, Report
 from lem.runner.records import WindowId, bare_record
 from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_raise
@@ -50,7 +51,9 @@ KILLED_LATE = f"was killed, because it did not end within {GRACE_S:g} s."
 KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
 
 
-def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -> None:
+def launch(
+    directory: ExperimentDir, attempt: int, host: Host, report: Report, *, early: EarlyWorker | None = None
+) -> None:
     """Run the experiment's workers until they end; afterwards, the attempt has at least one record.
 
     Args:
@@ -58,6 +61,7 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
         attempt: the number of the attempt.
         host: the machine, with only the GPUs that may be used.
         report: receives the progress.
+        early: a worker that was started before the experiment was checked; it is used if it suits the plan.
 
     Raises:
         Interrupted: the run was stopped by Ctrl-C, SIGTERM or SIGHUP; the workers have ended, and finished requests are
@@ -74,11 +78,16 @@ def launch(directory: ExperimentDir, attempt: int, host: Host, report: Report) -
             arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
             command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
             log.debug("worker: %s", shlex.join(command))
-            environment = _environment(plan, host)
+            environment = environment_of_workers(plan.experiment, plan.processes, host)
+            # The wait is outside the next block, so that Ctrl-C does not have to wait for an import.
+            suits = early if plan.processes == 1 and early is not None and early.is_ready(environment) else None
             with signals_held():  # otherwise, a signal could leave behind a process that nobody knows of
-                workers = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-                )
+                workers = None if suits is None else suits.begin(arguments, log_file)
+                log.debug("the worker %s", "starts now" if workers is None else "has already imported its engine")
+                if workers is None:
+                    workers = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                    )
             progress.relay_until_end_of(workers, CombinedReport(report))
         except (KeyboardInterrupt, Interrupted) as stop:
             killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
@@ -105,7 +114,7 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
     too, would leave a folder behind after each run.
     """
     if plan.processes == 1:
-        return [sys.executable, "-P", "-m", "lem.runner.worker"]
+        return [*WORKER]
     if backend_class(plan.experiment.backend.name).wants_gpu(plan.experiment, host):
         several = ["--num_processes", str(plan.processes), "--num_machines", "1", "--mixed_precision", "no"]
         # "all" leaves CUDA_VISIBLE_DEVICES unchanged, even if accelerate's configuration file sets other GPUs.
@@ -114,20 +123,6 @@ def worker_command(plan: Plan, host: Host, scratch: Path) -> list[str]:
     local = ["--nnodes", "1", "--nproc_per_node", str(plan.processes), "--rdzv_backend", "c10d"]
     local += ["--rdzv_endpoint", "localhost:0", "--log_dir", str(scratch)]
     return [sys.executable, "-m", "torch.distributed.run", *local, "-m", "lem.runner.worker"]
-
-
-def _environment(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the workers' environment, which names the chosen GPUs and divides the cores among several processes."""
-    variables = without_launchers(os.environ)
-    # Otherwise, a bullet point printed by a library would end a run on a machine with ASCII encoding.
-    variables["PYTHONIOENCODING"] = "utf-8:backslashreplace"
-    variables["PYTHONSAFEPATH"] = "1"
-    if plan.experiment.gpus is not None:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.visible_uuid for gpu in host.gpus)
-    if plan.processes > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
-    return variables
 
 
 # ------------------------------------------------------------------ waiting

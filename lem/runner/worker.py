@@ -19,6 +19,7 @@ from pathlib import Path
 from lem.errors import Interrupted, LemError, RunError
 from lem.results.directory import ExperimentDir
 from lem.runner.attempt import Attempt
+from lem.runner.early import log_to, wait_for_arguments
 from lem.runner.progress import PipeReport, Report, silent
 from lem.runner.ranks import named_by_launcher
 from lem.runner.stopping import end_with_parent, ignore_signals, interrupt_on_signals
@@ -36,11 +37,23 @@ def _main(argv: Sequence[str] | None, report: Report) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lem.runner.worker", description="Run one process of an experiment."
     )
-    parser.add_argument("directory", type=Path, help="the experiment's directory, with its spec.json")
+    parser.add_argument("directory", type=Path, nargs="?", help="the experiment's directory, with its spec.json")
     parser.add_argument("--attempt", type=int, default=1)
     parser.add_argument("--progress", type=Path, default=None, help="a FIFO to which progress is written as JSON lines")
     parser.add_argument("--lifeline", type=Path, default=None, help="a FIFO that the parent keeps open until it ends")
-    options = parser.parse_args(argv)
+    parser.add_argument("--early", metavar="BACKEND", help="import this engine, and wait for the other arguments")
+    parser.add_argument("--ready", type=int, help="a descriptor that tells the parent that the engine is imported")
+    parser.add_argument("--log", type=Path, help="a file to which the output is appended from now on")
+    options, import_s = parser.parse_args(argv), 0.0
+    if options.early is not None:
+        arguments, import_s = wait_for_arguments(options.early, options.ready)
+        if not arguments:
+            return 0
+        options = parser.parse_args(arguments)
+    if options.directory is None:
+        parser.error("the experiment's directory is missing")
+    if options.log is not None:
+        log_to(options.log)
     interrupt_on_signals(except_for=() if options.lifeline is None else (signal.SIGINT,))
     try:
         if options.lifeline is not None:
@@ -53,7 +66,7 @@ def _main(argv: Sequence[str] | None, report: Report) -> int:
                 raise RunError(
                     f"{directory.id} is at attempt {now}; this process belongs to attempt {options.attempt}."
                 )
-            status = Attempt(directory, options.attempt).run(report)
+            status = Attempt(directory, options.attempt, import_s).run(report)
     except Interrupted as stop:
         return _report(stop)
     except LemError as error:

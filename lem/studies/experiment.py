@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -25,9 +26,13 @@ from lem.results.directory import ExperimentDir
 from lem.results.plan import FINISHED
 from lem.results.store import Store, default_root, results_flag
 from lem.runner.preflight import Ready, check_again, preflight
+from lem.spec.experiment import Experiment
 from lem.studies import preview
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of, show_outcome, summary_of
 from lem.studies.consent import Consents
+
+if TYPE_CHECKING:
+    from lem.runner.early import EarlyWorker
 
 
 def main(
@@ -39,11 +44,43 @@ def main(
         BadInput: raised before anything runs.
         Interrupted: the run was interrupted; finished requests are kept.
     """
-    ready = _ready(config_file, overrides, options, config_dir)
-    print_warnings(*ready.warnings)
+    experiment = _consented(config_file, overrides, options, config_dir)
     if options.dry_run:
+        ready = _checked(experiment, options)
+        print_warnings(*ready.warnings)
         _show_plan(ready)
         return 0
+    from lem.runner.early import early_worker
+
+    with early_worker(experiment, host.look()) as early:
+        return _run_or_resume(_checked(experiment, options), options, overrides, config_file, early)
+
+
+@paused_collector()
+def _consented(
+    config_file: Path | None, overrides: Sequence[str], options: RunOptions, config_dir: Path | None
+) -> Experiment:
+    """Compose the experiment, and obtain the user's consent to what it starts."""
+    composition = prepare(config_file, overrides, config_dir=config_dir)
+    experiment = composition.experiment()
+    Consents(options).require(asked_by(experiment, composition.sources))
+    return experiment
+
+
+@paused_collector()
+def _checked(experiment: Experiment, options: RunOptions) -> Ready:
+    return preflight(experiment, host.look(), force=options.force)
+
+
+def _run_or_resume(
+    ready: Ready,
+    options: RunOptions,
+    overrides: Sequence[str],
+    config_file: Path | None,
+    early: EarlyWorker | None,
+) -> int:
+    """Run a checked experiment, or an identical one that was left unfinished, if the user agrees."""
+    print_warnings(*ready.warnings)
     from lem.results.jobs import queued_in
     from lem.runner.job import fingerprint
 
@@ -54,23 +91,20 @@ def main(
     if unfinished:
         resumes = _resume_question(unfinished[-1])
         if options.yes or confirmed(resumes):
-            return _resume(store, unfinished[-1], options)
+            return _resume(store, unfinished[-1], options, early)
         question = f"Start over: run {summary_of(ready)}?"
     if not (options.yes or confirmed(question)):
         return 0
-    return run(ready, options, overrides, config_file)
+    return run(ready, options, overrides, config_file, early)
 
 
-@paused_collector()
-def _ready(config_file: Path | None, overrides: Sequence[str], options: RunOptions, config_dir: Path | None) -> Ready:
-    """Compose the experiment, obtain the user's consent to what it starts, and run preflight."""
-    composition = prepare(config_file, overrides, config_dir=config_dir)
-    experiment = composition.experiment()
-    Consents(options).require(asked_by(experiment, composition.sources))
-    return preflight(experiment, host.look(), force=options.force)
-
-
-def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file: Path | None = None) -> int:
+def run(
+    ready: Ready,
+    options: RunOptions,
+    overrides: Sequence[str],
+    config_file: Path | None = None,
+    early: EarlyWorker | None = None,
+) -> int:
     """Run a checked experiment, showing its progress and results; return the exit code."""
     from lem.runner.job import run_ready
     from lem.studies.display import display
@@ -79,7 +113,12 @@ def run(ready: Ready, options: RunOptions, overrides: Sequence[str], config_file
     print(f"Prompts: {preview.counts(ready)}.", file=sys.stderr)
     with display() as report:
         outcome = run_ready(
-            ready, overrides=overrides, config_file=config_file, write_tables=options.write_tables, report=report
+            ready,
+            overrides=overrides,
+            config_file=config_file,
+            write_tables=options.write_tables,
+            early=early,
+            report=report,
         )
     return show_outcome(outcome, write_tables=options.write_tables)
 
@@ -130,7 +169,7 @@ def resume(experiment_id: str, results_dir: Path | None, options: RunOptions) ->
     return _resume(store, directory, options)
 
 
-def _resume(store: Store, directory: ExperimentDir, options: RunOptions) -> int:
+def _resume(store: Store, directory: ExperimentDir, options: RunOptions, early: EarlyWorker | None = None) -> int:
     from lem.runner.job import resume as resume_job
     from lem.studies.display import display
 
@@ -138,7 +177,12 @@ def _resume(store: Store, directory: ExperimentDir, options: RunOptions) -> int:
     print(f"Resuming {directory.id}: {progress_of(directory)}.", file=sys.stderr)
     with display() as report:
         outcome = resume_job(
-            store, directory, write_tables=options.write_tables, take_over=options.force, report=report
+            store,
+            directory,
+            write_tables=options.write_tables,
+            take_over=options.force,
+            early=early,
+            report=report,
         )
     return show_outcome(outcome, write_tables=options.write_tables)
 

@@ -25,6 +25,7 @@ from lem.machine import host
 from lem.results.files import NO_SPACE, DiskFull, needs_space
 from lem.results.jobs import Ledger, attending
 from lem.results.schema import ExperimentRow
+from lem.runner.early import early_worker
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Report
@@ -347,19 +348,21 @@ class OneByOne(Runner):
 
     def _measured(self, number: int, experiment: Experiment, report: Report) -> ExperimentRow:
         cell = self.manifest.cells[number]
-        in_campaign = cell.campaign is not None
-        ready = preflight(experiment, host.look(), force=self.options.force, in_campaign=in_campaign, load=self.prompts)
-        outcome = run_ready(
-            ready,
-            overrides=cell.overrides,
-            config_file=cell.config_file,
-            write_tables=self.options.write_tables,
-            unfinished=cell.unfinished,
-            campaign=cell.campaign,
-            schedule=cell.schedule,
-            claimed=lambda directory: self.manifest.claim(number, directory),
-            report=report,
-        )
+        force, in_campaign, machine = self.options.force, cell.campaign is not None, host.look()
+        with early_worker(experiment, machine) as early:
+            ready = preflight(experiment, machine, force=force, in_campaign=in_campaign, load=self.prompts)
+            outcome = run_ready(
+                ready,
+                overrides=cell.overrides,
+                config_file=cell.config_file,
+                write_tables=self.options.write_tables,
+                unfinished=cell.unfinished,
+                campaign=cell.campaign,
+                schedule=cell.schedule,
+                claimed=lambda directory: self.manifest.claim(number, directory),
+                early=early,
+                report=report,
+            )
         if outcome.problem:
             print_warnings(outcome.problem)
         return outcome.row

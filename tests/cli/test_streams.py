@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -129,6 +130,30 @@ def test_a_run_with_a_full_stdout_keeps_its_results(tmp_path):
 def test_bad_input_keeps_its_exit_code_whatever_the_streams_are(tmp_path):
     for redirection in (">/dev/full", ">/dev/full 2>&1", "<&- >&- 2>&-"):
         assert shell(redirection, "results", "show", "exp_1", cwd=tmp_path).code == 2
+
+
+WAITING = """
+import sys
+from lem.cli.streams import forgiving_streams
+forgiving_streams()
+print("line", file=getattr(sys, sys.argv[1]))
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("stream", "unbuffered"), [("stderr", ""), ("stderr", "1"), ("stdout", "1")])
+def test_a_line_leaves_at_once(stream, unbuffered):
+    """Without PYTHONUNBUFFERED, Python keeps what is printed to a piped stdout, so that is left out."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, stream], env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with process:
+        ready, _, _ = select.select([process.stdout], [], [], 20)
+        assert ready, "the process is waiting, and what it printed before has not arrived"
+        assert process.stdout.readline() == b"line\n"
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(RUN, 0), (FAILING, 1)])
