@@ -91,6 +91,15 @@ class Finished:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def signals_still_heard():
+    """Fail a test that leaves signals ignored: a process that a later test forks would inherit this and never end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        assert signal.getsignal(number) == handler, f"the test changed how {number.name} is handled"
+
+
 @pytest.fixture
 def lem(tmp_path, monkeypatch, capfd):
     """Run `lem …` in this process, in an empty directory; an unexpected exception fails the test."""
@@ -128,6 +137,8 @@ def in_this_process(monkeypatch):
 
     for function in (job.run_ready, job.resume):
         monkeypatch.setitem(function.__kwdefaults__, "launcher", launch)
+    # An attempt that ends in an error ignores signals from then on.
+    monkeypatch.setattr("lem.runner.attempt.ignore_signals", lambda: None)
 
 
 def command(*arguments: str, cwd: Path, timeout_s: float = 300, **env: str) -> Finished:
