@@ -338,8 +338,8 @@ class OwnTime(Struct, frozen=True, gc=False):
 
     `import_s` is the time for starting the engine, which imports its libraries, and `encode_s` the time for tokenizing
     the prompts; both happen once in an attempt, outside the phases. `recording_s` is the part of the measured window
-    that was spent on reading the meter and writing the journal between batches. A time is None if the work was not
-    finished.
+    that was spent on reading the meter and writing the journal between batches; what is written while the device works
+    on the next batch is not included. A time is None if the work was not finished.
     """
 
     import_s: Annotated[Amount | None, quantities.SECOND] = None

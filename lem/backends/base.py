@@ -7,7 +7,7 @@ knows nothing about energy, windows, datasets or results; `lem.runner.window` ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -207,6 +207,17 @@ class Backend(ABC):
         for backends that yield a batch only when the whole batch has finished.
         """
         return ()
+
+    def call_while_busy(self, work: Callable[[], None] | None) -> bool:
+        """From now on, call `work` each time the device has begun a batch or a step, so that it delays no device.
+
+        A backend whose device computes in this thread, as a CPU does, cannot do so. None ends the calls. `work` raises
+        `Interrupted` if the run is interrupted.
+
+        Returns:
+            Whether the backend calls `work`; False by default.
+        """
+        return False
 
     def forget(self) -> None:
         """Drop state left by earlier prompts, such as cached prefixes, and reset `counters`.

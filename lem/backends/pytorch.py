@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class Pytorch(Backend):
         self._metered: Sequence[Gpu] = ()
         self._loaded: Loaded | None = None
         self._runner: Static | Continuous | None = None
+        self._busy_hook: Any = None
 
     # -------------------------------------------------------------- before the run
     @classmethod
@@ -168,6 +169,22 @@ class Pytorch(Backend):
             yield from self._runner.serve(arrivals, at_most)
         else:
             yield from super().serve(arrivals, at_most)
+
+    def call_while_busy(self, work: Callable[[], None] | None) -> bool:
+        """On GPUs, call `work` after each forward pass has been launched, before anything waits for its result."""
+        loaded = needed(self._loaded)
+        if self._busy_hook is not None:
+            self._busy_hook.remove()
+            self._busy_hook = None
+        if work is None or not self._computes_apart:
+            return False
+        self._busy_hook = loaded.inner.register_forward_hook(lambda *_: work(), prepend=True)
+        return True
+
+    @property
+    def _computes_apart(self) -> bool:
+        """Whether a forward pass returns before it has been computed."""
+        return bool(needed(self._loaded).gpus)
 
     def forget(self) -> None:
         """Reset the counts that `warnings` reports for a window.

@@ -49,7 +49,7 @@ class Simulated(Backend):
         self.clock = REAL if self._options.sleep else VirtualClock()
         self._work = _Work(self.clock)
         self._pace = Pace(self._options, experiment.seed)
-        self._session = SimulatedSession(experiment, self._output, self.clock, self._pace)
+        self._session = SimulatedSession(experiment, self._output, self._work, self._pace)
 
     @classmethod
     def objections(cls, experiment: Experiment, model: Model | None, host: Host) -> list[Objection]:
@@ -125,6 +125,11 @@ class Simulated(Backend):
             chunks, end_ns = [], self._work.do(steps * step_s)
         self._work.end(end_ns)
         return prefill_end_ns, chunks, end_ns
+
+    def call_while_busy(self, work: Callable[[], None] | None) -> bool:
+        """Call `work` whenever simulated work has begun, which takes no longer because of it."""
+        self._work.meanwhile = work
+        return work is not None
 
     def serve(self, arrivals: Arrivals[Encoded], at_most: int) -> Iterator[Sequence[Generation]]:
         """Run the waiting prompts batch by batch or, with continuous batching, accept each prompt as it arrives."""
@@ -228,18 +233,21 @@ class _Work:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self.clock = clock
+        self.meanwhile: Callable[[], None] | None = None
         self._late_ns = 0
         self._begun_ns = self._due_ns = 0
 
     def begin(self, start_ns: int) -> None:
-        """Begin working at a time that may already have passed."""
+        """Begin working at a time that may already have passed, and call `meanwhile`."""
         self._begun_ns, self._due_ns = start_ns, start_ns - self._late_ns
+        if self.meanwhile is not None:
+            self.meanwhile()
 
     def do(self, duration_s: float) -> int:
         """Work for the given time, and return when the work ended."""
         self._due_ns += round(duration_s * NS_PER_S)
-        return self._clock.sleep_until(self._due_ns)
+        return self.clock.sleep_until(self._due_ns)
 
     def end(self, end_ns: int) -> None:
         """Record how late the work ended, but at most the time since it began; no further delay is made up for."""
@@ -259,12 +267,12 @@ class SimulatedSession(Session[_Running]):
     """Simulated continuous batching: each step accepts the new prompts, and decodes one token of each request."""
 
     def __init__(
-        self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]], clock: Clock, pace: Pace
+        self, experiment: Experiment, output: Callable[[Encoded], tuple[int, ...]], work: _Work, pace: Pace
     ) -> None:
-        super().__init__(experiment, clock)
+        super().__init__(experiment, work.clock)
         assert isinstance(experiment.backend, SimulatedBackend)
         self._options, self._output, self._pace = experiment.backend, output, pace
-        self._work = _Work(clock)
+        self._work = work
 
     def begin(self, key: int, prompt: Encoded, batch: int, arrived_ns: int) -> None:
         """Add a prompt for the next step to accept."""

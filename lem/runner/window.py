@@ -45,6 +45,7 @@ from lem.results.journal import Checkpoint
 from lem.results.merging import longer
 from lem.runner.progress import Event, Report
 from lem.runner.ranks import Ranks
+from lem.runner.stopping import UNDISTURBED
 from lem.spec.experiment import Batching, Warmup
 from lem.workload.batching import plan_batches
 from lem.workload.traffic import Arrivals
@@ -291,7 +292,7 @@ class Bench:
             queue: how the prompts arrive; None if all are available from the start.
         """
         self.report(Event("measured", 0, len(prompts)))
-        window = _Window(self, into, recorder)
+        window = _Window(self, into, recorder, is_busy_throughout=queue is None)
         recorder.window_opens()  # before the window opens, because recording takes time
         window.open()
         try:
@@ -363,10 +364,19 @@ class _Window:
     thread. Without these checkpoints, requests that the others finished would have no energy if the metering process
     were killed during a long batch. The lock keeps that thread and the main thread from using the meter and the
     journal at the same time.
+
+    If the backend can call back while its device is busy, a finished batch is recorded when the next one has begun, so
+    that the device does not wait. This is not done if other processes run a share of the prompts, because the thread's
+    checkpoints would then come before the batch, or if requests arrive over time (`is_busy_throughout` is False),
+    because the next batch may be far off.
     """
 
-    def __init__(self, bench: Bench, into: Measurement, recorder: Recorder) -> None:
+    def __init__(self, bench: Bench, into: Measurement, recorder: Recorder, *, is_busy_throughout: bool) -> None:
         self._bench, self._into, self._recorder = bench, into, recorder
+        self._may_defer = is_busy_throughout and bench.replicas == 1
+        self._defers = False
+        self._deferred: tuple[Sequence[MeasuredRequest], Checkpoint] | None = None
+        self._deferred_error: OSError | None = None
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._load = _CpuClock()
@@ -380,6 +390,7 @@ class _Window:
         into = self._into
         into.current = "measured"
         self._load.find_processes(self._bench.backend.server_pids())
+        self._defers = self._may_defer and self._bench.backend.call_while_busy(self._record_while_busy)
         self._bench.watch.begin()
         self._bench.open_together()
         into.window_opened_unix_s = time.time()
@@ -389,13 +400,47 @@ class _Window:
             self.keep_noting()
 
     def batch_finished(self, batch: Sequence[MeasuredRequest]) -> None:
-        """Record a finished batch and the progress of the window, and how long recording has taken so far."""
+        """Record a finished batch and the progress of the window, now or when the device is busy again.
+
+        The time for which this keeps the device waiting is recorded as well.
+        """
+        with self._lock, self._timed_recording():
+            checkpoint = self._checkpoint()
+            self._record_deferred()  # if the backend has not called since the last batch
+            if self._defers:
+                self._deferred = batch, checkpoint
+            else:
+                self._recorder.batch_finished(batch, checkpoint)
+
+    @contextmanager
+    def _timed_recording(self) -> Iterator[None]:
         began_ns = time.perf_counter_ns()
-        with self._lock:
-            self._recorder.batch_finished(batch, self._checkpoint())
+        yield
         self._recording_ns += time.perf_counter_ns() - began_ns
         into = self._into
         into.own_time = structs.replace(into.own_time, recording_s=self._recording_ns / NS_PER_S)
+
+    def _record_while_busy(self) -> None:
+        """Record the last batch; an error is raised later, because here it would look like an error of the engine."""
+        try:
+            self._record_deferred()
+        except OSError as error:
+            self._deferred_error = error
+
+    def _record_deferred(self) -> None:
+        if self._deferred_error is not None:
+            raise self._deferred_error
+        if self._deferred is not None:
+            with UNDISTURBED:  # otherwise, a signal could drop the batch
+                (batch, checkpoint), self._deferred = self._deferred, None
+                self._recorder.batch_finished(batch, checkpoint)
+
+    def _stop_deferring(self) -> None:
+        self._defers = False
+        self._bench.backend.call_while_busy(None)
+        if self._deferred is not None or self._deferred_error is not None:
+            with self._timed_recording():
+                self._record_deferred()
 
     def keep_noting(self) -> None:
         """Start the thread that records checkpoints within batches."""
@@ -455,6 +500,7 @@ class _Window:
     def close(self) -> None:
         """Close the window together with the other processes, recording checkpoints while waiting for them."""
         into = self._into
+        self._stop_deferring()
         self._end()
         self._bench.backend.synchronize()
         self._bench.ranks.barrier(lambda: self.batch_finished(()))
@@ -482,6 +528,8 @@ class _Window:
         If other processes run a share of the prompts, the metering process ends its window at the interruption instead,
         because the others may have finished requests in the meantime.
         """
+        with suppress(OSError):  # a batch that cannot be recorded will be run again
+            self._stop_deferring()
         self._end()
         interrupted_s = self._into.since_opening_s(self._bench.now_ns())
         self._bench.meter.mark()

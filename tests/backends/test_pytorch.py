@@ -154,6 +154,26 @@ def forward_calls(backend, texts):
     return calls
 
 
+# ------------------------------------------------------------------ work done while the device is busy
+@pytest.mark.parametrize("strategy", ["static", "continuous"])
+def test_work_is_called_in_each_forward_pass_before_its_result_is_awaited(folders, texts, strategy, monkeypatch):
+    monkeypatch.setattr(Pytorch, "_computes_apart", True)  # as on a GPU
+    backend = load(experiment(folders["gpt2"], batching=Batching(strategy=strategy, batch_size=4)))
+    seen = []
+    assert backend.call_while_busy(lambda: seen.append(getattr(backend._runner, "_prefill_end_ns", None)))
+    passes = len(forward_calls(backend, texts[:8]))
+    assert len(seen) == passes > 0
+    if strategy == "static":
+        assert [at for at, end_ns in enumerate(seen) if end_ns is None] == [0, passes // 2], "twice, for two prefills"
+    assert not backend.call_while_busy(None)
+    list(backend.generate(backend.encode(texts[:8])))
+    assert len(seen) == passes
+
+
+def test_a_cpu_is_not_busy_while_python_runs(folders):
+    assert not load(experiment(folders["gpt2"])).call_while_busy(lambda: None)
+
+
 # ------------------------------------------------------------------ tokens and counts
 @pytest.mark.parametrize(("name", "strategy"), list(product(BUILDERS, STRATEGIES)))
 def test_batches_write_what_each_prompt_alone_writes(folders, texts, alone, name, strategy):

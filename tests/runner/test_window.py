@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import threading
 import time
@@ -10,7 +11,8 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from lem.backends import Encoded, make_backend
+from lem.backends import Backend, Encoded, make_backend
+from lem.backends.simulated import Simulated
 from lem.energy.base import CombinedMeter, ImmediateMeter, NoMeter
 from lem.errors import RunError
 from lem.record import EnergyReading, Phase, WarmupInfo
@@ -19,7 +21,7 @@ from lem.results.latency import under_load
 from lem.runner.progress import silent
 from lem.runner.ranks import Ranks
 from lem.runner.records import WindowId, request_row
-from lem.runner.window import Bench, Measurement, warmup_batches
+from lem.runner.window import Bench, Measurement, Queue, warmup_batches
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Batching, Experiment, Streaming, Warmup
 
@@ -634,9 +636,80 @@ class SlowRecording(Recording):
         super().batch_finished(batch, checkpoint)
 
 
-def test_the_time_for_recording_is_part_of_the_window_and_the_time_for_encoding_is_not():
+def test_the_time_for_recording_is_part_of_the_window_and_the_time_for_encoding_is_not(monkeypatch):
+    monkeypatch.setattr(Simulated, "call_while_busy", Backend.call_while_busy)
     recording = SlowRecording()
     measured = run(recording=recording, slow=True)
     assert 0.1 * len(recording.batches) <= measured.own_time.recording_s < measured.phases[-1].duration_s
     assert measured.own_time.encode_s >= 0.3
     assert measured.own_time.import_s is None  # the engine is started elsewhere
+
+
+# ------------------------------------------------------------------ recording while the device is busy
+class TimedRecording(SlowRecording):
+    def __init__(self, into):
+        super().__init__()
+        self.into, self.at_s = into, []
+
+    def batch_finished(self, batch, checkpoint):
+        self.at_s.append(self.into.since_opening_s(time.perf_counter_ns()))
+        super().batch_finished(batch, checkpoint)
+
+
+def test_a_batch_is_recorded_while_the_next_one_runs():
+    into = Measurement()
+    recording = TimedRecording(into)
+    run(into, recording=recording, decode_s_per_token=10e-3)
+    *before_last, last = [(batch[0].start_s, batch[0].end_s) for batch in recording.batches]
+    for (_, end_s), (next_start_s, next_end_s), at_s in zip(
+        before_last, [*before_last[1:], last], recording.at_s, strict=False
+    ):
+        assert end_s <= next_start_s <= at_s < next_end_s
+    assert recording.at_s[-1] >= last[1], "nothing runs after the last batch"
+    # Only the last batch's recording keeps the device waiting, and the checkpoints are those of the batches' ends.
+    assert 0.1 <= into.own_time.recording_s < 0.15
+    assert into.phases[-1].duration_s == pytest.approx(last[1] + 0.1, abs=0.05)
+    for checkpoint, (_, end_s) in zip(recording.checkpoints, [*before_last, last], strict=True):
+        assert end_s <= checkpoint.duration_s < end_s + 0.02
+
+
+class FullDisk(Recording):
+    """Keeps one batch and fails at the second."""
+
+    def batch_finished(self, batch, checkpoint):
+        if self.batches:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().batch_finished(batch, checkpoint)
+
+
+def test_a_full_disk_is_no_error_of_the_engine_and_is_not_met_twice():
+    recording = FullDisk()
+    with pytest.raises(OSError, match="No space left"):
+        run(recording=recording)
+    assert len(recording.batches) == 1
+
+
+def test_an_engine_that_fails_keeps_the_batch_that_was_not_yet_recorded():
+    recording = Recording()
+    with pytest.raises(RunError):
+        run(recording=recording, fail_at_request=INDICES[-1])
+    assert [r.generation.index for batch in recording.batches for r in batch] == list(INDICES[:8])
+
+
+def test_a_backend_that_never_calls_loses_no_batch(monkeypatch):
+    monkeypatch.setattr(Simulated, "call_while_busy", lambda *_: True)
+    recording = Recording()
+    run(recording=recording)
+    assert [len(batch) for batch in recording.batches] == [4, 4, 4]
+
+
+def test_with_arrivals_over_time_each_batch_is_recorded_at_once(monkeypatch):
+    """The device may be idle until the next request arrives."""
+    called = []
+    monkeypatch.setattr(Simulated, "call_while_busy", lambda _, work: called.append(work) or False)
+    backend = make_backend(Experiment(model="any", backend=SimulatedBackend(), batching=Batching(batch_size=4)))
+    bench, into = Bench(backend, NoMeter(), Ranks(), silent), Measurement()
+    prompts = bench.prepare(TEXTS, INDICES, 0.0, into)
+    bench.run_window(prompts, Recording(), into, queue=Queue([0.0] * len(TEXTS), 1, 4))
+    assert len(into.requests) == len(TEXTS)
+    assert called == [None]
