@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -247,16 +248,41 @@ def docs(session: nox.Session) -> None:
     run_in_dev(session, "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
 
 
-@in_dev(tags=["performance"])
+@in_dev
 def bench(session: nox.Session) -> None:
-    """Measure commands, grids, aggregation, Slurm, schedules, reports and batching; fail if a limit is exceeded."""
-    run_in_dev(session, "python", "-m", "bench.startup")
-    run_in_dev(session, "python", "-m", "bench.grid")
-    run_in_dev(session, "python", "-m", "bench.aggregation")
-    run_in_dev(session, "python", "-m", "bench.slurm")
-    run_in_dev(session, "python", "-m", "bench.waiting")
-    run_in_dev(session, "python", "-m", "bench.reports")
-    run_in_dev(session, "python", "-m", "bench.batching")
+    """Measure lem's own costs, then run perturbation and peers; takes about two hours, with `-- alone` 15 minutes."""
+    if session.posargs not in ([], ["alone"]):
+        session.error("The only argument that this session takes after -- is `alone`")
+    if not session.posargs:
+        _queue_others(session)
+    own = ("startup", "grid", "aggregation", "slurm", "waiting", "reports", "batching")
+    _measure(session, dict.fromkeys(own, ()))
+
+
+def _queue_others(session: nox.Session) -> None:
+    """Let perturbation and peers run after this session, even if it fails."""
+    for name in ("perturbation", "peers"):
+        try:
+            session.notify(name, posargs=())
+        except ValueError:
+            session.error("With --no-dependencies, a session cannot start others; add `-- alone`")
+
+
+def _measure(session: nox.Session, benchmarks: Mapping[str, Sequence[str]]) -> None:
+    """Run benchmarks with their arguments; fail if one of them fails, but only after all have run."""
+    failed = []
+    for name, arguments in benchmarks.items():
+        try:
+            run_in_dev(session, "python", "-m", f"bench.{name}", "--json", _figures(session, name), *arguments)
+        except CommandFailed:
+            failed.append(name)
+    if failed:
+        session.error(f"These benchmarks failed or exceeded a limit: {', '.join(failed)}")
+
+
+def _figures(session: nox.Session, name: str) -> str:
+    """Return the file for the figures of a benchmark, in the directory from which nox was invoked."""
+    return os.path.join(session.invoked_from, f"bench-{name.replace('_', '-')}.json")
 
 
 @in_dev
@@ -267,15 +293,16 @@ def accuracy(session: nox.Session) -> None:
     run_in_dev(session, "python", "-m", "bench.schedules")
 
 
-@in_dev(tags=["performance"])
+@in_dev
 def perturbation(session: nox.Session) -> None:
     """Compare lem with a script that calls the engine directly, and show lem's own share; takes over an hour."""
-    run_in_dev(session, "python", "-m", "bench.own_share")
-    run_in_dev(session, "python", "-m", "bench.job_parts")
-    run_in_dev(session, "python", "-m", "bench.perturbation", *session.posargs)
+    vllm_python = (session.cache_dir.parent / "vllm" / "bin" / "python").absolute()
+    # Of two options --vllm-python, the last counts, so one in the posargs takes precedence.
+    arguments = [*(["--vllm-python", str(vllm_python)] if vllm_python.exists() else []), *session.posargs]
+    _measure(session, {"own_share": (), "job_parts": (), "perturbation": arguments})
 
 
-@in_dev(tags=["performance"])
+@in_dev
 def peers(session: nox.Session) -> None:
     """Compare lem with guidellm, aiperf and optimum-benchmark, each in its own environment; takes half an hour."""
     for name, requirements in PEERS.items():
@@ -287,7 +314,7 @@ def peers(session: nox.Session) -> None:
         versions.write_text("".join(f"{line}\n" for line in _requirements(CONSTRAINTS) if line.startswith("torch==")))
         session.run(*install_there, "--constraint", str(versions), *requirements, external=True)
     for what in ("load", "job"):
-        output = os.path.join(session.invoked_from, f"peers-{what}.json")
+        output = _figures(session, f"peers-{what}")
         run_in_dev(session, "python", "-m", "bench.peers", what, "--json", output, *session.posargs)
 
 

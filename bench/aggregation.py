@@ -15,14 +15,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
-from bench.usage import variables
+from bench.usage import is_within, parser, variables, write_json
 from lem import __version__
 from lem.record import (
     FORMAT_VERSION,
@@ -55,10 +56,14 @@ REPEATS = 5
 CYCLES = 10
 # Few requests, because the files that are read once per experiment then take a larger share of the time.
 REQUESTS = 5
+# The steps of lem. The limits apply with MANY records.
+AGGREGATE, AGAIN, LIST = "lem aggregate --all", "the same, nothing new", "lem results list"
 FACTOR_LIMIT = 2.0
-MEMORY_LIMIT_MB = 400
-AGAIN_LIMIT_S = 2.0
-LIST_LIMIT_S = 2.0
+LIMITS: dict[str, dict[str, float]] = {
+    AGGREGATE: {"limit_memory_mb": 400},
+    AGAIN: {"limit_cpu_s": 2.0},
+    LIST: {"limit_cpu_s": 2.0},
+}
 # With MANY records, the CPU time per record, without start-up, may be at most this many times that with FEW records.
 LINEAR_LIMIT = 1.25
 GPU = "GPU-5a8e1c6e-8f37-4a55-9d0b-0c3d4e5f6a7b"
@@ -295,38 +300,70 @@ def _start_up() -> Cost:
         return cost([*LEM, "aggregate", "--all", "-o", folder])
 
 
-def report(name: str, costs: Costs) -> None:
-    """Print the costs of all steps."""
+# ------------------------------------------------------------------ reporting
+def compare(cycles: int) -> dict[str, Any]:
+    """Measure FEW and MANY records, with a number of cycles in each experiment; return the figures of both."""
+    # FEW records take little longer than start-up, so a single measurement of each would be too noisy.
+    fews, many = [measure(FEW, cycles) for _ in range(REPEATS)], measure(MANY, cycles)
+    start_up_s = statistics.median(_start_up().cpu_s for _ in range(REPEATS))
+    few_s = statistics.median(few.first.cpu_s for few in fews)
+    return {
+        "cycles": cycles,
+        "few": figures(fews[0], cycles),
+        "many": figures(many, cycles),
+        "growth": (many.first.cpu_s - start_up_s) / (few_s - start_up_s) / (MANY / FEW),
+        "limit_growth": LINEAR_LIMIT,
+    }
+
+
+def figures(costs: Costs, cycles: int) -> dict[str, Any]:
+    """Return the costs of all steps, and the factors, with the limits that apply."""
     parts = {"plain, process records": costs.plain, "plain, requests too": costs.plain_with_requests}
-    parts |= {"lem aggregate --all": costs.first}
-    parts |= {"… again, nothing new": costs.again, "lem results list": costs.listed}
-    print(f"{costs.records} records, {name}")
-    for what, part in parts.items():
-        each_us = part.cpu_s / costs.records * 1e6
-        print(f"  {what:<22} {part.cpu_s:7.2f} s CPU {each_us:8.1f} µs a record {part.memory_mb:6.0f} MB")
-    without = costs.factor_of_process_records
-    print(f"  factor {costs.factor:.2f} (limit: {FACTOR_LIMIT:g}); to the process records alone {without:.2f}")
+    parts |= {AGGREGATE: costs.first, AGAIN: costs.again, LIST: costs.listed}
+    has_limits = costs.records == MANY
+    return {
+        "records": costs.records,
+        "steps": {
+            what: asdict(part)
+            | {"cpu_us_per_record": part.cpu_s / costs.records * 1e6}
+            | (LIMITS.get(what, {}) if has_limits else {})
+            for what, part in parts.items()
+        },
+        "factor": costs.factor,
+        "limit_factor": FACTOR_LIMIT if has_limits else None,
+        "factor_of_process_records": costs.factor_of_process_records,
+        # With one record per experiment, the plan, state and directory take as long as the record, so no limit applies.
+        "limit_factor_of_process_records": FACTOR_LIMIT if has_limits and cycles > 1 else None,
+    }
+
+
+def report(found: Mapping[str, Any]) -> None:
+    """Print the figures of FEW and MANY records."""
+    cycles = found["cycles"]
+    for each in (found["few"], found["many"]):
+        print(f"{each['records']} records, {'one' if cycles == 1 else f'{cycles} cycles'} in each experiment")
+        for what, part in each["steps"].items():
+            times = f"{part['cpu_s']:7.2f} s CPU {part['cpu_us_per_record']:8.1f} µs a record"
+            print(f"  {what:<22} {times} {part['memory_mb']:6.0f} MB")
+        without = each["factor_of_process_records"]
+        print(f"  factor {each['factor']:.2f} (limit: {FACTOR_LIMIT:g}); to the process records alone {without:.2f}")
+    print(f"  from {FEW} to {MANY} records: {found['growth']:.2f} times the cost of a record")
+
+
+def is_good(found: Mapping[str, Any]) -> bool:
+    """Return whether MANY records are within all limits."""
+    return all(map(is_within, (found, found["many"], *found["many"]["steps"].values())))
 
 
 def main() -> int:
     """Measure and print all costs; return 1 if a limit is exceeded."""
-    within = True
+    options = parser(__doc__).parse_args()
+    found = []
     for cycles in (1, CYCLES):
-        name = "one in each experiment" if cycles == 1 else f"{cycles} cycles in each experiment"
-        # FEW records take little longer than start-up, so a single measurement of each would be too noisy.
-        fews, many = [measure(FEW, cycles) for _ in range(REPEATS)], measure(MANY, cycles)
-        report(name, fews[0])
-        report(name, many)
-        start_up_s = statistics.median(_start_up().cpu_s for _ in range(REPEATS))
-        few_s = statistics.median(few.first.cpu_s for few in fews)
-        growth = (many.first.cpu_s - start_up_s) / (few_s - start_up_s) / (MANY / FEW)
-        print(f"  from {FEW} to {MANY} records: {growth:.2f} times the cost of a record")
-        within &= many.factor <= FACTOR_LIMIT and growth <= LINEAR_LIMIT
-        # With one record per experiment, the plan, state and directory take as long as the record, so no limit applies.
-        within &= cycles == 1 or many.factor_of_process_records <= FACTOR_LIMIT
-        within &= many.first.memory_mb <= MEMORY_LIMIT_MB
-        within &= many.again.cpu_s <= AGAIN_LIMIT_S and many.listed.cpu_s <= LIST_LIMIT_S
-    return int(not within)
+        found.append(compare(cycles))
+        report(found[-1])
+    write_json(options.json, found)
+    return int(not all(map(is_good, found)))
 
 
 if __name__ == "__main__":

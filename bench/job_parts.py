@@ -18,7 +18,6 @@ of the differences between two steps of a round, with its 95% interval (Student'
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from bench import perturbation
 from bench.perturbation import CASES, Bare, Case, Lem, Side
+from bench.usage import write_json
 from lem.machine import host
 from lem.results.statistics import summarize
 from lem.runner.job import planned
@@ -128,9 +128,7 @@ def main() -> int:
         print(f"\n| {name} | CPU time | wall time |\n|---|---|---|")
         for (part, cpu), (_, wall) in zip(parts(rounds, 0), parts(rounds, 1), strict=True):
             print(f"| {part} | {cpu} | {wall} |")
-    if options.json:
-        cases = {name: {"case": asdict(CASES[name]), "rounds": rounds} for name, rounds in found.items()}
-        options.json.write_text(json.dumps(cases, indent=2) + "\n")
+    write_json(options.json, {name: {"case": asdict(CASES[name]), "rounds": rounds} for name, rounds in found.items()})
     return 0
 
 

@@ -17,10 +17,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bench import perturbation
 from bench.perturbation import Case, Lem
+from bench.usage import parser, write_json
 from lem.quantities import NS_PER_S
 
 LIMIT_PERCENT = 1.0
@@ -75,8 +78,8 @@ def is_own(stack: str) -> bool:
     return True
 
 
-def main() -> int:
-    """Run the experiment, sample its worker and print the shares; return 1 if lem's own share is too large."""
+def measured() -> dict[str, Any]:
+    """Run the experiment, sample its worker and return all figures."""
     py_spy = shutil.which("py-spy")
     if py_spy is None:
         raise SystemExit("py-spy is not installed; it is among the dependencies that python -m nox -s dev installs.")
@@ -93,23 +96,49 @@ def main() -> int:
         lem.result()
         (file,) = lem.folder.glob("results/raw/*/process_0_c1_a1.json")
         record = json.loads(file.read_text())
-    own = Counter({stack: count for stack, count in stacks.items() if is_own(stack)})
-    percent = 100 * own.total() / stacks.total()
-    print(f"{stacks.total()} samples of the main thread, {own.total()} of them in lem's own code: {percent:.2f}%.")
-    print(
-        f"Other threads used the CPU for {others_percent:.2f}% of the time. The limit for both is {LIMIT_PERCENT:g}%."
-    )
+    return figures(stacks, others_percent, record)
+
+
+def figures(stacks: Counter[str], others_percent: float, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all figures, given the stacks of the main thread, the share of the other threads, and the record."""
     window_s = next(phase["duration_s"] for phase in record["phases"] if phase["name"] == "measured")
     if window_s < ALONE_S + SAMPLED_S:
         raise SystemExit(f"The window took only {window_s:.0f} s, so it ended before the sampling; raise CASE.prompts.")
-    recording_s = record["own_time"]["recording_s"]
-    print(
-        f"Recording each of {CASE.prompts} batches took {1e6 * recording_s / CASE.prompts:.0f} µs on average, ", end=""
-    )
-    print(f"{100 * recording_s / window_s:.3f}% of the window.")
-    for stack, count in own.most_common(5):
-        print(f"  {count}  {stack.split(';')[-1]}")
-    return int(percent + others_percent >= LIMIT_PERCENT)
+    own = Counter({stack: count for stack, count in stacks.items() if is_own(stack)})
+    own_percent, recording_s = 100 * own.total() / stacks.total(), record["own_time"]["recording_s"]
+    return {
+        "samples": stacks.total(),
+        "own_samples": own.total(),
+        "own_percent": own_percent,
+        "others_percent": others_percent,
+        "both_percent": own_percent + others_percent,
+        "limit_both_percent": LIMIT_PERCENT,
+        "batches": CASE.prompts,
+        "recording_us_per_batch": 1e6 * recording_s / CASE.prompts,
+        "recording_percent": 100 * recording_s / window_s,
+        "functions": [{"samples": count, "function": stack.split(";")[-1]} for stack, count in own.most_common(5)],
+    }
+
+
+def report(found: Mapping[str, Any]) -> None:
+    """Print all figures."""
+    own = f"{found['own_samples']} of them in lem's own code: {found['own_percent']:.2f}%."
+    print(f"{found['samples']} samples of the main thread, {own}")
+    others = f"Other threads used the CPU for {found['others_percent']:.2f}% of the time."
+    print(f"{others} The limit for both is {LIMIT_PERCENT:g}%.")
+    recording = f"Recording each of {found['batches']} batches took {found['recording_us_per_batch']:.0f} µs on average"
+    print(f"{recording}, {found['recording_percent']:.3f}% of the window.")
+    for each in found["functions"]:
+        print(f"  {each['samples']}  {each['function']}")
+
+
+def main() -> int:
+    """Measure and print the shares; return 1 if lem's own share is too large."""
+    options = parser(__doc__).parse_args()
+    found = measured()
+    report(found)
+    write_json(options.json, found)
+    return int(found["both_percent"] >= LIMIT_PERCENT)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.usage import variables
+from bench.usage import variables, write_json
 from lem.results.statistics import summarize
 from lem.workload import builtin, tiny
 
@@ -339,8 +339,7 @@ def main() -> int:
         for name, case in cases.items()
     }
     report(found)
-    if options.json:
-        options.json.write_text(json.dumps(_plain(runs, found), indent=2) + "\n")
+    write_json(options.json, _plain(runs, found))
     return int(any(is_exceeded(cases[name], ratio) for name, ratios in found.items() for ratio in ratios.values()))
 
 

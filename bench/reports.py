@@ -8,14 +8,18 @@ benchmark fails if a limit is exceeded.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bench.aggregation import LEM, Cost, cost, write_experiments
+from bench.usage import is_within, parser, write_json
 
 SHOWN, WRITTEN = 5_000, 20_000
 SIZE_LIMIT_MB = 10
@@ -43,7 +47,10 @@ def write_report(folder: Path, count: int) -> tuple[Path, Cost]:
 
 
 def seconds_to_open(page: Path) -> float | None:
-    """Return how long Chromium takes to open a page and draw its charts; None without Chromium."""
+    """Return how long Chromium takes to open a page and draw its charts; None without Chromium.
+
+    The time is infinite if Chromium does not draw all charts within a minute.
+    """
     if CHROMIUM is None:
         return None
     watched = page.with_suffix(".watched.html")
@@ -59,27 +66,49 @@ def seconds_to_open(page: Path) -> float | None:
     return float(found[1]) / 1e3 if found else float("inf")
 
 
+def figures(count: int, size_mb: float, open_s: float | None, written: Cost) -> dict[str, Any]:
+    """Return the figures of a report, with the limits that apply to its number of experiments."""
+    is_shown = count == SHOWN
+    return {
+        "experiments": count,
+        "size_mb": size_mb,
+        "limit_size_mb": SIZE_LIMIT_MB if is_shown else None,
+        "is_drawn": None if open_s is None else math.isfinite(open_s),
+        "open_s": open_s,
+        "limit_open_s": OPEN_LIMIT_S if is_shown else None,
+        "writing_cpu_s": written.cpu_s,
+        "limit_writing_cpu_s": None if is_shown else CPU_LIMIT_S,
+        "writing_memory_mb": written.memory_mb,
+        "limit_writing_memory_mb": None if is_shown else MEMORY_LIMIT_MB,
+    }
+
+
+def report(found: Mapping[str, Any]) -> None:
+    """Print the figures of a report."""
+    open_s = found["open_s"]
+    opened = "not timed: there is no Chromium" if open_s is None else f"opened in {open_s:.2f} s"
+    print(
+        f"{found['experiments']} experiments: {found['size_mb']:.1f} MB, {opened}, "
+        f"written in {found['writing_cpu_s']:.2f} s CPU with {found['writing_memory_mb']:.0f} MB"
+    )
+
+
 def main() -> int:
     """Measure and print everything; return 1 if a limit is exceeded."""
-    within = True
+    options = parser(__doc__).parse_args()
+    found = []
     with tempfile.TemporaryDirectory(prefix="lem-bench-") as folder:
         for count in (SHOWN, WRITTEN):
             page, written = write_report(Path(folder), count)
-            size_mb, open_s = page.stat().st_size / 1e6, seconds_to_open(page)
-            opened = "not timed: there is no Chromium" if open_s is None else f"opened in {open_s:.2f} s"
-            print(
-                f"{count} experiments: {size_mb:.1f} MB, {opened}, written in {written.cpu_s:.2f} s CPU with "
-                f"{written.memory_mb:.0f} MB"
-            )
-            if count == SHOWN:
-                within &= size_mb <= SIZE_LIMIT_MB and (open_s is None or open_s <= OPEN_LIMIT_S)
-            else:
-                within &= written.cpu_s <= CPU_LIMIT_S and written.memory_mb <= MEMORY_LIMIT_MB
+            found.append(figures(count, page.stat().st_size / 1e6, seconds_to_open(page), written))
+            report(found[-1])
     print(
         f"limits: {SHOWN} experiments: {SIZE_LIMIT_MB} MB, {OPEN_LIMIT_S:g} s; "
         f"{WRITTEN} experiments: {CPU_LIMIT_S:g} s CPU, {MEMORY_LIMIT_MB} MB"
     )
-    return int(not within)
+    # JSON has no infinity.
+    write_json(options.json, [each if each["is_drawn"] else each | {"open_s": None} for each in found])
+    return int(not all(map(is_within, found)))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from bench.usage import is_within, parser, write_json
 from tests.slurm.cluster import Cluster, missing
 
 CELLS = 10_000
@@ -106,11 +107,8 @@ def single_job_s(folder: Path, cluster: Cluster) -> float:
     return time.monotonic() - began_s
 
 
-def main() -> int:
-    """Measure and print the times; return 1 if the limit is exceeded."""
-    if (reason := missing()) is not None:
-        print(f"slurm: skipped, because no Slurm cluster can be started: {reason}")
-        return 0
+def measured() -> dict[str, float]:
+    """Start a cluster and return all figures."""
     # The path must be short, because it contains munge's socket.
     with tempfile.TemporaryDirectory(prefix="lem-slurm-", ignore_cleanup_errors=True) as root:
         cluster = Cluster(Path(root) / "c", has_accounting=False, max_jobs=2 * CELLS)
@@ -121,15 +119,39 @@ def main() -> int:
             (folder / "base.yaml").write_text(BASE)
         cluster.start()
         try:
-            empty_s, single_s = empty_job_s(cluster), single_job_s(folders["one"], cluster)
-            each_s, took_s = cell_s(folders["row"], cluster), submission_s(folders["many"], cluster)
+            return {
+                "empty_job_s": empty_job_s(cluster),
+                "job_of_one_cell_s": single_job_s(folders["one"], cluster),
+                "further_cell_s": cell_s(folders["row"], cluster),
+                "cells_per_job": IN_A_JOB,
+                "submission_s": submission_s(folders["many"], cluster),
+                "limit_submission_s": LIMIT_S,
+                "cells_submitted": CELLS,
+            }
         finally:
             cluster.stop()
-    print(f"an empty Slurm job, from sbatch to its end       {empty_s:8.1f} s")
-    print(f"lem experiment with one cell as a job            {single_s:8.1f} s")
+
+
+def report(found: Mapping[str, float]) -> None:
+    """Print all figures."""
+    each_s, took_s = found["further_cell_s"], found["submission_s"]
+    print(f"an empty Slurm job, from sbatch to its end       {found['empty_job_s']:8.1f} s")
+    print(f"lem experiment with one cell as a job            {found['job_of_one_cell_s']:8.1f} s")
     print(f"what lem adds for each further cell of a job     {each_s:8.2f} s  ({IN_A_JOB} cells, --per-job {IN_A_JOB})")
     print(f"submission of {CELLS} cells as jobs of their own  {took_s:8.1f} s  (limit {LIMIT_S:g})")
-    return int(took_s > LIMIT_S)
+
+
+def main() -> int:
+    """Measure and print the times; return 1 if the limit is exceeded."""
+    options = parser(__doc__).parse_args()
+    if (reason := missing()) is not None:
+        print(f"slurm: skipped, because no Slurm cluster can be started: {reason}")
+        write_json(options.json, {"skipped": reason})
+        return 0
+    found = measured()
+    report(found)
+    write_json(options.json, found)
+    return int(not is_within(found))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.usage import variables
+from bench.usage import is_within, parser, variables, write_json
 from lem.workload import tiny
 
 REPEATS = 10
@@ -56,6 +56,17 @@ COMMANDS = {
 }
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a command costs, with its goal and limit; `times_empty` is relative to an empty interpreter's CPU time."""
+
+    cpu_s: float
+    goal_cpu_s: float | None
+    memory_mb: float
+    times_empty: float
+    limit_times_empty: float | None
+
+
 def cost(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
     """Return the CPU time in seconds, and the peak memory in MB, of one run of Python and its child processes."""
     command = [sys.executable, *arguments]
@@ -81,8 +92,8 @@ def prepare(folder: Path) -> None:
     subprocess.run([sys.executable, *sweep], cwd=folder, check=True, capture_output=True)
 
 
-def measured(folder: Path) -> dict[str, tuple[float, float]]:
-    """Return each command's shortest CPU time in seconds and its peak memory in MB."""
+def measured(folder: Path) -> dict[str, Figures]:
+    """Return each command's figures, from its shortest CPU time and its peak memory."""
     first = min((folder / "results" / "raw").iterdir()).name
     commands = {
         name: [first if text == "exp_" else text for text in command.arguments] for name, command in COMMANDS.items()
@@ -90,22 +101,38 @@ def measured(folder: Path) -> dict[str, tuple[float, float]]:
     for arguments in commands.values():
         cost(arguments, folder)  # warm-up: compiles bytecode and fills the disk cache
     runs = [{name: cost(arguments, folder) for name, arguments in commands.items()} for _ in range(REPEATS)]
-    return {name: (min(run[name][0] for run in runs), max(run[name][1] for run in runs)) for name in commands}
+    cpu_s = {name: min(run[name][0] for run in runs) for name in commands}
+    return {
+        name: Figures(
+            cpu_s=cpu_s[name],
+            goal_cpu_s=command.goal_s,
+            memory_mb=max(run[name][1] for run in runs),
+            times_empty=cpu_s[name] / cpu_s[NOTHING],
+            limit_times_empty=command.limit,
+        )
+        for name, command in COMMANDS.items()
+    }
+
+
+def report(found: Mapping[str, Figures]) -> None:
+    """Print a table with a row for each command."""
+    print(f"{'':<60} {'CPU s':>6} {'goal':>5} {'MB':>5} {'x empty':>8} {'limit':>6}")
+    for name, figures in found.items():
+        goal, limit = (f"{each:g}" if each else "-" for each in (figures.goal_cpu_s, figures.limit_times_empty))
+        costs = f"{figures.cpu_s:6.2f} {goal:>5} {figures.memory_mb:5.0f}"
+        print(f"{name:<60} {costs} {figures.times_empty:8.1f} {limit:>6}")
 
 
 def main() -> int:
     """Measure and print all start-up times; return 1 if a limit is exceeded."""
+    options = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="lem-startup-") as folder:
         prepare(Path(folder))
         found = measured(Path(folder))
-    nothing, exceeded = found[NOTHING][0], []
-    print(f"{'':<60} {'CPU s':>6} {'goal':>5} {'MB':>5} {'x empty':>8} {'limit':>6}")
-    for name, (seconds, megabytes) in found.items():
-        command = COMMANDS[name]
-        goal, limit = (f"{each:g}" if each else "-" for each in (command.goal_s, command.limit))
-        print(f"{name:<60} {seconds:6.2f} {goal:>5} {megabytes:5.0f} {seconds / nothing:8.1f} {limit:>6}")
-        if command.limit is not None and seconds > command.limit * nothing:
-            exceeded.append(name)
+    report(found)
+    figures = {name: asdict(each) for name, each in found.items()}
+    write_json(options.json, figures)
+    exceeded = [name for name, each in figures.items() if not is_within(each)]
     for name in exceeded:
         print(f"{name} takes more than {COMMANDS[name].limit:g} times as long as an empty interpreter", file=sys.stderr)
     return int(bool(exceeded))

@@ -1,8 +1,13 @@
-"""Measures the CPU time and the wall time of a command, including all processes that the command starts."""
+"""What the benchmarks share: the cost of a command, limits, and the option `--json`.
+
+The cost of a command is its CPU time and wall time, including all processes that it starts.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import os
 import resource
 import subprocess
@@ -11,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # prctl(2): orphaned descendants become children of this process, so that their CPU time is counted too.
 PR_SET_CHILD_SUBREAPER = 36
@@ -24,6 +30,28 @@ class Cost:
 
     cpu_s: float
     wall_s: float
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option `--json` and a description, usually the docstring of a benchmark."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+    return made
+
+
+def write_json(file: Path | None, figures: object) -> None:
+    """Write figures to a file; do nothing if no file is given."""
+    if file is not None:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def is_within(figures: Mapping[str, Any]) -> bool:
+    """Return whether no figure exceeds its limit, which has the same name after `limit_`.
+
+    A figure that is None was not measured; a limit that is None does not apply.
+    """
+    limits = {name.removeprefix("limit_"): each for name, each in figures.items() if name.startswith("limit_")}
+    return all(None in (figures[name], limit) or figures[name] <= limit for name, limit in limits.items())
 
 
 def variables() -> dict[str, str]:

@@ -7,7 +7,6 @@ terminal, and one on a terminal. It prints a table, and fails if the daemon with
 
 from __future__ import annotations
 
-import argparse
 import os
 import pty
 import signal
@@ -16,10 +15,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+
+from bench.usage import is_within, parser, write_json
 
 DAY_S = 86_400.0
+PLAIN, LIVE = "without a terminal", "on a terminal"
+# The limits of the daemon without a terminal; the CPU time is that of a day.
 LIMIT_CPU_S, LIMIT_MB = 1.0, 60.0
 # In this time, the daemon imports its modules and begins to wait.
 SETTLE_S = 10.0
@@ -63,36 +68,58 @@ def memory_mb(pid: int) -> float:
     return int(status["VmHWM"].split()[0]) / 1024
 
 
-def main() -> int:
-    """Measure both daemons and print what they cost; return 1 if a limit is exceeded."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=3.0, help="how long to measure (default: 3)")
-    minutes = parser.parse_args().minutes
+def measured(minutes: float) -> dict[str, dict[str, Any]]:
+    """Let both daemons wait, and return the figures of each."""
     ours, theirs = pty.openpty()
     threading.Thread(target=_drain, args=(ours,), daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
-        daemons = {"without a terminal": start(folder, "plain", None), "on a terminal": start(folder, "live", theirs)}
+        daemons = {PLAIN: start(folder, "plain", None), LIVE: start(folder, "live", theirs)}
         try:
             for daemon in daemons.values():
                 wait_until_waiting(daemon)
             before, began_s = {name: cpu_s(each.pid) for name, each in daemons.items()}, time.monotonic()
             time.sleep(60.0 * minutes)
             elapsed_s = time.monotonic() - began_s
-            spent = {name: (cpu_s(each.pid) - before[name]) / elapsed_s * DAY_S for name, each in daemons.items()}
-            memory = {name: memory_mb(each.pid) for name, each in daemons.items()}
+            spent_s = {name: (cpu_s(each.pid) - before[name]) / elapsed_s * DAY_S for name, each in daemons.items()}
+            return {name: figures(name, spent_s[name], memory_mb(each.pid)) for name, each in daemons.items()}
         finally:
             for daemon in daemons.values():
                 daemon.send_signal(signal.SIGTERM)
                 daemon.wait(30)
-    for name in daemons:
-        print(f"{name:<20} {spent[name]:6.3f} s CPU a day, {memory[name]:5.1f} MB, measured over {minutes:g} min")
-    print(f"limits without a terminal: {LIMIT_CPU_S:g} s CPU a day, {LIMIT_MB:g} MB")
-    return int(spent["without a terminal"] > LIMIT_CPU_S or memory["without a terminal"] > LIMIT_MB)
 
 
 def _drain(descriptor: int) -> None:
     while os.read(descriptor, 4096):
         pass
+
+
+def figures(name: str, a_day_s: float, used_mb: float) -> dict[str, float | None]:
+    """Return the CPU time and memory of a daemon, with its limits; the daemon on a terminal has none."""
+    return {
+        "cpu_s_per_day": a_day_s,
+        "limit_cpu_s_per_day": LIMIT_CPU_S if name == PLAIN else None,
+        "memory_mb": used_mb,
+        "limit_memory_mb": LIMIT_MB if name == PLAIN else None,
+    }
+
+
+def report(found: Mapping[str, Mapping[str, Any]], minutes: float) -> None:
+    """Print what both daemons cost."""
+    for name, each in found.items():
+        costs = f"{each['cpu_s_per_day']:6.3f} s CPU a day, {each['memory_mb']:5.1f} MB"
+        print(f"{name:<20} {costs}, measured over {minutes:g} min")
+    print(f"limits without a terminal: {LIMIT_CPU_S:g} s CPU a day, {LIMIT_MB:g} MB")
+
+
+def main() -> int:
+    """Measure both daemons and print what they cost; return 1 if a limit is exceeded."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--minutes", type=float, default=3.0, help="how long to measure (default: 3)")
+    options = arguments.parse_args()
+    found = measured(options.minutes)
+    report(found, options.minutes)
+    write_json(options.json, {"measured_min": options.minutes, "daemons": found})
+    return int(not all(map(is_within, found.values())))
 
 
 if __name__ == "__main__":
