@@ -22,6 +22,7 @@ from lem.machine import host
 from lem.results.codec import from_json
 from lem.results.directory import ExperimentDir
 from lem.results.files import DiskFull
+from lem.runner.early import early_worker
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Event, PipeReport
@@ -72,23 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(job: Job, report_fd: int) -> int:
-    ready = preflight(job.experiment, host.look(), force=job.force)
     to_parent, to_log = PipeReport(report_fd), Lines(sys.stderr)
 
     def report(event: Event) -> None:
         to_parent(event)
         to_log(event)
 
-    outcome = run_ready(
-        ready,
-        overrides=job.overrides,
-        config_file=Path(job.config_file) if job.config_file else None,
-        write_tables=job.write_tables,
-        shared_with=job.shared_with,
-        unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
-        claimed=lambda directory: _send(report_fd, "claimed", str(directory.path.resolve())),
-        report=report,
-    )
+    machine = host.look()
+    with early_worker(job.experiment, machine) as early:
+        outcome = run_ready(
+            preflight(job.experiment, machine, force=job.force),
+            overrides=job.overrides,
+            config_file=Path(job.config_file) if job.config_file else None,
+            write_tables=job.write_tables,
+            shared_with=job.shared_with,
+            unfinished=ExperimentDir(Path(job.unfinished)) if job.unfinished else None,
+            claimed=lambda directory: _send(report_fd, "claimed", str(directory.path.resolve())),
+            early=early,
+            report=report,
+        )
     return show_outcome(outcome, write_tables=job.write_tables)
 
 

@@ -39,6 +39,7 @@ from lem.results.schedule import (
 )
 from lem.results.store import Store
 from lem.runner import job
+from lem.runner.early import early_worker
 from lem.runner.preflight import preflight
 from lem.spec.campaign import Campaign
 from lem.spec.experiment import Experiment
@@ -120,19 +121,21 @@ class ScheduledRun:
         return self._begin(what.experiment, manifest, start)
 
     def _begin(self, experiment: Experiment, manifest: ScheduleManifest, start: Start) -> str | None:
-        ready = preflight(experiment, host.look(), force=manifest.config.forced)
-        print_warnings(*ready.warnings)
-        check_prompts(manifest, ready.prompts.sha256)
-        config = manifest.config
-        with display() as report:
-            outcome = job.run_ready(
-                ready,
-                overrides=config.overrides,
-                config_file=Path(config.config_file) if config.config_file else None,
-                schedule=manifest.place(start),
-                claimed=self._claim,
-                report=report,
-            )
+        config, machine = manifest.config, host.look()
+        with early_worker(experiment, machine) as early:
+            ready = preflight(experiment, machine, force=config.forced)
+            print_warnings(*ready.warnings)
+            check_prompts(manifest, ready.prompts.sha256)
+            with display() as report:
+                outcome = job.run_ready(
+                    ready,
+                    overrides=config.overrides,
+                    config_file=Path(config.config_file) if config.config_file else None,
+                    schedule=manifest.place(start),
+                    claimed=self._claim,
+                    early=early,
+                    report=report,
+                )
         return self._reason(outcome)
 
     def _go_on(self, store: Store, directory: ExperimentDir) -> str | None:
