@@ -106,7 +106,8 @@ def _with_transformers(job: dict[str, Any]) -> tuple[Any, Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     settings = GenerationConfig(
-        max_new_tokens=job["max_output_tokens"], min_new_tokens=job["min_output_tokens"], do_sample=False,
+        # With 0 instead of None, transformers would check the length in each step.
+        max_new_tokens=job["max_output_tokens"], min_new_tokens=job["min_output_tokens"] or None, do_sample=False,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return tokenizer, model, settings

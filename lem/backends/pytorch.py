@@ -26,7 +26,7 @@ from lem.backends.engine import (
 from lem.backends.fit import reported
 from lem.backends.placement import split_over_ranks, spread
 from lem.backends.pytorch_continuous import Continuous
-from lem.backends.pytorch_logits import LastLogits, Noticed
+from lem.backends.pytorch_forward import ForwardWatch, Noticed, cache_in, not_finite
 from lem.backends.pytorch_objections import PADDING_UNMASKED, objections
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.errors import RunError
@@ -50,7 +50,6 @@ from lem.workload.weights import Fit, summary
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
 # The fields in which the output of a forward pass can hold the cache.
-CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
 class Pytorch(Backend):
@@ -66,7 +65,7 @@ class Pytorch(Backend):
         self._metered: Sequence[Gpu] = ()
         self._loaded: Loaded | None = None
         self._runner: Static | Continuous | None = None
-        self._busy_hook: Any = None
+        self._watch: ForwardWatch | None = None
 
     # -------------------------------------------------------------- before the run
     @classmethod
@@ -114,12 +113,13 @@ class Pytorch(Backend):
         devices = self._own_devices(torch)
         check_devices(torch, devices, self._metered)
         loaded = self._loaded = load(self._experiment, devices, forced=self.forced)
-        if self._experiment.batching.strategy == "continuous":
-            self._runner = Continuous(self._experiment, loaded.inner, loaded.end_tokens)
-        else:
-            self._runner = Static(self._experiment, loaded)
         if self._options.torch_compile:
             loaded.inner.forward = torch.compile(loaded.inner.forward, mode=self._options.torch_compile_mode)
+        watch = self._watch = ForwardWatch(loaded.inner)  # not compiled, because it keeps what passes through it
+        if self._experiment.batching.strategy == "continuous":
+            self._runner = Continuous(self._experiment, loaded.inner, watch, loaded.end_tokens)
+        else:
+            self._runner = Static(self._experiment, loaded, watch)
 
     def _is_on_cuda(self, torch: Any) -> bool:
         return self._options.device == "cuda" or (self._options.device == "auto" and torch.cuda.is_available())
@@ -172,14 +172,9 @@ class Pytorch(Backend):
 
     def call_while_busy(self, work: Callable[[], None] | None) -> bool:
         """On GPUs, call `work` after each forward pass has been launched, before anything waits for its result."""
-        loaded = needed(self._loaded)
-        if self._busy_hook is not None:
-            self._busy_hook.remove()
-            self._busy_hook = None
-        if work is None or not self._computes_apart:
-            return False
-        self._busy_hook = loaded.inner.register_forward_hook(lambda *_: work(), prepend=True)
-        return True
+        watch = needed(self._watch)
+        watch.when_launched = work if self._computes_apart else None
+        return watch.when_launched is not None
 
     @property
     def _computes_apart(self) -> bool:
@@ -485,26 +480,20 @@ def _generation_config(transformers: Any, experiment: Experiment, special: dict[
 class Static:
     """Runs transformers' `generate` on one padded batch after another."""
 
-    def __init__(self, experiment: Experiment, loaded: Loaded) -> None:
+    def __init__(self, experiment: Experiment, loaded: Loaded, watch: ForwardWatch) -> None:
         assert isinstance(experiment.backend, PytorchBackend)
-        self._experiment, self._loaded = experiment, loaded
+        self._experiment, self._loaded, self._watch = experiment, loaded, watch
         self.cache: str = experiment.backend.cache_implementation
         self.graphs_compiled = 0
         self._prefill_end_ns: int | None = None
-        self._cache: Any = None
         self.forget_cache()
         self.noticed = Noticed()
-        self._last_logits = LastLogits(loaded.inner)
         self._masks_padding = loaded.found.text_config.get("model_type") not in PADDING_UNMASKED
-        loaded.inner.register_forward_hook(self._after_forward)
 
-    def _after_forward(self, _module: Any, _args: Any, output: Any) -> None:
-        """Record when a batch's first forward pass (its prefill) is done, waiting for the device once per batch."""
-        # The output itself is not kept, because its logits, which are large after a prefill, would stay in memory.
-        self._cache = next((held for name in CACHES if (held := getattr(output, name, None)) is not None), None)
-        if self._prefill_end_ns is None:
-            self._loaded.synchronize()
-            self._prefill_end_ns = time.perf_counter_ns()
+    def _after_prefill(self) -> None:
+        """Record when a batch's first forward pass is done, waiting for the device once per batch."""
+        self._loaded.synchronize()
+        self._prefill_end_ns = time.perf_counter_ns()
 
     def forget_cache(self) -> None:
         """Forget the size of the largest cache so far."""
@@ -518,16 +507,15 @@ class Static:
         """
         return self._cache_bytes
 
-    def _measure_cache(self, tokens: int) -> None:
+    def _measure_cache(self, output: Any, tokens: int) -> None:
         """Measure the last batch's cache, unless an earlier batch had at least as many tokens, padding included.
 
-        The cache is taken from the forward passes, because transformers generates differently if it is asked to return
-        the cache.
+        `output` is that of the batch's last forward pass. The cache is taken from there, because transformers generates
+        differently if it is asked to return the cache.
         """
-        held, self._cache = self._cache, None
         if tokens <= self._largest:
             return
-        self._largest = tokens
+        self._largest, held = tokens, cache_in(output)
         own = None if held is None else cache_bytes(held)
         split = strategy_of(self._experiment) == "tensor_parallel"
         self._cache_bytes = None if own is None else own * (self._experiment.parallelism.degree if split else 1)
@@ -544,16 +532,15 @@ class Static:
         batches = plan_batches([len(p.token_ids) for p in prompts], self._experiment.batching)
         for number, positions in enumerate(batches):
             members = [prompts[i] for i in positions]
-            self._prefill_end_ns = None
+            self._prefill_end_ns, self._watch.once = None, self._after_prefill
             # Each batch has its own seed, so that a resumed run continues with the same tokens.
-            torch.manual_seed(self._experiment.seed + members[0].index)
+            self._seed(torch, self._experiment.seed + members[0].index)
             clock = _TokenClock() if self._experiment.streaming.enabled else None
             start_ns = time.perf_counter_ns()
             outputs = self._generate_batch(torch, members, clock)
             end_ns = time.perf_counter_ns()
             longest = max(len(p.token_ids) for p in members) + max(map(len, outputs))
-            self._measure_cache(len(members) * longest)
-            self._notice(members)
+            self._look_at_last_pass(members, longest)
             cut = [cut_after_end(output, self._loaded.end_tokens) for output in outputs]
             yield [
                 Generation(
@@ -570,9 +557,22 @@ class Static:
             ]
             self.graphs_compiled = compiled_graphs() - graphs_before
 
-    def _notice(self, members: Sequence[Encoded]) -> None:
+    def _seed(self, torch: Any, seed: int) -> None:
+        # Until CUDA is initialized, torch.manual_seed formats the call stack, which takes 0.4 ms.
+        if self._loaded.gpus:
+            torch.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def _look_at_last_pass(self, members: Sequence[Encoded], longest: int) -> None:
+        """Measure the cache and count meaningless requests in a finished batch, whose output is then released."""
+        output = self._watch.take()
+        self._measure_cache(output, len(members) * longest)
+        self._notice(output, members)
+
+    def _notice(self, output: Any, members: Sequence[Encoded]) -> None:
         """In a finished batch, count the requests whose tokens are meaningless (see `Noticed`)."""
-        self.noticed.not_finite += min(self._last_logits.not_finite(), len(members))
+        self.noticed.not_finite += min(not_finite(output), len(members))
         if not self._masks_padding:
             longest = max(len(p.token_ids) for p in members)
             self.noticed.padded += sum(len(p.token_ids) < longest for p in members)

@@ -20,7 +20,7 @@ from typing import Any
 from lem.backends import transformers_source
 from lem.backends.base import Encoded, Generation
 from lem.backends.engine import reason_of, sentence
-from lem.backends.pytorch_logits import LastLogits, Noticed
+from lem.backends.pytorch_forward import ForwardWatch, Noticed, not_finite
 from lem.backends.session import Request, Session
 from lem.errors import RunError
 from lem.quantities import NS_PER_S
@@ -107,16 +107,15 @@ class Continuous(Session[_Request]):
     cache = "paged"
     graphs_compiled = 0
 
-    def __init__(self, experiment: Experiment, model: Any, end_tokens: frozenset[int]) -> None:
+    def __init__(self, experiment: Experiment, model: Any, watch: ForwardWatch, end_tokens: frozenset[int]) -> None:
         """Check that the model can be batched continuously.
 
         Raises:
             RunError: the model cannot be batched continuously.
         """
         super().__init__(experiment)
-        self._model = model
+        self._model, self._watch = model, watch
         self.noticed = Noticed()
-        self._last_logits = LastLogits(model)
         self._end_tokens = sorted(end_tokens)
         self._room: _Room | None = None
         self._manager: Any = None
@@ -250,7 +249,7 @@ class Continuous(Session[_Request]):
             key = int(output.request_id)
             done[key] = self._generation(output, self.running.pop(key))
         if done:
-            self.noticed.not_finite += min(self._last_logits.not_finite(), len(done))
+            self.noticed.not_finite += min(not_finite(self._watch.take()), len(done))
         return done
 
     def cancel(self) -> None:

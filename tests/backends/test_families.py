@@ -15,6 +15,7 @@ import pytest
 
 from lem.backends.base import Encoded
 from lem.backends.pytorch import Loaded, Static
+from lem.backends.pytorch_forward import ForwardWatch
 from lem.backends.sizing import architecture_of, cache_bytes
 from lem.spec.experiment import Batching, Experiment, PytorchBackend
 from lem.workload.flops import Attention, UnknownArchitecture, forward_flops
@@ -146,7 +147,9 @@ def static(name):
     tokenizer = SimpleNamespace(pad_token_id=0)
     cpu = [torch.device("cpu")]
     found = SimpleNamespace(text_config={})
-    return Static(wanted, Loaded(found, cpu, tokenizer, loaded, loaded, frozenset(), greedy, 0, Fit()))
+    return Static(
+        wanted, Loaded(found, cpu, tokenizer, loaded, loaded, frozenset(), greedy, 0, Fit()), ForwardWatch(loaded)
+    )
 
 
 def test_run_of_a_model_whose_sizes_are_unknown_has_no_flops_and_says_why(tmp_path):

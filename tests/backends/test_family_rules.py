@@ -6,6 +6,7 @@ import pytest
 
 from lem.backends.base import Encoded
 from lem.backends.pytorch_continuous import Continuous
+from lem.backends.pytorch_forward import ForwardWatch
 from lem.backends.pytorch_objections import PADDING_UNMASKED, objections
 from lem.errors import LemError
 from lem.spec.engines import PytorchBackend
@@ -81,7 +82,7 @@ def continuously(experiment, model):
     """Return the new tokens of the two prompts, or None if generation fails."""
     prompts = [Encoded(0, SHORT), Encoded(1, LONG)]
     try:
-        batches = list(Continuous(experiment, model, frozenset()).generate(prompts))
+        batches = list(Continuous(experiment, model, ForwardWatch(model), frozenset()).generate(prompts))
     except (LemError, RuntimeError, AttributeError):
         return None
     return [each.token_ids for each in sorted((g for batch in batches for g in batch), key=lambda g: g.index)]
