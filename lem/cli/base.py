@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import lem
 from lem.errors import Interrupted, LemError
 from lem.spec.paths import literal
 
@@ -61,19 +63,45 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
     """
     try:
         return run()
-    except Interrupted as stop:
-        ignore_ctrl_c()
-        log_origin(stop)
-        print(f"\n{stop}", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        ignore_ctrl_c()
-        return Interrupted.exit_code
+    except (Interrupted, KeyboardInterrupt) as stop:
+        return _interrupted(stop)
     except LemError as error:
         log_origin(error)
         for line in str(error).split("\n"):
             print(f"Error: {shown(line)}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        # An interruption in the middle of a library's cleaning up can surface as an error of the library.
+        interruption = _interruption_behind(error)
+        if interruption is None or _is_own(error):
+            raise
+        log_origin(error)
+        return _interrupted(interruption)
+
+
+def _interrupted(stop: Interrupted | KeyboardInterrupt) -> int:
+    ignore_ctrl_c()
+    if isinstance(stop, Interrupted):
+        log_origin(stop)
+        print(f"\n{stop}", file=sys.stderr)
+    return Interrupted.exit_code
+
+
+def _interruption_behind(error: BaseException) -> Interrupted | KeyboardInterrupt | None:
+    """Return the interruption during whose handling an error occurred, or None."""
+    before, seen = error.__cause__ or error.__context__, {id(error)}
+    while before is not None and id(before) not in seen:
+        if isinstance(before, (Interrupted, KeyboardInterrupt)):
+            return before
+        seen.add(id(before))
+        before = before.__cause__ or before.__context__
+    return None
+
+
+def _is_own(error: Exception) -> bool:
+    """Return whether lem's own code raised an error, so that the error is a bug in lem."""
+    raised_in = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return bool(raised_in) and Path(raised_in[-1]).is_relative_to(Path(lem.__file__).parent)
 
 
 def ignore_ctrl_c() -> None:

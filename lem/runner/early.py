@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from pathlib import Path
 from lem.backends import backend_class
 from lem.machine.host import Host
 from lem.machine.processes import without_launchers
+from lem.quantities import NS_PER_S
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
 
@@ -128,18 +131,33 @@ def early_worker(experiment: Experiment, host: Host) -> Iterator[EarlyWorker | N
 def wait_for_arguments(backend: str, ready: int) -> tuple[list[str], float]:
     """Import an engine, tell the parent through the descriptor `ready`, and wait for its message.
 
+    If the parent ends without sending one, this process ends as well.
+
     Returns:
-        The worker's arguments, and how long the import took in seconds. The arguments are empty if the parent is gone.
+        The worker's arguments, and how long the import took in seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(messages,), name="arguments", daemon=True).start()
     began_ns = time.perf_counter_ns()
     backend_class(backend).import_engine()
-    import_s = (time.perf_counter_ns() - began_ns) / 1e9
+    import_s = (time.perf_counter_ns() - began_ns) / NS_PER_S
     with suppress(BrokenPipeError):
         os.write(ready, READY)
     os.close(ready)
-    message = sys.stdin.buffer.readline()
-    return (json.loads(message) if message else []), import_s
+    arguments: list[str] = json.loads(messages.get())
+    return arguments, import_s
+
+
+def _listen(messages: queue.SimpleQueue[bytes]) -> None:
+    """Receive the parent's message; end this process at once if the parent is gone, even in the middle of an import."""
+    message = b""
+    while not message.endswith(b"\n"):
+        part = os.read(0, 2**16)
+        if not part:
+            os._exit(0)
+        message += part
+    messages.put(message)
 
 
 def log_to(file: Path) -> None:

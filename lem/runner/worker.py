@@ -47,8 +47,6 @@ def _main(argv: Sequence[str] | None, report: Report) -> int:
     options, import_s = parser.parse_args(argv), 0.0
     if options.early is not None:
         arguments, import_s = wait_for_arguments(options.early, options.ready)
-        if not arguments:
-            return 0
         options = parser.parse_args(arguments)
     if options.directory is None:
         parser.error("the experiment's directory is missing")

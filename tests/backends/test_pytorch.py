@@ -1,7 +1,9 @@
 """The pytorch backend against transformers used directly, on models that are no Llama and really end their outputs."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -168,6 +170,20 @@ def test_work_is_called_in_each_forward_pass_before_its_result_is_awaited(folder
     assert not backend.call_while_busy(None)
     list(backend.generate(backend.encode(texts[:8])))
     assert len(seen) == passes
+
+
+def test_nothing_that_a_forward_pass_returned_is_kept_after_its_batch(folders, texts):
+    """Otherwise, the cache of a batch would take up memory beside that of the next one."""
+    backend, kept = load(experiment(folders["gpt2"])), []
+
+    def keep(_module, _args, output):
+        kept.append(weakref.ref(output.past_key_values))
+
+    backend._loaded.model.register_forward_hook(keep)
+    for _ in backend.generate(backend.encode(texts[:8])):
+        gc.collect()
+        assert kept
+        assert not any(cache() for cache in kept)
 
 
 def test_a_cpu_is_not_busy_while_python_runs(folders):

@@ -10,7 +10,9 @@ import sys
 import pytest
 import typer
 
-from lem.quantities import plain, quantity
+from lem.cli.base import exit_code_of
+from lem.errors import Interrupted
+from lem.quantities import one_line, plain, quantity
 from tests.conftest import SIMULATED, command, raw_record
 
 HEAVY = (
@@ -440,3 +442,33 @@ def test_lost_request_rows_never_overwrite_a_good_row(lem, tmp_path, content):
     assert "journal_0_a1.jsonl" in forced.err
     (row,) = json.loads(lem("results", "list", "--json").out)
     assert row["requests_completed"] == 2
+
+
+def in_the_middle_of_cleaning_up(error):
+    """Raise an error in a library while it handles another one, as omegaconf does when it is interrupted."""
+    try:
+        raise error
+    finally:
+        json.loads("{")
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"), [(Interrupted("stopped by SIGTERM"), "stopped by"), (KeyboardInterrupt(), "")]
+)
+def test_an_interruption_that_surfaces_as_an_error_of_a_library_is_an_interruption(stop, said, capsys, monkeypatch):
+    monkeypatch.setattr("lem.cli.base.ignore_ctrl_c", lambda: None)
+    assert exit_code_of(lambda: in_the_middle_of_cleaning_up(stop)) == 130
+    assert capsys.readouterr().err.strip().startswith(said)
+
+
+def test_other_errors_and_errors_of_lem_itself_are_not_hidden():
+    def own_bug():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            one_line(None)
+
+    with pytest.raises(json.JSONDecodeError):
+        exit_code_of(lambda: in_the_middle_of_cleaning_up(ValueError()))
+    with pytest.raises((TypeError, AttributeError)):
+        exit_code_of(own_bug)

@@ -17,7 +17,7 @@ from lem.results.plan import FINISHED
 from lem.runner.early import EarlyWorker, early_worker, environment_of_workers
 from lem.spec.engines import PytorchBackend, SimulatedBackend
 from lem.spec.experiment import Experiment, Parallelism
-from tests.conftest import begin, command, kill_group, wait_for, workers_of
+from tests.conftest import begin, command, wait_for, workers_of
 from tests.runner.test_launch import gone, only
 
 pytestmark = pytest.mark.processes
@@ -99,15 +99,18 @@ def test_a_signal_during_the_import_ends_the_run_at_once(tmp_path, number):
     assert done.code == 0, done.err
 
 
-def test_an_early_worker_does_not_outlive_a_killed_parent(tmp_path):
-    slowly = SLOWLY.replace("60", "2")
-    process = begin("experiment", *RUN, cwd=tmp_path, **at_the_start_of_workers(tmp_path / "site", slowly))
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.0, 2.0])
+def test_an_early_worker_does_not_outlive_its_parent_even_if_its_import_takes_long(tmp_path, number, after_s):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "torch.py").write_text("import time\ntime.sleep(60)\n")
+    process = begin("experiment", *RUN, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     while not workers_of(process):
         assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert gone(tmp_path, within_s=20)
-    kill_group(process)
+    time.sleep(after_s)
+    os.kill(process.pid, number)
+    process.communicate(timeout=10)
+    assert gone(tmp_path, within_s=5)
 
 
 def test_a_worker_is_started_early_only_where_that_is_safe():
