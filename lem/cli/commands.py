@@ -24,6 +24,7 @@ from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin, new_app
 from lem.cli.environment import load_dotenv
 from lem.cli.formatter import import_formatter
 from lem.cli.streams import forgiving_streams, lost_output
+from lem.errors import BadInput
 from lem.machine.collector import paused_collector
 from lem.quantities import one_line
 
@@ -195,9 +196,20 @@ def _run() -> int:
         if error.strerror is None:
             raise
         log_origin(error)
+        if error.filename is None and not _has_working_directory():
+            print("Error: the working directory no longer exists. Change to another one.", file=sys.stderr)
+            return BadInput.exit_code
         file = f"{error.filename}: " if error.filename is not None else ""
         print(f"Error: {one_line(file)}{error.strerror}. Run lem --verbose … for the traceback.", file=sys.stderr)
         return 1
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _misused(error: Any) -> int:
