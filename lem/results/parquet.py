@@ -226,8 +226,7 @@ def read_table(path: Path, wanted_names: Sequence[str] | None = None) -> Any:
     """
     import pyarrow.parquet as pq
 
-    # The file is opened here, because pyarrow could mistake a path for a URI.
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return pq.ParquetFile(file).read(wanted_names)
 
 
@@ -235,5 +234,18 @@ def check(path: Path) -> None:
     """Check that a Parquet file's metadata can be read; raises ValueError or OSError if the file is damaged."""
     import pyarrow.parquet as pq
 
-    with path.open("rb") as file:
+    with _opened(path) as file:
         pq.ParquetFile(file)
+
+
+def _opened(path: Path) -> Any:
+    """Open a file as one of Arrow's own.
+
+    Arrow's threads would need the interpreter to release what they read from a file of Python's. If the interpreter is
+    already exiting then, the process is aborted. A path cannot be passed instead, because pyarrow could mistake it for
+    a URI.
+    """
+    import pyarrow as pa
+
+    with path.open("rb"):  # raises Python's errors, which name the file; Arrow's do not
+        return pa.OSFile(str(path), "rb")

@@ -329,7 +329,8 @@ def _parquet(path: Path, data: bytes, column: str | None) -> Rows:
         file = pq.ParquetFile(pa.BufferReader(data))
         names = list(file.schema_arrow.names)
         chosen = choose_column(names, column, str(path)) if file.metadata.num_rows else None
-        table = file.read([chosen] if chosen else [])
+        # Without threads, because they would need the interpreter to release parts of `data`, even while it is exiting.
+        table = file.read([chosen] if chosen else [], use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
     return arrow_rows(str(path), table)

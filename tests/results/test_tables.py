@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lem.errors import ResultsError
 from lem.record import RequestRecord
 from lem.results.aggregate import measured, read
-from lem.results.parquet import columns, read_table, records, table, write_table
+from lem.results.parquet import check, columns, read_table, records, table, write_table
 from lem.results.schema import CycleRow, ExperimentRow
 from lem.results.store import Store
 from lem.results.tables import NewRows, Tables
@@ -136,6 +138,25 @@ def test_rows_survive_parquet(store):
     assert records(read_table(store.experiments_table / file), ExperimentRow) == [one.row]
     assert records(read_table(store.cycles_table / file), CycleRow) == one.cycles
     assert records(read_table(store.requests_table / file), RequestRecord) == one.requests
+
+
+def test_arrow_opens_files_itself(store, monkeypatch):
+    """A thread of Arrow that releases parts of a Python file while the interpreter exits would abort the process."""
+    (one,) = several(store, 1)
+    write(store, [one])
+    file, given, real = store.experiments_table / f"{one.row.experiment_id}.parquet", [], pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda source: given.append(source) or real(source))
+    read_table(file)
+    check(file)
+    assert [type(source) for source in given] == [pa.OSFile, pa.OSFile]
+
+
+@pytest.mark.parametrize("read_it", [read_table, check])
+def test_a_table_that_cannot_be_opened_is_named(tmp_path, read_it):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(OSError, match=re.escape(str(path))) as error:
+            read_it(path)
+        assert error.value.filename == str(path)
 
 
 # ------------------------------------------------------------------ the schema
