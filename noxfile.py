@@ -250,7 +250,7 @@ def docs(session: nox.Session) -> None:
 
 @in_dev
 def bench(session: nox.Session) -> None:
-    """Measure lem's own costs, then run perturbation and peers; takes about two hours, with `-- alone` 15 minutes."""
+    """Measure lem's own costs, then run perturbation and peers; estimated at two hours, `-- alone` at 15 minutes."""
     if session.posargs not in ([], ["alone"]):
         session.error("The only argument that this session takes after -- is `alone`")
     if not session.posargs:

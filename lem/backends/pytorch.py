@@ -49,8 +49,6 @@ from lem.workload.weights import Fit, summary
 # The beginning of peft's warning that an adapter lacks matrices, which peft then initializes.
 ADAPTER_LACKS = "Found missing adapter keys while loading the checkpoint"
 
-# The fields in which the output of a forward pass can hold the cache.
-
 
 class Pytorch(Backend):
     """The PyTorch backend; the module docstring describes it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# The attributes in which models return their caches.
+# The fields in which the output of a forward pass can hold the cache.
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 
 
