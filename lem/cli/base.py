@@ -8,20 +8,38 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import lem
 from lem.errors import Interrupted, LemError
+from lem.runner.stopping import signals_raise
 from lem.spec.paths import literal
 
 log = logging.getLogger(__name__)
 
 
+class _Commands(typer.core.TyperGroup):
+    """Commands whose interruption keeps its message; typer would only turn it into an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer does not export the type
+        """Run the requested command.
+
+        Raises:
+            Interrupted: a signal stopped the command.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop)) from stop
+
+
 def new_app() -> typer.Typer:
     """Return an app without commands."""
     return typer.Typer(
+        cls=_Commands,
         help="Measure what running a language model costs: joules, seconds, tokens, FLOPs and CO2e.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -57,12 +75,13 @@ ConfigDir = Annotated[
 
 
 def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> int:
-    """Run a command and return its exit code; print lem's own errors.
+    """Run a command and return its exit code; print lem's own errors. SIGTERM and SIGHUP interrupt it like Ctrl-C.
 
     Each line of an error is formatted with `shown`; the message of an interruption is printed as it is.
     """
     try:
-        return run()
+        with signals_raise():
+            return run()
     except (Interrupted, KeyboardInterrupt) as stop:
         return _interrupted(stop)
     except LemError as error:
@@ -81,8 +100,8 @@ def exit_code_of(run: Callable[[], int], shown: Callable[[str], str] = str) -> i
 
 def _interrupted(stop: Interrupted | KeyboardInterrupt) -> int:
     ignore_ctrl_c()
-    if isinstance(stop, Interrupted):
-        log_origin(stop)
+    log_origin(stop)
+    if str(stop):
         print(f"\n{stop}", file=sys.stderr)
     return Interrupted.exit_code
 
@@ -109,7 +128,7 @@ def ignore_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def log_origin(error: Exception) -> None:
+def log_origin(error: BaseException) -> None:
     """Log the traceback of an error and of its cause, even if the error was raised `from None`."""
     error.__suppress_context__ = False
     log.debug("traceback of the error", exc_info=error)

@@ -30,6 +30,7 @@ from lem.results.directory import ExperimentDir
 from lem.results.store import Store
 from lem.runner import worker
 from lem.runner.job import Outcome, fingerprint, resume, run_ready
+from lem.runner.launch import INTERRUPTED
 from lem.runner.preflight import Ready, preflight
 from lem.runner.progress import Report
 from lem.runner.ranks import Ranks, announce_end, named_by_launcher, publish, receive, wait_for_ends
@@ -170,7 +171,7 @@ class _Others:
         wait_for_ends(self._ranks)
         failed = any(r.status == "failed" and r.attempt == attempt for r in directory.records())
         if code == Interrupted.exit_code and not failed:
-            raise Interrupted("The run was interrupted; finished requests are kept.")
+            raise Interrupted(INTERRUPTED)
 
     def dismiss(self) -> None:
         """Let the other processes exit if they have not been given any work."""

@@ -28,10 +28,10 @@ from lem.results.plan import FINISHED, Plan, PromptsInfo, State, StateName
 from lem.results.schema import ExperimentRow
 from lem.results.store import Store, resume_command
 from lem.runner.early import EarlyWorker, early_worker
-from lem.runner.launch import launch, record_loss
+from lem.runner.launch import INTERRUPTED, launch, record_interruption, record_loss
 from lem.runner.preflight import Ready, preflight, validated
 from lem.runner.progress import Report, silent
-from lem.runner.stopping import signals_ignored
+from lem.runner.stopping import cause_of, signals_ignored
 from lem.spec.campaign import CampaignCell
 from lem.spec.experiment import Experiment
 from lem.spec.processes import process_counts
@@ -292,11 +292,14 @@ def _execute(
                 launcher(directory, attempt, machine, report)
                 log.debug("the workers took %.2f s", time.monotonic() - began_s)
                 _log_times(directory, attempt)
-        except Interrupted as stop:
+        except (Interrupted, KeyboardInterrupt) as stop:
             with signals_ignored():
-                directory.write_state(directory.state().now("interrupted", str(stop)))
+                reason = str(stop) if isinstance(stop, Interrupted) else INTERRUPTED
+                if isinstance(stop, KeyboardInterrupt):  # just before the launcher took care of signals
+                    record_interruption(directory, attempt, f"stopped by {cause_of(stop)}")
+                directory.write_state(directory.state().now("interrupted", reason))
                 _, problem = _row(store, directory, write_tables)
-            text = " ".join(filter(None, [str(stop), problem]))
+            text = " ".join(filter(None, [reason, problem]))
             raise Interrupted(text, f"To resume: {resume_command(store, directory)}") from None
         status, error = _how_it_ended(directory, plan)
         directory.write_state(directory.state().now(status, error))

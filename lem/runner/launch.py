@@ -36,7 +36,7 @@ from lem.results.plan import Plan
 from lem.runner.early import WORKER, EarlyWorker, environment_of_workers
 from lem.runner.progress import CombinedReport, Event, Report
 from lem.runner.records import WindowId, bare_record
-from lem.runner.stopping import GRACE_S, signals_held, signals_ignored, signals_raise
+from lem.runner.stopping import GRACE_S, cause_of, signals_held, signals_ignored, signals_raise
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 LAUNCHER_GRACE_S = 1.0
 LOG_LINES_IN_ERROR = 3
 ENDED = b"ended\n"
+INTERRUPTED = "The run was interrupted; finished requests are kept."
 KILLED_AT_ONCE = "was killed at once, because the run was interrupted a second time."
 KILLED_LATE = f"was killed, because it did not end within {GRACE_S:g} s."
 # How torch's launcher reports the signal that ended the first process to fail.
@@ -70,35 +71,40 @@ def launch(
     plan = directory.plan()
     log_file = directory.log_file(0)
     workers: subprocess.Popen[bytes] | None = None
-    with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline), signals_raise(Interrupted):
-        log_start = output.tell()
+    killed = None
+    with signals_raise():
         try:
-            # A path that begins with a dash would be taken for an option.
-            arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
-            arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
-            command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
-            log.debug("worker: %s", shlex.join(command))
-            environment = environment_of_workers(plan.experiment, plan.processes, host)
-            # The wait is outside the next block, so that Ctrl-C does not have to wait for an import.
-            suits = early if plan.processes == 1 and early is not None and early.is_ready(environment) else None
-            with signals_held():  # otherwise, a signal could leave behind a process that nobody knows of
-                workers = None if suits is None else suits.begin(arguments, log_file)
-                log.debug("the worker %s", "starts now" if workers is None else "has already imported its engine")
-                if workers is None:
-                    workers = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-                    )
-            progress.relay_until_end_of(workers, CombinedReport(report))
-        except (KeyboardInterrupt, Interrupted) as stop:
-            killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
+            with log_file.open("ab") as output, _fifos(directory) as (progress, lifeline):
+                log_start = output.tell()
+                # A path that begins with a dash would be taken for an option.
+                arguments = [os.path.join(os.curdir, directory.path), "--attempt", str(attempt)]
+                arguments += ["--progress", progress.path, "--lifeline", lifeline.path]
+                command = [*worker_command(plan, host, Path(progress.path).parent), *arguments]
+                log.debug("worker: %s", shlex.join(command))
+                environment = environment_of_workers(plan.experiment, plan.processes, host)
+                # The wait is outside the next block, so that Ctrl-C does not have to wait for an import.
+                suits = early if plan.processes == 1 and early is not None and early.is_ready(environment) else None
+                try:
+                    with signals_held():  # otherwise, a signal could leave behind a process that nobody knows of
+                        workers = None if suits is None else suits.begin(arguments, log_file)
+                        log.debug("the worker %s", "starts now" if workers is None else "has imported its engine")
+                        if workers is None:
+                            workers = subprocess.Popen(
+                                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                            )
+                    progress.relay_until_end_of(workers, CombinedReport(report))
+                except KeyboardInterrupt:
+                    killed = _stop(workers, is_launcher=plan.processes > 1) if workers else None
+                    raise
+        except KeyboardInterrupt as stop:
             with signals_ignored():
-                reason = f"stopped by {str(stop) or 'Ctrl-C'}"
+                reason = f"stopped by {cause_of(stop)}"
                 # The reason does not name the signal that ended the workers, because this process sent that signal.
                 reason_without_record = f"{reason}. The worker {killed}" if killed else reason
                 code = workers.returncode if workers else 0
                 _complete_records(directory, attempt, "interrupted", code, reason_without_record)
                 _record_reason(directory, attempt, reason)
-            raise Interrupted("The run was interrupted; finished requests are kept.") from None
+            raise Interrupted(INTERRUPTED) from None
     output_text = _read_log(log_file, log_start)
     log.debug("the worker's exit code is %d; its log is %s", workers.returncode, log_file)
     if workers.returncode:
@@ -197,7 +203,7 @@ def _stop(workers: subprocess.Popen[bytes], *, is_launcher: bool) -> str | None:
         killed = KILLED_LATE if alive else None
         if is_launcher and not alive:
             psutil.wait_procs(family[:1], timeout=LAUNCHER_GRACE_S)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         killed = KILLED_AT_ONCE
     with signals_ignored():
         _signal([*family, *family_of([workers.pid])], signal.SIGKILL)
@@ -236,6 +242,12 @@ def _complete_records(directory: ExperimentDir, attempt: int, status: Status, co
     if not mine or (code and without and not is_explained):
         window = WindowId(directory.id, min(without, default=0), cycle, attempt)
         directory.write_record(bare_record(plan, window, status, error))
+
+
+def record_interruption(directory: ExperimentDir, attempt: int, reason: str) -> None:
+    """Write a record of an attempt that was interrupted before its workers started, so that a record says why."""
+    if not any(record.attempt == attempt for record in directory.records()):
+        _complete_records(directory, attempt, "interrupted", 0, reason)
 
 
 def record_loss(

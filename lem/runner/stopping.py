@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -124,22 +124,36 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def signals_raise(error: Callable[[str], BaseException]) -> AbstractContextManager[None]:
-    """Within the block, raise an error on SIGTERM (from a scheduler) and on SIGHUP (from a closed terminal).
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP stopped this command. Like Ctrl-C, it is no Exception, which libraries would catch."""
 
-    `error` makes the error from the signal's name.
-    """
+    def __init__(self, number: int) -> None:
+        self.signal_name = signal.Signals(number).name
+        super().__init__(f"Stopped by {self.signal_name}.")
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise error(signal.Signals(number).name)
 
+def cause_of(stop: KeyboardInterrupt) -> str:
+    """Return what stopped this command: the name of a signal, or Ctrl-C."""
+    return stop.signal_name if isinstance(stop, Stopped) else "Ctrl-C"
+
+
+def raise_stopped(number: int, _frame: FrameType | None) -> None:
+    """Handle a signal by raising `Stopped`."""
+    raise Stopped(number)
+
+
+def signals_raise() -> AbstractContextManager[None]:
+    """Within the block, raise `Stopped` on SIGTERM (from a scheduler) and on SIGHUP (from a closed terminal)."""
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    return _handled_by(dict.fromkeys(heard, interrupt))
+    return _handled_by(dict.fromkeys(heard, raise_stopped))
 
 
 @contextmanager
 def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Install signal handlers temporarily; do nothing outside the main thread, where Python allows no handlers."""
+    """Install signal handlers temporarily; do nothing outside the main thread, where Python allows no handlers.
+
+    A handler that someone else installs within the block, such as a worker that runs in this process, stays.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -148,4 +162,5 @@ def _handled_by(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == handlers[number]:
+                signal.signal(number, handler)

@@ -26,6 +26,7 @@ from lem.runner.early import early_worker
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Event, PipeReport
+from lem.runner.stopping import raise_stopped
 from lem.spec.experiment import Experiment
 from lem.studies.ask import show_outcome
 from lem.studies.display import Lines
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, raise_interrupted)
+    signal.signal(signal.SIGTERM, raise_stopped)
     try:
         return _run(from_json(Job, options.job.read_bytes()), options.report_fd)
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -97,11 +98,6 @@ def _run(job: Job, report_fd: int) -> int:
 
 def _send(descriptor: int, what: str, text: str) -> None:
     os.write(descriptor, json.dumps({what: text}).encode() + b"\n")
-
-
-def raise_interrupted(number: int, _frame: object) -> None:
-    """Handle a signal by raising `Interrupted`."""
-    raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
 def end_with_parent() -> None:

@@ -41,10 +41,11 @@ from lem.results.store import Store
 from lem.runner import job
 from lem.runner.early import early_worker
 from lem.runner.preflight import preflight
+from lem.runner.stopping import raise_stopped
 from lem.spec.campaign import Campaign
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions, catch_up_rows, print_warnings, show_outcome
-from lem.studies.child import end_with_parent, raise_interrupted
+from lem.studies.child import end_with_parent
 from lem.studies.display import display
 
 RUN_LOCK = ".run.lock"
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure a run of a schedule; return 0 if it completed, and another exit code if it did not."""
     folder, number = sys.argv[1:] if argv is None else argv
     # The daemon blocks the signals that it fetches while it sleeps, and this process has inherited the block.
-    signal.signal(signal.SIGTERM, raise_interrupted)
+    signal.signal(signal.SIGTERM, raise_stopped)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     threading.Thread(target=end_with_parent, daemon=True).start()
     return ScheduledRun(Path(folder), int(number)).main()
@@ -85,7 +86,7 @@ class ScheduledRun:
                 try:
                     error = self._measure(manifest)
                     self._end(manifest, "failed" if error else "done", error)
-                except Interrupted:
+                except (Interrupted, KeyboardInterrupt):
                     # The error's own message would name a command that knows nothing about the schedule.
                     self._end(manifest, "interrupted", "finished requests are kept")
                     raise
@@ -95,6 +96,9 @@ class ScheduledRun:
                 except Exception as error:
                     self._end(manifest, "failed", f"{type(error).__name__}: {error}")
                     raise
+        except KeyboardInterrupt as stop:
+            print(stop, file=sys.stderr)
+            return Interrupted.exit_code
         except LemError as error:
             print(f"Error: {error}", file=sys.stderr)
             return error.exit_code

@@ -51,7 +51,7 @@ from lem.studies.checks import RecentPrompts
 from lem.studies.display import StudyDisplay
 from lem.studies.manifest import Manifest, row_of
 from lem.studies.slurm_job import JobFile, Step
-from lem.studies.study import Left, Runner, stopped
+from lem.studies.study import Left, Runner
 from lem.workload.traffic import recorded_times_s
 
 # The time before the first query of the queue, and the factor by which the time between two queries grows.
@@ -280,7 +280,7 @@ class SlurmRunner(Runner):
             if by_signal or self.options.yes or not wants_to_cancel(count):
                 raise Left(f"{by_signal}\n{self.how_to_return()}".strip(), Interrupted.exit_code)
             print(f"Canceling {count} job{'s' * (count != 1)}.", file=sys.stderr)
-        with signals_raise(stopped):
+        with signals_raise():
             self.stop()
 
     def how_to_return(self) -> str:

@@ -95,7 +95,7 @@ def run(file: str, task: int) -> None:
     job = from_json(JobFile, Path(file).read_bytes())
     use_only_granted_gpus()
     try:
-        with signals_raise(Interrupted):
+        with signals_raise():
             codes = [_run(step) for step in job.tasks[task]]
     except (Interrupted, KeyboardInterrupt) as stop:
         print(stop, file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from lem.runner.early import early_worker
 from lem.runner.job import run_ready
 from lem.runner.preflight import preflight
 from lem.runner.progress import Report
-from lem.runner.stopping import signals_raise
+from lem.runner.stopping import Stopped, signals_raise
 from lem.spec.experiment import Experiment
 from lem.studies.ask import RunOptions, catch_up_rows, confirmed, print_warnings, progress_of
 from lem.studies.checks import RecentPrompts
@@ -224,13 +224,13 @@ def attend(
         )
         try:
             # Between cells, too, a signal must raise an exception.
-            with shown as display, signals_raise(stopped):
+            with shown as display, signals_raise():
                 runner = make_runner(manifest, display)
                 _work(manifest, runner, work)
         except KeyboardInterrupt as stop:
             if runner is not None and runner.outlives_command:
-                runner.interrupted(str(stop))
-            raise Interrupted(str(stop) or "Interrupted; finished requests are kept.") from None
+                runner.interrupted(_reason(stop) if isinstance(stop, Stopped) else "")
+            raise Interrupted(_reason(stop)) from None
     except Left:  # the manifest stays open
         raise
     except BaseException as end:
@@ -289,9 +289,10 @@ class _NoSpace(KeyboardInterrupt):
         self.full = full
 
 
-def stopped(signal_name: str) -> KeyboardInterrupt:
-    """Return the exception that a signal raises while cells run."""
-    return KeyboardInterrupt(f"Stopped by {signal_name}; finished requests are kept.")
+def _reason(stop: KeyboardInterrupt) -> str:
+    if isinstance(stop, Stopped):
+        return f"Stopped by {stop.signal_name}; finished requests are kept."
+    return str(stop) or "Interrupted; finished requests are kept."
 
 
 def _question(cells: Sequence[Cell], at_once: int, options: RunOptions) -> str:
@@ -333,7 +334,7 @@ class OneByOne(Runner):
             self._end(number, status="interrupted", row=row_of(self.manifest.states[number].directory))
             # Hydra would continue after an Exception, but KeyboardInterrupt ends the multirun. The study adds its own
             # command for resuming.
-            raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else str(stop)) from None
+            raise KeyboardInterrupt(stop.reason if isinstance(stop, Interrupted) else _reason(stop)) from None
         except DiskFull:
             raise  # ends the study; closing the manifest marks the cell as interrupted
         except LemError as error:

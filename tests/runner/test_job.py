@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import lem
+from lem.machine import host
+from lem.results.store import Store
+from lem.runner.job import resume, run_ready
+from lem.runner.preflight import preflight
+from lem.runner.stopping import Stopped
 from lem.spec.engines import SimulatedBackend
 from lem.spec.experiment import Dataset, Energy, Io
 
@@ -35,6 +41,28 @@ def test_a_library_user_runs_an_experiment(tmp_path, caplog):
     # What --verbose shows.
     (line,) = (text for text in caplog.messages if text.startswith("seconds of process 0 in cycle 1: "))
     assert re.search(r"import \d.*encode \d.*load \d.*measured \d.*of the window, recording \d", line)
+
+
+@pytest.mark.parametrize(
+    ("stop", "cause"),
+    [(KeyboardInterrupt(), "Ctrl-C"), (Stopped(signal.SIGTERM), "SIGTERM")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_signal_between_the_plan_and_the_workers_is_recorded(tmp_path, stop, cause):
+    def stopped_at_once(*_):
+        raise stop
+
+    ready = preflight(made(tmp_path), host.look())
+    with pytest.raises(lem.errors.Interrupted, match="To resume: lem experiment --resume"):
+        run_ready(ready, launcher=stopped_at_once)
+    store = Store(tmp_path / "results")
+    (name,) = store.ids()
+    directory = store.directory(name)
+    (record,) = directory.records()
+    assert (directory.state().status, record.status) == ("interrupted", "interrupted")
+    assert record.error.message == f"stopped by {cause}"
+    assert record.requests_completed == 0
+    assert resume(store, directory).row.status == "completed"
 
 
 def test_a_library_user_gets_an_error_not_an_exit(tmp_path):

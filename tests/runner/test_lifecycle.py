@@ -124,6 +124,42 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert command(*resume.split(), "-y", "--dry-run", cwd=tmp_path).code == 0
 
 
+# Makes a command wait for ever as soon as it imports a module.
+WAITING_AT_AN_IMPORT = """
+import sys, time
+
+class Waiting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            print("waiting", file=sys.stderr, flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Waiting())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("lem.runner.preflight", ("experiment", *SIMULATED)),
+        ("hydra", ("experiment", *SIMULATED)),
+        ("lem.results.browse", ("results", "list")),
+    ],
+)
+def test_a_signal_before_anything_runs_ends_a_command_with_130_and_leaves_nothing(tmp_path, module, arguments, number):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WAITING_AT_AN_IMPORT.format(module=module))
+    process = begin(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    wait_for(process, "waiting")
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    said = err.replace("waiting", "").strip()  # a signal during a write can repeat the line
+    assert said == ("" if number == signal.SIGINT else f"Stopped by {number.name}.")
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_command_that_resumes_names_the_results_directory(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, "-o", "my results", cwd=tmp_path)
     wait_for(process, "Prompts ")
