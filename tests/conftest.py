@@ -26,6 +26,7 @@ from lem.results.directory import ExperimentDir
 from lem.runner import job
 from lem.runner.attempt import Attempt
 from lem.runner.progress import Report
+from lem.runner.stopping import INTERRUPTING
 from lem.workload import tiny
 from tests.backends.confirmations import Engines
 from tests.nvml_standin import driver, standin  # noqa: F401 - fixtures
@@ -111,10 +112,11 @@ def lem(tmp_path, monkeypatch, capfd):
     def run(*arguments: str) -> Finished:
         monkeypatch.setattr(sys, "argv", ["lem", *arguments])
         capfd.readouterr()
-        handler = signal.getsignal(signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in INTERRUPTING}
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        signal.signal(signal.SIGINT, handler)  # at its end, a command ignores SIGINT
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # at its end, a command ignores signals
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return Finished(int(stop.value.code or 0), out, err)

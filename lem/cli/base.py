@@ -124,7 +124,7 @@ def _is_own(error: Exception) -> bool:
 
 
 def ignore_ctrl_c() -> None:
-    """Ignore Ctrl-C from now on: the command is exiting, and its exit code is already known."""
+    """Ignore Ctrl-C from now on: the command is exiting. SIGTERM still ends it if its output cannot be written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

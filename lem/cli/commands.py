@@ -20,13 +20,14 @@ from typing import Annotated, Any
 import typer
 
 from lem import __version__
-from lem.cli.base import app, exit_code_of, ignore_ctrl_c, log_origin, new_app
+from lem.cli.base import app, exit_code_of, log_origin, new_app
 from lem.cli.environment import load_dotenv
 from lem.cli.formatter import import_formatter
 from lem.cli.streams import forgiving_streams, lost_output
 from lem.errors import BadInput
 from lem.machine.collector import paused_collector
 from lem.quantities import one_line
+from lem.runner.stopping import ignore_signals
 
 # For each command, its module and the first sentence of its help, in the order of lem --help. A test compares these
 # sentences with the help of the commands themselves.
@@ -121,7 +122,7 @@ def run() -> int:
     forgiving_streams()
     code = _with_output(exit_code_of(_run, _with_flag))
     log.debug("exit code %d", code)
-    ignore_ctrl_c()
+    ignore_signals()  # the command is exiting, and its exit code is already known
     return code
 
 

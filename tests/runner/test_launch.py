@@ -16,7 +16,7 @@ import pytest
 
 from lem.machine.processes import without_launchers
 from lem.results.directory import ExperimentDir
-from lem.runner.stopping import signals_held
+from lem.runner.stopping import signals_held, signals_raise
 from tests.conftest import SIMULATED, begin, command, kill_group, wait_for, workers_of
 
 pytestmark = pytest.mark.processes
@@ -210,6 +210,17 @@ def test_a_signal_that_is_ignored_stays_ignored_for_processes_that_start_meanwhi
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_worker_in_this_process_sets_outlasts_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with signals_raise():
+            ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) != ignored
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_ctrl_c_is_immediate(tmp_path):

@@ -160,6 +160,18 @@ def test_a_signal_before_anything_runs_ends_a_command_with_130_and_leaves_nothin
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_command_exits_does_not_change_its_exit_code(tmp_path, number):
+    (tmp_path / "site").mkdir()
+    late = "import atexit, sys, time\natexit.register(lambda: (print('exiting', file=sys.stderr), time.sleep(1)))\n"
+    (tmp_path / "site" / "sitecustomize.py").write_text(late)
+    process = begin("presets", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    wait_for(process, "exiting")
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+
+
 def test_the_command_that_resumes_names_the_results_directory(tmp_path):
     process = begin("experiment", *SIMULATED, "-n", "20", *SLOW, "-o", "my results", cwd=tmp_path)
     wait_for(process, "Prompts ")
