@@ -294,8 +294,9 @@ def _execute(
                 _log_times(directory, attempt)
         except (Interrupted, KeyboardInterrupt) as stop:
             with signals_ignored():
-                reason = str(stop) if isinstance(stop, Interrupted) else INTERRUPTED
+                reason = str(stop)
                 if isinstance(stop, KeyboardInterrupt):  # just before the launcher took care of signals
+                    reason = INTERRUPTED
                     record_interruption(directory, attempt, f"stopped by {cause_of(stop)}")
                 directory.write_state(directory.state().now("interrupted", reason))
                 _, problem = _row(store, directory, write_tables)

@@ -216,9 +216,9 @@ def test_what_a_worker_in_this_process_sets_outlasts_the_block():
     before = signal.getsignal(signal.SIGTERM)
     try:
         with signals_raise():
-            ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raising = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGHUP) != ignored
+        assert signal.getsignal(signal.SIGHUP) != raising
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -22,6 +22,7 @@ from lem.results.journal import DIED
 from lem.runner.window import METER_POLL_NS
 from tests.conftest import (
     SIMULATED,
+    Finished,
     begin,
     command,
     fill,
@@ -124,18 +125,25 @@ def test_an_interrupted_run_keeps_what_it_measured_and_exits_with_130(running, t
     assert command(*resume.split(), "-y", "--dry-run", cwd=tmp_path).code == 0
 
 
-# Makes a command wait for ever as soon as it imports a module.
-WAITING_AT_AN_IMPORT = """
-import sys, time
+# Makes a command send itself a signal when it imports a module, and when it exits.
+SIGNALLED_AT_AN_IMPORT = """
+import os, sys
 
-class Waiting:
+class Signalled:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
-            print("waiting", file=sys.stderr, flush=True)
-            time.sleep(60)
+            os.kill(os.getpid(), {number})
 
-sys.meta_path.insert(0, Waiting())
+sys.meta_path.insert(0, Signalled())
 """
+SIGNALLED_AT_EXIT = "import atexit, os\natexit.register(os.kill, os.getpid(), {number})\n"
+
+
+def with_code_at_the_start(folder: Path, code: str, *arguments: str) -> Finished:
+    """Run a command that runs some code before anything else."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(code)
+    return command(*arguments, cwd=folder, PYTHONPATH=str(folder / "site"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -148,28 +156,17 @@ sys.meta_path.insert(0, Waiting())
     ],
 )
 def test_a_signal_before_anything_runs_ends_a_command_with_130_and_leaves_nothing(tmp_path, module, arguments, number):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(WAITING_AT_AN_IMPORT.format(module=module))
-    process = begin(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    wait_for(process, "waiting")
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    said = err.replace("waiting", "").strip()  # a signal during a write can repeat the line
-    assert said == ("" if number == signal.SIGINT else f"Stopped by {number.name}.")
+    code = SIGNALLED_AT_AN_IMPORT.format(module=module, number=int(number))
+    done = with_code_at_the_start(tmp_path, code, *arguments)
+    assert done.code == 130
+    assert done.err.strip() == ("" if number == signal.SIGINT else f"Stopped by {number.name}.")
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_a_command_exits_does_not_change_its_exit_code(tmp_path, number):
-    (tmp_path / "site").mkdir()
-    late = "import atexit, sys, time\natexit.register(lambda: (print('exiting', file=sys.stderr), time.sleep(1)))\n"
-    (tmp_path / "site" / "sitecustomize.py").write_text(late)
-    process = begin("presets", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    wait_for(process, "exiting")
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (0, "")
+    done = with_code_at_the_start(tmp_path, SIGNALLED_AT_EXIT.format(number=int(number)), "presets")
+    assert (done.code, done.err) == (0, "")
 
 
 def test_the_command_that_resumes_names_the_results_directory(tmp_path):
