@@ -209,11 +209,12 @@ def _check_together(directory: ExperimentDir, cycle: int, parts: Sequence[Part],
 def _apart(records: Sequence[ProcessRecord]) -> tuple[int, int] | None:
     """Return the ranks of two processes whose windows do not overlap, or None if all windows overlap.
 
+    An interrupted process was in its window until the interruption, even if its window was cut back to its last batch.
     Processes that were killed are ignored: their journals state when each of them reached its window, not when the
     windows of all processes opened.
     """
     windows = [
-        (record.window_opened_unix_s, window.duration_s, record.rank)
+        (record.window_opened_unix_s, window.duration_s + ((record.cut and record.cut.lost_s) or 0.0), record.rank)
         for record in records
         if (window := record.phase("measured"))
         and record.window_opened_unix_s is not None

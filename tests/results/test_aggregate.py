@@ -18,7 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from lem.errors import ResultsError
-from lem.record import ErrorInfo
+from lem.record import Cut, ErrorInfo
 from lem.results.aggregate import aggregate, aggregate_all, read
 from lem.results.plan import running
 from lem.results.store import Store
@@ -138,6 +138,17 @@ def test_processes_that_did_not_run_together_are_refused(store):
     refused(directory, "windows of processes 0 and 1 in cycle 1 do not overlap")
     warnings = read(directory, strict=False).row.warnings
     assert [w for w in warnings if w.startswith("ranks_apart")]
+
+
+def test_a_window_lasted_until_it_was_interrupted_even_if_it_was_cut_back_to_its_last_batch(store):
+    """On a busy machine, a process may come to its window after the first batch of another one."""
+    directory = experiment(store, count=4, processes=2)
+    late = {"attempt": 1, "status": "interrupted", "positions": []}
+    add(directory, 0, window_opened_unix_s=1004.5, cut=Cut(1, 0.0), **late)
+    add(directory, 1, window_opened_unix_s=1000.0, cut=Cut(1, 1.0), **late | {"positions": [1]})
+    add(directory, 0, attempt=2, positions=[0, 2], window_opened_unix_s=9000.0)
+    add(directory, 1, attempt=2, positions=[3], window_opened_unix_s=9000.0)
+    assert read(directory).row.status == "completed"
 
 
 def test_the_windows_of_different_attempts_need_not_overlap(store):
