@@ -1,7 +1,8 @@
 """Attempts at an experiment on a virtual clock: sleeping moves a clock instead of waiting.
 
 Processes are threads, each with its own clock, that agree on the time at barriers; one that is stopped raises at an
-exact time what ends the process. Each attempt's clock begins at 0.
+exact time what ends the process. Each attempt's clock begins at 0. Nothing depends on real time, so a busy machine
+changes no result.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Clocks(threading.local):
 
 
 CLOCKS = Clocks()
+# A process that waits longer than this in real time, not virtual, waits in vain.
+STUCK_S = 300.0
 
 # When phases of an attempt opened, in process 0, by the attempt's number, its cycle, and the phase.
 Openings = dict[tuple[int, int, str], float]
@@ -81,17 +84,35 @@ Openings = dict[tuple[int, int, str], float]
 
 @dataclass
 class Meeting:
-    """A barrier at which processes wait for each other; if one is stopped, all are, at the same time."""
+    """A barrier at which processes wait for each other; if one leaves, the others wait in vain from then on.
+
+    Which of them is faster in real time makes no difference: whoever came to a meeting that was complete knows when it
+    took place, even if another process has left before it wakes up. With `threading.Barrier`, it would not.
+    """
 
     size: int
     arrived_ns: list[int] = field(default_factory=list)
-    agreed_ns: int = 0
+    agreed_ns: list[int] = field(default_factory=list)
+    one_left: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def __post_init__(self):
-        self.barrier = threading.Barrier(self.size, action=self._agree)
+    def meet(self, now_ns: int) -> int | None:
+        """Wait for the others; return the time at which the last one came, or None if one has left before."""
+        with self.changed:
+            number = len(self.agreed_ns)
+            self.arrived_ns.append(now_ns)
+            if len(self.arrived_ns) == self.size:
+                self.agreed_ns.append(max(self.arrived_ns))
+                self.arrived_ns.clear()
+                self.changed.notify_all()
+            known = self.changed.wait_for(lambda: len(self.agreed_ns) > number or self.one_left, STUCK_S)
+            assert known, "a process neither came to the barrier nor ended"
+            return self.agreed_ns[number] if len(self.agreed_ns) > number else None
 
-    def _agree(self):
-        self.agreed_ns, self.arrived_ns = max(self.arrived_ns), []
+    def leave(self) -> None:
+        with self.changed:
+            self.one_left = True
+            self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -104,13 +125,10 @@ class VirtualRanks(Ranks):
         clock = CLOCKS.clock
         if self.meeting is None:
             return
-        self.meeting.arrived_ns.append(clock.now_ns)
-        try:
-            self.meeting.barrier.wait(20)
-        except threading.BrokenBarrierError:
-            agreed_ns = clock.cut_ns  # another process is stopped before it gets here, so this one is, too
-        else:
-            agreed_ns = self.meeting.agreed_ns
+        agreed_ns = self.meeting.meet(clock.now_ns)
+        if agreed_ns is None:  # another process is stopped before it gets here, so this one is, too
+            agreed_ns = clock.cut_ns
+            assert agreed_ns is not None
         while clock.now_ns + NS_PER_S < agreed_ns:
             clock.until(clock.now_ns + NS_PER_S)
             meanwhile()
@@ -144,6 +162,7 @@ def virtual_time(opened: Openings) -> Iterator[None]:
         patch.setattr(_Window, "open", open_window)
         patch.setattr(_Window, "keep_noting", keep_noting)
         patch.setattr(time, "perf_counter_ns", CLOCKS.now_ns)
+        patch.setattr(time, "time", CLOCKS.now_s)
         patch.setattr(time, "sleep", CLOCKS.sleep)
         patch.setattr("lem.runner.attempt.ignore_signals", lambda: None)
         patch.setattr("lem.runner.attempt._report_error", lambda _: None)
@@ -168,12 +187,13 @@ def attempt(directory: ExperimentDir, number: int, cut_s: float | None = None) -
         finally:
             spent_s[rank] = CLOCKS.now_s()
             if meeting is not None and ended[rank] != "completed":
-                meeting.barrier.abort()
+                meeting.leave()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert set(ended) <= {"completed", "interrupted"}, ended
     directory.write_state(State("interrupted", number, AT))
     return ended, max(spent_s)

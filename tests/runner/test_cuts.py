@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from time import sleep  # imported as a name, because virtual time replaces it in its module
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -35,7 +36,7 @@ from lem.spec.experiment import Batching, Dataset, Energy, Experiment, Streaming
 from lem.workload.prompts import sha256_of
 from tests.records import AT
 from tests.virtual_power import KINDS, REACH_S, SAMPLED_S, SHAPES, TICK_S, Power, Powers, constant, drawn, metered
-from tests.virtual_time import Openings, attempt, virtual_time
+from tests.virtual_time import CLOCKS, Meeting, Openings, attempt, virtual_time
 
 POWER_W = 100.0
 STEP_S = 0.01
@@ -487,6 +488,24 @@ def test_what_other_ranks_had_finished_before_the_meter_was_killed_has_its_time_
     else:
         assert made.row.energy_j is made.row.average_power_w is None
         assert "energy_missing" in codes(made.row)
+
+
+def test_a_process_that_is_slow_in_real_time_changes_nothing(monkeypatch):
+    """If it did, the other tests here would fail now and then on a busy machine."""
+    experiment = simulated(batching=Batching(strategy="continuous", batch_size=2), max_output_tokens=5, cycles=2)
+    cuts = [CutAt(0.25, NOBODY), CutAt(0.5, frozenset({1}))]
+    meet, made = Meeting.meet, []
+    for slow in (0, 1):
+
+        def meet_slowly(meeting, now_ns, slow=slow):
+            agreed_ns = meet(meeting, now_ns)
+            if CLOCKS.ranks.rank == slow:
+                sleep(0.05)  # longer than the windows that are cut
+            return agreed_ns
+
+        monkeypatch.setattr(Meeting, "meet", meet_slowly)
+        made.append(check(experiment, 12, 2, cuts, Metering(("integral",)))[0])
+    assert [cycle.duration_s for cycle in made[0].cycles] == [cycle.duration_s for cycle in made[1].cycles]
 
 
 QUICK = settings(
