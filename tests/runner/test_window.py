@@ -134,7 +134,7 @@ def test_phases_are_load_warmup_measured_each_with_its_energy():
 
 def test_loading_and_encoding_are_outside_of_the_measured_window():
     measured = run(slow=True).phases[-1]
-    assert measured.duration_s < 0.3
+    assert measured.duration_s < 0.25
 
 
 def test_without_warmup_there_is_no_such_phase():
@@ -667,10 +667,10 @@ def test_a_batch_is_recorded_while_the_next_one_runs():
         assert end_s <= next_start_s <= at_s < next_end_s
     assert recording.at_s[-1] >= last[1], "nothing runs after the last batch"
     # Only the last batch's recording keeps the device waiting, and the checkpoints are those of the batches' ends.
-    assert 0.1 <= into.own_time.recording_s < 0.2
-    assert last[1] + 0.1 <= into.phases[-1].duration_s < last[1] + 0.2
+    assert 0.1 <= into.own_time.recording_s < 0.15
+    assert into.phases[-1].duration_s == pytest.approx(last[1] + 0.1, abs=0.05)
     for checkpoint, (_, end_s) in zip(recording.checkpoints, [*before_last, last], strict=True):
-        assert end_s <= checkpoint.duration_s < end_s + 0.1
+        assert end_s <= checkpoint.duration_s < end_s + 0.02
 
 
 class FullDisk(Recording):

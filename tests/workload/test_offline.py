@@ -29,17 +29,21 @@ def test_one_that_accepts_and_stays_silent_is_given_up_in_time(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         begun_s = time.monotonic()
         found = reach(timeout_s=0.3)
-        assert time.monotonic() - begun_s < 10
+        assert time.monotonic() - begun_s < 2
     assert not found.is_reachable
     assert found.problem
 
 
 def test_a_name_that_is_never_found_out_is_given_up_in_time(monkeypatch):
+    def look_up_for_long(*_, **__):
+        time.sleep(30)
+        raise socket.gaierror("no name server has answered")
+
     monkeypatch.setenv("HF_ENDPOINT", "http://example.invalid")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30) or [])
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_for_long)
     begun_s = time.monotonic()
     found = reach(timeout_s=0.3)
-    assert time.monotonic() - begun_s < 10
+    assert time.monotonic() - begun_s < 2
     assert found.problem == "no answer within 0.3 s"
 
 
