@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from threading import Thread
 from time import sleep  # imported as a name, because virtual time replaces it in its module
 
 import pytest
@@ -506,6 +507,20 @@ def test_a_process_that_is_slow_in_real_time_changes_nothing(monkeypatch):
         monkeypatch.setattr(Meeting, "meet", meet_slowly)
         made.append(check(experiment, 12, 2, cuts, Metering(("integral",)))[0])
     assert [cycle.duration_s for cycle in made[0].cycles] == [cycle.duration_s for cycle in made[1].cycles]
+
+
+def test_a_process_knows_when_all_met_even_if_another_left_before_it_woke_up():
+    meeting, known_ns = Meeting(2), []
+    waiting = Thread(target=lambda: known_ns.append(meeting.meet(5)))
+    waiting.start()
+    while not meeting.arrived_ns:
+        sleep(0.001)
+    with meeting.changed:  # while this is held, the other process cannot wake up
+        assert meeting.meet(7) == 7
+        meeting.leave()
+    waiting.join()
+    assert known_ns == [7]
+    assert meeting.meet(9) is None
 
 
 QUICK = settings(
